@@ -1,0 +1,30 @@
+"""gemlax runs Google's Gemma in JAX: load, generate, score, save."""
+
+from gemlax.completion import Completion, Stream, TokenLogprob
+from gemlax.config import GemmaConfig
+from gemlax.decoder import Decoder
+from gemlax.errors import CheckpointError, Error, RequestError, UnsupportedError
+from gemlax.model import Model, Score, load, load_tokenizer, save
+from gemlax.presets import PRESETS, preset, tiny
+from gemlax.tokenizer import Tokenizer
+
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "Completion",
+    "Decoder",
+    "Error",
+    "GemmaConfig",
+    "Model",
+    "RequestError",
+    "Score",
+    "Stream",
+    "TokenLogprob",
+    "Tokenizer",
+    "UnsupportedError",
+    "load",
+    "load_tokenizer",
+    "preset",
+    "save",
+    "tiny",
+]

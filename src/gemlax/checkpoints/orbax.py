@@ -1,0 +1,188 @@
+"""Google's own Orbax folders: flat as published, or nested as the gemma library saves them.
+
+The folder has no config: it is a published size, told by its shapes, or there is a config.json
+in it. Arrays are restored one at a time. `orbax` is imported only when such a folder is opened.
+Source: google-deepmind/gemma, gm/ckpts/_checkpoint.py (FLAT and NESTED) and _compat.py.
+"""
+
+import importlib
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemlax.checkpoints.base import (
+    READABLE,
+    Checkpoint,
+    cast,
+    fit_vocab,
+    log_left_aside,
+    read_json,
+    resolve_config,
+    show,
+)
+from gemlax.checkpoints.names import Weight, from_orbax, resolve
+from gemlax.config import GemmaConfig
+from gemlax.errors import CheckpointError, UnsupportedError
+from gemlax.presets import PRESETS, preset
+from gemlax.tokenizer import Tokenizer, find_tokenizer
+
+__all__ = ["MARKERS", "OrbaxCheckpoint"]
+
+logger = logging.getLogger(__name__)
+
+MARKERS = {"_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"}
+TABLE = "embedder/input_embedding"
+# What may stand before the names of the table. Source: transformers convert_gemma3_weights.py.
+PREFIXES = ("rlx_networks/policy_network/", "transformer/")
+VISION = ("SigLiPFromPatches_", "vision_encoder/", "embedder/mm_")
+
+KeyPath = tuple[str, ...]
+
+
+class OrbaxCheckpoint(Checkpoint):
+    """A folder that orbax wrote."""
+
+    def __init__(self, folder: Path):
+        self.source = folder
+        self.generation_config = {}
+        self._orbax, self._checkpointer = _import_orbax()
+        self._kept: tuple[str, np.ndarray] | None = None
+        leaves = list(_leaves(self._metadata()))
+        aside = [name for name, _, _ in leaves if name.startswith(VISION)]
+        log_left_aside(logger, folder, aside, "the vision tower and its projector")
+        leaves = [leaf for leaf in leaves if leaf[0] not in set(aside)]
+        self._paths: dict[str, KeyPath] = {name: path for name, path, _ in leaves}
+        if len(self._paths) != len(leaves):
+            raise CheckpointError(f"{folder} holds two trees of weights; expected one")
+        self._shapes = {name: tuple(info.shape) for name, _, info in leaves}
+        self._dtypes = {name: np.dtype(info.dtype) for name, _, info in leaves}
+        self.config = self._find_config()
+        self.stored_dtype = self._dtypes[TABLE].name
+
+    def _metadata(self) -> Mapping[str, Any]:
+        try:
+            tree = self._checkpointer.metadata(self.source).item_metadata.tree
+        except Exception as error:  # orbax and tensorstore raise all kinds
+            raise CheckpointError(f"{self.source}: orbax cannot read it: {error}") from error
+        if not isinstance(tree, Mapping):
+            raise CheckpointError(f"{self.source} holds a {type(tree).__name__}; expected a tree")
+        return tree
+
+    def _find_config(self) -> GemmaConfig:
+        table = self._shapes.get(TABLE, ())
+        if len(table) != 2:
+            raise CheckpointError(
+                f"{self.source} has no [vocabulary, hidden] {TABLE}; it holds "
+                f"{', '.join(map(show, list(self._shapes)[:5])) or 'no arrays'}"
+            )
+        rows, hidden = table
+        numbers = [re.match(r"layer_(\d+)/", name) for name in self._shapes]
+        layers = max((int(number[1]) + 1 for number in numbers if number), default=0)
+        path = self.source / "config.json"
+        if path.exists():
+            config = read_json(path)
+            resolved = resolve_config(
+                lambda: GemmaConfig.from_hf(config),
+                layers=config.get("num_hidden_layers"),
+                tensors=len(self._shapes),
+                source=path,
+            )
+            return fit_vocab(resolved, rows)
+        for name in PRESETS:
+            text = preset(name).text
+            if (text.hidden_size, text.num_hidden_layers) == (hidden, layers):
+                return fit_vocab(preset(name), rows)
+        raise UnsupportedError(
+            f"{self.source}: {layers} layers over a table of {list(table)} are no published size "
+            f"({', '.join(PRESETS)}); put the model's Hugging Face config.json into the folder"
+        )
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Return the tokenizer of the folder or, as Kaggle lays it out, of the folder above."""
+        return find_tokenizer(self.source) or find_tokenizer(self.source.parent)
+
+    def close(self) -> None:
+        """Let go of the array kept for the next read."""
+        self._kept = None
+        self._checkpointer.close()
+
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        return {w.orbax: w.orbax_shape for w in resolve(self.config.text).values()}
+
+    def _found(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def _check_types(self) -> None:
+        wrong = [f"{n} ({dtype})" for n, dtype in self._dtypes.items() if dtype not in READABLE]
+        if wrong:
+            raise UnsupportedError(
+                f"{self.source} holds arrays of types that are not read: {', '.join(wrong)}"
+            )
+
+    def _fill(self, weight: Weight, out: np.ndarray) -> None:
+        name = weight.orbax
+        if self._shapes.get(name) != weight.orbax_shape:
+            raise CheckpointError(
+                f"{self.source}: {name}: expected {list(weight.orbax_shape)}, got "
+                f"{self._shapes.get(name, 'no such array')}"
+            )
+        if self._dtypes[name] not in READABLE:
+            raise UnsupportedError(f"{self.source}: {name} is {self._dtypes[name]}")
+        stored = self._restore(name, keep=weight.part == 0)
+        cast(out.reshape(weight.split_shape), from_orbax(stored, weight), name)
+
+    def _restore(self, name: str, keep: bool) -> np.ndarray:
+        """Read one array; the first of a stacked pair is kept, since the second comes next."""
+        if self._kept and self._kept[0] == name:
+            stored = self._kept[1]
+        else:
+            self._kept = None
+            stored = self._read(self._paths[name])
+        self._kept = (name, stored) if keep else None
+        return stored
+
+    def _read(self, path: KeyPath) -> np.ndarray:
+        args = self._orbax.RestoreArgs(restore_type=np.ndarray)
+        item: Any = 0
+        restore_args: Any = args
+        for key in reversed(path):
+            item, restore_args = {key: item}, {key: restore_args}
+        partial = self._orbax.args.PyTreeRestore(
+            item=item, restore_args=restore_args, partial_restore=True
+        )
+        try:
+            found = self._checkpointer.restore(self.source, args=partial)
+        except Exception as error:  # orbax and tensorstore raise all kinds
+            raise CheckpointError(
+                f"{self.source}: orbax cannot read {'/'.join(path)}: {error}"
+            ) from error
+        for key in path:
+            found = found[key]
+        return found
+
+
+def _import_orbax() -> tuple[Any, Any]:
+    try:
+        orbax = importlib.import_module("orbax.checkpoint")
+    except ImportError as error:
+        raise UnsupportedError(
+            "reading an Orbax checkpoint needs orbax-checkpoint: pip install 'gemlax[orbax]'"
+        ) from error
+    return orbax, orbax.PyTreeCheckpointer()
+
+
+def _leaves(tree: Mapping[str, Any], above: KeyPath = ()) -> Iterator[tuple[str, KeyPath, Any]]:
+    """Yield name as in the table, path in the tree, and what orbax says of every array."""
+    for key, value in tree.items():
+        path = (*above, str(key))
+        if isinstance(value, Mapping):
+            yield from _leaves(value, path)
+        else:
+            name = "/".join(path)
+            for prefix in PREFIXES:
+                name = name.removeprefix(prefix)
+            yield name.removesuffix("/w"), path, value

@@ -1,0 +1,272 @@
+"""Prefill and decode programs, and the loop that feeds them.
+
+Prefill only fills caches, with all tokens of a prompt but its last; every decode step takes a
+row's last token, samples the next and appends it. So one program holds the head and the
+sampler, and prefill skips whatever no later token reads. Programs are compiled once per bucket
+of (batch, chunk, capacity); sampling settings, limits and stop ids are traced.
+"""
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from gemlax import ops, sampling
+from gemlax.cache import Caches, new_caches, round_capacity
+from gemlax.decoder import Decoder
+from gemlax.sampling import Sampling
+
+__all__ = ["Counters", "DecodeState", "Engine", "Rows", "bucket"]
+
+CHUNK = 512  # the longest piece of a prompt that is prefilled at once
+STOP_PLACES = 16
+
+
+def bucket(size: int, smallest: int = 1) -> int:
+    """Return the power of two, at least `smallest`, that holds `size`."""
+    return max(smallest, 1 << max(size - 1, 0).bit_length())
+
+
+class DecodeState(NamedTuple):
+    """What a decode step changes. It is donated: the caches are written in place.
+
+    `tokens` [B, S] holds prompt and output; unused places hold the vocabulary size.
+    `logprobs`, when asked for, are (own [B, S], ids [B, S, 20], values [B, S, 20]).
+    """
+
+    caches: Caches
+    tokens: Any
+    lengths: Any
+    done: Any
+    logprobs: Any = None
+
+
+class Limits(NamedTuple):
+    """What a decode step reads: per row where the prompt ends and where the output must."""
+
+    prompts: Any  # [B]
+    ends: Any  # [B]
+    stop_ids: Any  # [STOP_PLACES], filled with -1
+
+
+class Rows(NamedTuple):
+    """A host copy of what has been decoded so far."""
+
+    tokens: np.ndarray  # [B, S]
+    lengths: np.ndarray  # [B]
+    done: np.ndarray  # [B]
+    logprobs: tuple[np.ndarray, ...] | None
+
+
+@dataclass
+class Counters:
+    """What was done, for tests and reports: counts, and seconds by the wall clock."""
+
+    prefill_tokens: int = 0
+    prefill_calls: int = 0
+    decode_calls: int = 0
+    decode_tokens: int = 0
+    programs: int = 0
+    compile_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    keys: list[tuple] = field(default_factory=list)
+
+
+class Engine:
+    """Compiles and runs the programs of one decoder. The decoder's weights must not change."""
+
+    def __init__(self, decoder: Decoder, *, num_tokens: int, dtype: jnp.dtype):
+        """`num_tokens`: ids from here on are never sampled (rows without a token)."""
+        self.config, self.dtype = decoder.config, dtype
+        self.num_tokens = num_tokens
+        self.counters = Counters()
+        graphdef, self._weights = nnx.split(decoder)
+        self._prefill = jax.jit(functools.partial(_prefill, graphdef), donate_argnums=(3,))
+        self._decode = jax.jit(
+            functools.partial(_decode, graphdef, num_tokens), donate_argnums=(1,)
+        )
+        self._compiled: dict[tuple, Any] = {}
+
+    def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        context: int,
+        stop_ids: Sequence[int],
+        *,
+        logprobs: bool = False,
+    ) -> tuple[DecodeState, Limits]:
+        """Prefill the prompts (each with at least one id) and return what `steps` needs.
+
+        Rows beyond the prompts fill the batch up to its bucket; they are done from the start.
+        """
+        batch = bucket(len(prompts))
+        lengths = np.ones(batch, np.int32)
+        lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
+        ends = np.minimum(lengths + max_new_tokens, context).astype(np.int32)
+        capacity = round_capacity(int(ends.max()))
+        tokens = np.full((batch, capacity), self.num_tokens, np.int32)
+        for row, prompt in zip(tokens, prompts, strict=False):
+            row[: len(prompt)] = prompt
+        done = np.arange(batch) >= len(prompts)
+        caches = self._fill(tokens, np.where(done, 0, lengths - 1), capacity)
+        state = DecodeState(
+            caches=caches,
+            tokens=jnp.asarray(tokens),
+            lengths=jnp.asarray(lengths),
+            done=jnp.asarray(done | (lengths >= ends)),
+            logprobs=_logprob_buffers(batch, capacity, self.num_tokens) if logprobs else None,
+        )
+        stops = np.full(STOP_PLACES, -1, np.int32)
+        stops[: len(stop_ids)] = list(stop_ids)
+        return state, Limits(jnp.asarray(lengths), jnp.asarray(ends), jnp.asarray(stops))
+
+    def _fill(self, tokens: np.ndarray, lengths: np.ndarray, capacity: int) -> Caches:
+        """Prefill the first `lengths` tokens of each row, in chunks."""
+        caches = new_caches(self.config, len(tokens), capacity, self.dtype)
+        longest = int(lengths.max())
+        begin = time.perf_counter()
+        spent = self.counters.compile_s
+        for start in range(0, longest, CHUNK):
+            width = min(bucket(min(longest - start, CHUNK), 16), capacity - start)
+            columns = np.arange(start, start + width, dtype=np.int32)
+            valid = columns[None] < lengths[:, None]
+            chunk = np.where(valid, tokens[:, columns], 0).astype(np.int32)
+            positions = np.where(valid, columns[None], ops.EMPTY).astype(np.int32)
+            args = (self._weights, jnp.asarray(chunk), jnp.asarray(positions), caches)
+            program = self._program("prefill", self._prefill, (*chunk.shape, capacity), args)
+            caches = program(*args)
+            self.counters.prefill_calls += 1
+        self.counters.prefill_tokens += int(lengths.sum())
+        jax.block_until_ready(caches)
+        compiled = self.counters.compile_s - spent
+        self.counters.prefill_s += time.perf_counter() - begin - compiled
+        return caches
+
+    def steps(
+        self,
+        state: DecodeState,
+        limits: Limits,
+        settings: Sampling,
+        sizes: Iterator[int],
+    ) -> Iterator[Rows]:
+        """Decode in blocks of `sizes` steps; yield the rows after each, until all are done.
+
+        The receiver may `send` a mask of rows that shall end (a stop string was met).
+        """
+        while not bool(np.all(np.asarray(state.done))):
+            size = jnp.asarray(next(sizes), jnp.int32)
+            args = (self._weights, state, limits, settings, size)
+            shape = (*state.tokens.shape, settings.bias_ids.shape[1], state.logprobs is not None)
+            program = self._program("decode", self._decode, shape, args)
+            begin = time.perf_counter()
+            before = np.asarray(state.lengths)
+            state = program(*args)
+            self.counters.decode_calls += 1
+            rows = _to_host(state)
+            self.counters.decode_s += time.perf_counter() - begin
+            self.counters.decode_tokens += int((rows.lengths - before).sum())
+            ended = yield rows
+            if ended is not None:
+                state = state._replace(done=state.done | jnp.asarray(ended))
+
+    def _program(self, name: str, jitted: Any, shape: tuple, args: tuple) -> Any:
+        """Return the compiled program of a bucket; compile it at first use."""
+        key = (name, *shape)
+        if key not in self._compiled:
+            begin = time.perf_counter()
+            self._compiled[key] = jitted.lower(*args).compile()
+            self.counters.compile_s += time.perf_counter() - begin
+            self.counters.programs += 1
+            self.counters.keys.append(key)
+        return self._compiled[key]
+
+
+def _logprob_buffers(batch: int, capacity: int, num_tokens: int) -> tuple[Array, ...]:
+    best = min(sampling.TOP_LOGPROBS, num_tokens)
+    return (
+        jnp.zeros((batch, capacity), jnp.float32),
+        jnp.zeros((batch, capacity, best), jnp.int32),
+        jnp.zeros((batch, capacity, best), jnp.float32),
+    )
+
+
+def _to_host(state: DecodeState) -> Rows:
+    """Copy: the state's own buffers are donated to the next block."""
+    logprobs = state.logprobs
+    return Rows(
+        tokens=np.array(state.tokens),
+        lengths=np.array(state.lengths),
+        done=np.array(state.done),
+        logprobs=None if logprobs is None else tuple(np.array(x) for x in logprobs),
+    )
+
+
+def _prefill(
+    graphdef: Any, weights: Any, tokens: Array, positions: Array, caches: Caches
+) -> Caches:
+    """Write one chunk into the caches. The hidden states are dropped, and what makes only them."""
+    decoder = nnx.merge(graphdef, weights)
+    return decoder(tokens, positions, caches)[1]
+
+
+def _decode(
+    graphdef: Any,
+    num_tokens: int,
+    weights: Any,
+    state: DecodeState,
+    limits: Limits,
+    settings: Sampling,
+    steps: Array,
+) -> DecodeState:
+    """Run up to `steps` decode steps on the device; stop early when every row is done."""
+    decoder = nnx.merge(graphdef, weights)
+
+    def more(carry: tuple[Array, DecodeState]) -> Array:
+        return (carry[0] < steps) & ~jnp.all(carry[1].done)
+
+    def step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
+        return carry[0] + 1, _step(decoder, num_tokens, carry[1], limits, settings)
+
+    return jax.lax.while_loop(more, step, (jnp.int32(0), state))[1]
+
+
+def _step(
+    decoder: Decoder, num_tokens: int, state: DecodeState, limits: Limits, settings: Sampling
+) -> DecodeState:
+    batch, capacity = state.tokens.shape
+    rows = jnp.arange(batch, dtype=jnp.int32)
+    last = state.lengths - 1
+    # A row that is done writes nothing: neither cache nor token.
+    positions = jnp.where(state.done, ops.EMPTY, last)[:, None]
+    current = jnp.where(state.done, 0, state.tokens[rows, last])[:, None]
+    hidden, caches = decoder(current, positions, state.caches)
+    raw = decoder.logits(hidden[:, 0])[:, :num_tokens]
+    columns = jnp.arange(capacity, dtype=jnp.int32)[None]
+    is_output = (columns >= limits.prompts[:, None]) & (columns < state.lengths[:, None])
+    logits = sampling.adjust(raw, settings, state.tokens, is_output)
+    token = sampling.sample(logits, settings, state.lengths - limits.prompts)
+    slot = jnp.where(state.done, capacity, state.lengths)
+    logprobs = state.logprobs
+    if logprobs is not None:
+        new = sampling.top_logprobs(raw, token)
+        logprobs = tuple(
+            old.at[rows, slot].set(x, mode="drop") for old, x in zip(logprobs, new, strict=True)
+        )
+    lengths = state.lengths + (~state.done).astype(jnp.int32)
+    stopped = jnp.any(token[:, None] == limits.stop_ids[None], axis=1)
+    return DecodeState(
+        caches=caches,
+        tokens=state.tokens.at[rows, slot].set(token, mode="drop"),
+        lengths=lengths,
+        done=state.done | stopped | (lengths >= limits.ends),
+        logprobs=logprobs,
+    )

@@ -1,0 +1,324 @@
+"""The model a user holds: config, tokenizer, decoder; load, save, score, generate, stream."""
+
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from gemlax import checkpoints, ops
+from gemlax import tokenizer as tokenizers
+from gemlax.checkpoints import gguf
+from gemlax.completion import Completion, Request, Stream
+from gemlax.config import GemmaConfig
+from gemlax.decoder import Decoder, Layers
+from gemlax.errors import RequestError
+from gemlax.generate import Engine, bucket
+from gemlax.tokenizer import Tokenizer
+from gemlax.weights import build_decoder, named_weights
+
+__all__ = ["Model", "Score", "load", "load_tokenizer", "save"]
+
+Prompt = str | Sequence[str] | Sequence[Sequence[int]]
+
+_log = logging.getLogger(__name__)
+# Steps between two looks at the host, when nothing is streamed: Ctrl-C waits for no more.
+_BLOCK = 128
+# Tokens of a text that are scored together; each sees at least half as many before it.
+_SCORE_WINDOW = 2048
+_SCORE_ROWS = 128
+
+
+class Score(NamedTuple):
+    """The log-likelihood (natural) of `num_tokens` tokens, each given those before it."""
+
+    log_likelihood: float
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-likelihood."""
+        return float(np.exp(-self.log_likelihood / max(self.num_tokens, 1)))
+
+
+class Model:
+    """A Gemma model: `load` makes one.
+
+    Attributes:
+        config: a `GemmaConfig`.
+        tokenizer: a `Tokenizer`, or None when the checkpoint has none (ids in, ids out).
+        decoder: the NNX module with the weights. They are read at load; do not change them.
+        generation_config: the checkpoint's defaults for `generate`, by Hugging Face's names.
+    """
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        decoder: Decoder,
+        tokenizer: Tokenizer | None = None,
+        generation_config: Mapping[str, Any] | None = None,
+    ):
+        self.config, self.decoder, self.tokenizer = config, decoder, tokenizer
+        self.generation_config = dict(generation_config or {})
+        self.dtype = decoder.norm.weight.get_value().dtype
+        known = tokenizer.num_tokens if tokenizer else config.text.vocab_size
+        self.engine = Engine(
+            decoder, num_tokens=min(known, config.text.vocab_size), dtype=self.dtype
+        )
+        graphdef, self._state = nnx.split(decoder)
+        self._hidden = jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args)[0])
+        self._logits = jax.jit(lambda state, *args: _all_logits(nnx.merge(graphdef, state), *args))
+        self._score = jax.jit(
+            lambda state, *args: _token_logprobs(nnx.merge(graphdef, state), *args)
+        )
+
+    def hidden(
+        self, tokens: Int[Any, "B T"], lengths: Sequence[int] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Return the hidden states after the final norm; rows are right-padded to `lengths`."""
+        return self._hidden(self._state, *self._padded(tokens, lengths))
+
+    def logits(
+        self, tokens: Int[Any, "B T"], lengths: Sequence[int] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Return float32 logits, without a cache; rows are right-padded to `lengths`.
+
+        Raises:
+            RequestError: tokens that are not ids of [B, T], or lengths that do not fit.
+        """
+        return self._logits(self._state, *self._padded(tokens, lengths))
+
+    def _padded(self, tokens: Any, lengths: Any) -> tuple[Array, Array]:
+        ids = np.asarray(tokens)
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
+            raise RequestError(
+                f"tokens must be integer ids [B, T], got {ids.dtype} of shape {list(ids.shape)}"
+            )
+        batch, width = ids.shape
+        lengths = np.full(batch, width) if lengths is None else np.asarray(lengths)
+        if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > width:
+            raise RequestError(f"lengths must be {batch} numbers in [1, {width}], got {lengths}")
+        columns = np.arange(width)
+        valid = columns[None] < lengths[:, None]
+        self._check_ids(ids[valid])
+        positions = np.where(valid, columns[None], ops.EMPTY).astype(np.int32)
+        return jnp.asarray(np.where(valid, ids, 0), jnp.int32), jnp.asarray(positions)
+
+    def score(
+        self, texts: str | Sequence[str] | Sequence[Sequence[int]], *, window: int = _SCORE_WINDOW
+    ) -> Score | list[Score]:
+        """Return the log-likelihood of each text, given its first token (BOS for a str).
+
+        A text longer than `window` tokens is scored in windows that overlap by half, so every
+        token beyond the first window sees at least window / 2 tokens before it.
+        """
+        prompts = self._ids(texts)
+        window = min(window, self.config.text.max_position_embeddings)
+        if window < 2:
+            raise RequestError(f"window must be at least 2 tokens, got {window}")
+        totals = [self._score_one(np.asarray(ids, np.int32), window) for ids in prompts]
+        return totals[0] if isinstance(texts, str) else totals
+
+    def _score_one(self, ids: np.ndarray, window: int) -> Score:
+        total, count, scored = 0.0, 0, 1
+        while scored < len(ids):
+            start = max(0, scored - window // 2) if scored > 1 else 0
+            end = min(start + window, len(ids))
+            width = bucket(end - start, 16)
+            row = np.zeros((1, width), np.int32)
+            row[0, : end - start] = ids[start:end]
+            tokens, positions = self._padded(row, [end - start])
+            logprobs = np.asarray(self._score(self._state, tokens, positions), np.float64)[0]
+            total += float(logprobs[scored - start - 1 : end - start - 1].sum())
+            count += end - scored
+            scored = end
+        return Score(total, count)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        context: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+    ) -> Completion | list[Completion]:
+        """Continue a prompt, or several at once.
+
+        Args:
+            prompt: a str, a list of str, or a list of lists of ids. A str gets one BOS.
+            max_new_tokens: the most tokens to generate.
+            context: the most tokens of prompt and output together; None: what the model takes.
+            temperature, top_k, top_p, min_p, repetition_penalty: None: the checkpoint's
+                generation_config, else temperature 0 (arg-max) and everything else off.
+                top_k 0 turns it off. The repetition penalty counts prompt and output, the
+                presence and frequency penalties the output.
+            logit_bias: added to the logits of these ids; -inf forbids one.
+            seed: row r draws with seed + r; a list gives each row its own.
+            stop: strings that end the text; they are not part of it.
+            logprobs: also return the log-probability of each token and the n (0 to 20) likeliest.
+
+        Raises:
+            RequestError: a setting outside its range, or a prompt that does not fit.
+        """
+        options = {k: v for k, v in locals().items() if k not in ("self", "prompt")}
+        request = self._request(prompt, options)
+        rows = None
+        for rows in request.run(itertools.repeat(_BLOCK)):
+            request.push(rows)
+        completions = [request.completion(row, rows) for row in range(len(request.prompts))]
+        return completions[0] if isinstance(prompt, str) else completions
+
+    def stream(self, prompt: str | Sequence[int], **settings: Any) -> Stream:
+        """Generate for one prompt and yield the text piece by piece; settings as for `generate`."""
+        one = prompt if isinstance(prompt, str) else [list(prompt)]
+        return Stream(self._request(one, settings))
+
+    def _request(self, prompt: Prompt, options: Mapping[str, Any]) -> Request:
+        prompts = self._ids(prompt)
+        return Request(
+            self.engine, self.config, self.tokenizer, self.generation_config, prompts, options
+        )
+
+    def _ids(self, prompt: Prompt) -> list[list[int]]:
+        """Return the prompts as ids: a str gets one BOS."""
+        items = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not items:
+            raise RequestError("no prompt: got an empty list")
+        if all(isinstance(item, str) for item in items):
+            if self.tokenizer is None:
+                raise RequestError("this model has no tokenizer: give lists of ids, not text")
+            return [self.tokenizer.encode(item) for item in items]
+        if any(isinstance(item, (str, int, np.integer)) for item in items):
+            raise RequestError("a prompt is a str, a list of str, or a list of lists of ids")
+        prompts = [[int(i) for i in item] for item in items]
+        if not all(prompts):
+            raise RequestError("a prompt of ids must hold at least one id (BOS)")
+        self._check_ids(np.asarray(list(itertools.chain(*prompts))))
+        return prompts
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        vocab = self.config.text.vocab_size
+        wrong = ids[(ids < 0) | (ids >= vocab)]
+        if wrong.size:
+            raise RequestError(f"token id {wrong[0]} is outside [0, {vocab})")
+
+
+def _all_logits(decoder: Decoder, tokens: Array, positions: Array) -> Array:
+    return decoder.logits(decoder(tokens, positions)[0])
+
+
+def _token_logprobs(decoder: Decoder, tokens: Array, positions: Array) -> Array:
+    """Return [B, T - 1] log-probabilities of tokens[:, 1:]; logits exist for a block at a time."""
+    hidden = decoder(tokens, positions)[0][:, :-1]
+    targets = tokens[:, 1:]
+    pad = -hidden.shape[1] % _SCORE_ROWS if hidden.shape[1] > _SCORE_ROWS else 0
+    rows = min(_SCORE_ROWS, hidden.shape[1])
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(-1, rows, hidden.shape[-1])
+    flat = jnp.pad(targets, ((0, 0), (0, pad))).reshape(-1, rows)
+
+    def block(args: tuple[Array, Array]) -> Array:
+        logits = decoder.logits(args[0])
+        own = jnp.take_along_axis(logits, args[1][:, None], axis=-1)[:, 0]
+        return own - jax.nn.logsumexp(logits, axis=-1)
+
+    out = jax.lax.map(block, (hidden, flat)).reshape(tokens.shape[0], -1)
+    return out[:, : targets.shape[1]]
+
+
+def load(
+    path_or_name: str | Path,
+    *,
+    dtype: Any = None,
+    layers: Layers | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Load a model from a folder, a GGUF file, or a name; nothing is downloaded.
+
+    Args:
+        path_or_name: a folder (Hugging Face safetensors, Google's Orbax), a `.gguf` file, "demo"
+            (Gemma 3 270M from the `demo` extra), or a Hugging Face name that is in the local
+            cache (the `hub` extra).
+        dtype: of weights and activations; None: float32 on CPU, bfloat16 elsewhere.
+        layers: "scan", "unroll", or None for the faster one of this backend.
+        progress: told (bytes filled, bytes in all).
+
+    Raises:
+        FileNotFoundError: no such path, or a name that is not here.
+        CheckpointError: a damaged file, or tensors that do not fit the config.
+        UnsupportedError: another architecture or format.
+    """
+    dtype = jnp.dtype(_default_dtype() if dtype is None else dtype)
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise RequestError(
+            f"dtype must be float32 or bfloat16, got {dtype.name} "
+            "(Gemma's activations overflow float16)"
+        )
+    if layers not in (None, "scan", "unroll"):
+        raise RequestError(f"layers must be 'scan', 'unroll' or None, got {layers!r}")
+    with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
+        source.check()
+        decoder = build_decoder(
+            source.config.text, source.read, dtype=dtype, layers=layers, progress=progress
+        )
+        tokenizer = source.tokenizer()
+        if tokenizer is None:
+            _log.info("%s has no tokenizer: ids in, ids out", source.source)
+        return Model(source.config, decoder, tokenizer, source.generation_config)
+
+
+def _default_dtype() -> Any:
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load the tokenizer of a folder, a `tokenizer.json`, a `*.model` or a `*.gguf` file."""
+    if Path(path).suffix == ".gguf":
+        return gguf.load_tokenizer(Path(path))
+    return tokenizers.load_tokenizer(path)
+
+
+def save(model: Model, path: str | Path, *, overwrite: bool = False) -> None:
+    """Write a folder that transformers and `load` read: safetensors, config, tokenizer.
+
+    The folder appears whole or not at all. `load(path, dtype=model.dtype)` gives the same
+    weights bit for bit.
+
+    Raises:
+        FileExistsError: `path` exists and is not an empty folder, unless `overwrite`.
+        OSError: it cannot be written; nothing is left behind.
+    """
+    tokenizer = model.tokenizer
+    checkpoints.save_safetensors(
+        Path(path),
+        model.config,
+        named_weights(model.decoder),
+        generation_config=_generation_config(model),
+        write_tokenizer=tokenizer.save if tokenizer else None,
+        overwrite=overwrite,
+    )
+
+
+def _generation_config(model: Model) -> dict[str, Any]:
+    config = model.config
+    eos = list(config.eos_token_id)
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos if len(eos) != 1 else eos[0],
+        "pad_token_id": config.pad_token_id,
+    } | model.generation_config

@@ -1,0 +1,73 @@
+"""What a weight can be besides a plain array: stored codes, and a layer of a stack not read yet.
+
+Only `ops` opens these. Layers hand them on without knowing which they hold.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["At", "QTensor", "Weight", "dense", "pack_bfloat16", "shape_of"]
+
+Format = Literal["bfloat16"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """A weight held as codes.
+
+    Format "bfloat16" holds the bits as uint16: on XLA:CPU a bfloat16 array inside a loop gets a
+    float32 copy of the whole model, its bits do not (docs/log.md, 2026-11-24).
+    """
+
+    codes: Any  # array; Any because JAX rebuilds pytrees with other leaves
+    format: Format = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight, [..., out, in]."""
+        return self.codes.shape
+
+    def dense(self) -> jax.Array:
+        """Decode to the format's own dtype."""
+        return jax.lax.bitcast_convert_type(self.codes, jnp.bfloat16)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class At:
+    """Layer `index` of `stack`, not read yet: what reads it decides how."""
+
+    stack: Any  # Array | QTensor, [layers, ...]
+    index: Any  # int32 scalar
+
+    def read(self) -> Any:
+        """Slice the layer out of the stack."""
+        return jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, self.index, 0, keepdims=False), self.stack
+        )
+
+
+Weight = jax.Array | QTensor | At
+
+
+def dense(weight: Weight) -> jax.Array:
+    """Return any weight as an array [..., out, in]; this is the reference for every fast path."""
+    if isinstance(weight, At):
+        weight = weight.read()
+    return weight.dense() if isinstance(weight, QTensor) else weight
+
+
+def shape_of(weight: Weight) -> tuple[int, ...]:
+    """Return the shape of one layer's weight, whatever holds it."""
+    return weight.stack.shape[1:] if isinstance(weight, At) else weight.shape
+
+
+def pack_bfloat16(weight: Any) -> QTensor:
+    """Hold a bfloat16 array (NumPy or JAX) as its bits."""
+    if isinstance(weight, jax.Array):
+        return QTensor(jax.lax.bitcast_convert_type(weight, jnp.uint16), "bfloat16")
+    return QTensor(jax.device_put(weight.view("uint16")), "bfloat16")

@@ -1,0 +1,204 @@
+"""The tokenizer that everything else uses: ids for text, text for ids, and the named ids."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from operator import index
+from pathlib import Path
+from shutil import copyfile
+
+from gemlax.errors import CheckpointError, RequestError
+from gemlax.tokenizer import fast, spm
+from gemlax.tokenizer.vocabulary import SPACE, Kind, Vocabulary
+
+__all__ = ["Tokenizer"]
+
+
+class Tokenizer:
+    """A Gemma vocabulary and the algorithm that goes with it. Safe to use from several threads.
+
+    A space is U+2581 inside the vocabulary, so that U+2581 in a text is read as a space and comes
+    back as one. Every other text, NUL included, comes back unchanged.
+
+    Attributes:
+        add_bos: Whether the checkpoint wants BOS before plain text. Only told: `encode` does what
+            its own argument says.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        encoder: Callable[[str], list[int]],
+        make_json: Callable[[], str],
+        files: Mapping[str, Path] | None = None,
+    ) -> None:
+        """Join the parts; users call `load_tokenizer` or `from_vocabulary`.
+
+        Args:
+            vocabulary: The pieces.
+            encoder: From text to ids, all markers taken as ordinary text.
+            make_json: Writes `tokenizer.json` if `files` has none.
+            files: The files that it came from, by the name under which `save` copies them.
+        """
+        self.bos_id = vocabulary.bos_id
+        self.eos_id = vocabulary.eos_id
+        self.pad_id = vocabulary.pad_id
+        self.unk_id = vocabulary.unk_id
+        self.add_bos = vocabulary.add_bos
+        self.num_tokens = len(vocabulary.pieces)
+        self.special_ids = vocabulary.special_ids
+        self._vocabulary = vocabulary
+        self._encoder = encoder
+        self._make_json = make_json
+        self._files = dict(files or {})
+
+    @classmethod
+    def from_vocabulary(
+        cls,
+        pieces: Sequence[str],
+        scores: Sequence[float],
+        token_types: Sequence[int],
+        *,
+        bos_id: int,
+        eos_id: int,
+        unk_id: int,
+        pad_id: int,
+        add_bos: bool = True,
+        merges: Sequence[str] | None = None,
+        files: Mapping[str, Path] | None = None,
+    ) -> "Tokenizer":
+        """Build a tokenizer from the lists of a GGUF header.
+
+        Args:
+            pieces: `tokenizer.ggml.tokens`.
+            scores: `tokenizer.ggml.scores`; not used if there are merges.
+            token_types: `tokenizer.ggml.token_type`.
+            bos_id: `tokenizer.ggml.bos_token_id`; and so on.
+            eos_id: Likewise.
+            unk_id: Likewise.
+            pad_id: Likewise.
+            add_bos: `tokenizer.ggml.add_bos_token`.
+            merges: `tokenizer.ggml.merges`, pairs joined by a space. Gemma 4 files have them, and
+                scores that say nothing.
+            files: See `__init__`.
+
+        Raises:
+            CheckpointError: The lists do not fit each other.
+        """
+        ids = {"bos_id": bos_id, "eos_id": eos_id, "pad_id": pad_id, "unk_id": unk_id}
+        vocabulary = Vocabulary.create(pieces, token_types, add_bos=add_bos, **ids)
+        if merges is not None:
+            text = fast.to_json(vocabulary, [split_merge(merge) for merge in merges])
+            return cls(vocabulary, fast.from_json(vocabulary, text), lambda: text, files)
+        if len(scores) != len(pieces):
+            raise CheckpointError(f"{len(pieces)} pieces but {len(scores)} scores")
+        kinds = vocabulary.kinds
+        long = (i for i, piece in enumerate(pieces) if kinds[i] == Kind.NORMAL and len(piece) > 1)
+        ranked = [scores[i] for i in long]
+        if len(ranked) > 1 and min(ranked) == max(ranked):
+            raise CheckpointError("no merges, and all scores are equal: nothing to rank by")
+
+        def make_json() -> str:
+            return fast.to_json(vocabulary, fast.implied_merges(vocabulary, scores))
+
+        return cls(vocabulary, spm.make_encoder(vocabulary, scores), make_json, files)
+
+    def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
+        """Return the ids of a text.
+
+        Args:
+            text: Any text that UTF-8 can encode.
+            add_bos: Put BOS first, unless it is there already (`parse_special`).
+            parse_special: Read markers such as <bos> and <end_of_turn> in the text as what they
+                name. Never for text that a user wrote: without it no text makes a special id.
+
+        Raises:
+            RequestError: The text holds a lone surrogate.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            at = f"{text[error.start]!r} at {error.start}"
+            raise RequestError(f"the text holds a lone surrogate, {at}") from error
+        ids: list[int] = []
+        for part in self._split(text) if parse_special else (text,):
+            if isinstance(part, int):
+                ids.append(part)
+            elif part:
+                ids += self._encoder(part)
+        return [self.bos_id, *ids] if add_bos and ids[:1] != [self.bos_id] else ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Return the text of ids; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            RequestError: An id is not in the vocabulary.
+        """
+        data = (self.token_bytes(index(id), skip_special=skip_special) for id in ids)
+        return b"".join(data).decode(errors="replace")
+
+    def token_bytes(self, id: int, *, skip_special: bool = True) -> bytes:
+        """Return what one id adds to the text, as UTF-8; it may be part of a character."""
+        piece = self.piece(id)
+        if id in self.special_ids:
+            return b"" if skip_special else piece.encode()
+        byte = self._vocabulary.byte_values.get(id)
+        return piece.replace(SPACE, " ").encode() if byte is None else byte
+
+    def piece(self, id: int) -> str:
+        """Return the piece of an id as the vocabulary writes it (U+2581, <0x0A>)."""
+        if not 0 <= id < self.num_tokens:
+            raise RequestError(f"token id {id} is outside 0 to {self.num_tokens - 1}")
+        return self._vocabulary.pieces[id]
+
+    def id_of(self, piece: str) -> int | None:
+        """Return the id of a piece written as the vocabulary writes it, None if it has none."""
+        return self._vocabulary.ids.get(piece)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer for transformers and for `load_tokenizer`.
+
+        Files that it came from are copied byte for byte; `tokenizer.json` and
+        `tokenizer_config.json` are made where there were none.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, path in self._files.items():
+            target = folder / name
+            if not (target.exists() and target.samefile(path)):
+                copyfile(path, target)
+        if "tokenizer.json" not in self._files:
+            (folder / "tokenizer.json").write_text(self._make_json(), "utf-8")
+        if "tokenizer_config.json" not in self._files:
+            settings = fast.to_settings(self._vocabulary)
+            (folder / "tokenizer_config.json").write_text(settings, "utf-8")
+
+    @cached_property
+    def _markers(self) -> tuple[re.Pattern[str], list[int], dict[str, int]]:
+        """How markers begin, their lengths with the longest first, and their ids."""
+        ids = {self.piece(id): id for id in sorted(self.special_ids)}
+        starts = "".join(sorted({piece[0] for piece in ids}))
+        return re.compile(f"[{re.escape(starts)}]"), sorted(set(map(len, ids)), reverse=True), ids
+
+    def _split(self, text: str) -> Iterator[str | int]:
+        """Yield the ids of the markers in a text and the text between them."""
+        starts, lengths, ids = self._markers
+        done = 0
+        for match in starts.finditer(text):
+            at = match.start()
+            if at < done:
+                continue
+            size = next((n for n in lengths if text[at : at + n] in ids), None)
+            if size is not None:
+                yield text[done:at]
+                yield ids[text[at : at + size]]
+                done = at + size
+        yield text[done:]
+
+
+def split_merge(merge: str) -> tuple[str, str]:
+    """Return the two pieces of a GGUF merge."""
+    left, _, right = merge.partition(" ")
+    if not left or not right or " " in right:
+        raise CheckpointError(f"the merge {merge!r} is not two pieces and a space between them")
+    return left, right

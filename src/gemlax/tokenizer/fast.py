@@ -1,0 +1,189 @@
+"""`tokenizer.json`: reads the file of the `tokenizers` package and writes one from any vocabulary.
+
+BPE over the whole text, spaces as U+2581, bytes as <0xNN> pieces. A vocabulary with scores has its
+merges implied: every split of a piece into two pieces, best score first (measured on the Gemma 3
+vocabulary: no different ids in 16,000 random texts).
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gemlax.errors import CheckpointError, UnsupportedError
+from gemlax.tokenizer.vocabulary import BYTE, SPACE, Kind, Vocabulary
+
+__all__ = ["implied_merges", "make_encoder", "read_json", "to_json"]
+
+NAMES = {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>", "unk": "<unk>"}
+
+
+def read_json(
+    path: Path, settings: dict[str, Any]
+) -> tuple[Vocabulary, Callable[[str], list[int]]]:
+    """Read a `tokenizer.json`; return its vocabulary and the function from text to ids.
+
+    Args:
+        path: The file.
+        settings: Contents of the `tokenizer_config.json` beside it, for the names of bos, eos, ...
+    """
+    tokenizers = import_tokenizers()
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises no narrower class
+        raise CheckpointError(f"{path} is damaged, or not a tokenizer.json: {error}") from error
+    is_bpe = isinstance(tokenizer.model, tokenizers.models.BPE)
+    if not is_bpe or (tokenizer.decoder and b"ByteLevel" in tokenizer.decoder.__getstate__()):
+        raise UnsupportedError(f"{path} is not a Gemma tokenizer: it is not BPE over characters")
+    added = tokenizer.get_added_tokens_decoder()
+    for token in added.values():
+        if token.special and (token.lstrip or token.rstrip or token.single_word):
+            raise UnsupportedError(f"{path}: the special token {token.content!r} strips its sides")
+    pieces, kinds = list_pieces(tokenizer.get_vocab(), added, path)
+    named = {f"{name}_id": find_named(name, pieces, settings, path) for name in NAMES}
+    # Asked of its description: a damaged post-processor panics when it runs.
+    state = tokenizer.post_processor.__getstate__().decode() if tokenizer.post_processor else ""
+    add_bos = json.dumps(pieces[named["bos_id"]], ensure_ascii=False) in state
+    vocabulary = Vocabulary.create(pieces, kinds, add_bos=add_bos, **named)
+    return vocabulary, make_encoder(vocabulary, tokenizer)
+
+
+def list_pieces(
+    ids: dict[str, int], added: dict[int, Any], path: Path
+) -> tuple[list[str], list[Kind]]:
+    """Return the pieces by id, with a kind for each."""
+    pieces = [piece for piece, _ in sorted(ids.items(), key=lambda item: item[1])]
+    if sorted(ids.values()) != list(range(len(pieces))):
+        raise CheckpointError(f"{path}: the ids of its {len(pieces)} pieces have holes or repeat")
+    kinds = []
+    for id, piece in enumerate(pieces):
+        if id in added:
+            kinds.append(Kind.CONTROL if added[id].special else Kind.USER_DEFINED)
+        else:
+            kinds.append(Kind.BYTE if BYTE.fullmatch(piece) else Kind.NORMAL)
+    return pieces, kinds
+
+
+def find_named(name: str, pieces: Sequence[str], settings: dict[str, Any], path: Path) -> int:
+    """Return the id of the bos, eos, pad or unk piece."""
+    value = settings.get(f"{name}_token") or NAMES[name]
+    piece = value["content"] if isinstance(value, dict) else value
+    if piece not in pieces:
+        raise CheckpointError(f"{path} has no piece {piece!r}, which should be its {name} token")
+    return pieces.index(piece)
+
+
+def make_encoder(vocabulary: Vocabulary, tokenizer: Any) -> Callable[[str], list[int]]:
+    """Return the function from text to ids that parses no marker. Safe to call from threads."""
+    # Markers that the file does not call special would match in text (measured: it is the content
+    # that counts, an added token of the same text keeps its id).
+    tokenizer.add_special_tokens([vocabulary.pieces[id] for id in sorted(vocabulary.special_ids)])
+    tokenizer.encode_special_tokens = True  # as ordinary text
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def from_json(vocabulary: Vocabulary, text: str) -> Callable[[str], list[int]]:
+    """Return the function from text to ids of a `tokenizer.json` that `to_json` wrote."""
+    tokenizers = import_tokenizers()
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the package raises no narrower class
+        raise CheckpointError(f"tokenizers refuses the vocabulary: {error}") from error
+    return make_encoder(vocabulary, tokenizer)
+
+
+def to_json(vocabulary: Vocabulary, merges: Sequence[tuple[str, str]]) -> str:
+    """Return the vocabulary as a complete `tokenizer.json`, which transformers loads too."""
+    added = [
+        {
+            "id": id,
+            "content": piece,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": SPACE in piece,  # runs of spaces match after spaces became U+2581
+            "special": id in vocabulary.special_ids,
+        }
+        for id, piece in enumerate(vocabulary.pieces)
+        if vocabulary.kinds[id] in (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED)
+    ]
+    bos = vocabulary.pieces[vocabulary.bos_id]
+    first = [{"SpecialToken": {"id": bos, "type_id": 0}}] if vocabulary.add_bos else []
+    second = [{"SpecialToken": {"id": bos, "type_id": 1}}] if vocabulary.add_bos else []
+    one, two = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    known = {bos: {"id": bos, "ids": [vocabulary.bos_id], "tokens": [bos]}}
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [*first, one],
+            "pair": [*first, one, *second, two],
+            "special_tokens": known if vocabulary.add_bos else {},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": vocabulary.pieces[vocabulary.unk_id],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": len(vocabulary.byte_values) == 256,
+            "ignore_merges": False,
+            "vocab": vocabulary.ids,
+            "merges": merges,
+        },
+    }
+    return json.dumps(content, ensure_ascii=False)
+
+
+def to_settings(vocabulary: Vocabulary) -> str:
+    """Return the `tokenizer_config.json` that belongs to `to_json`."""
+    ids = {"bos": vocabulary.bos_id, "eos": vocabulary.eos_id}
+    ids |= {"pad": vocabulary.pad_id, "unk": vocabulary.unk_id}
+    content: dict[str, Any] = {f"{name}_token": vocabulary.pieces[id] for name, id in ids.items()}
+    content |= {"add_bos_token": vocabulary.add_bos, "add_eos_token": False}
+    content |= {"clean_up_tokenization_spaces": False, "padding_side": "left"}
+    content["tokenizer_class"] = "GemmaTokenizer"
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def implied_merges(vocabulary: Vocabulary, scores: Sequence[float]) -> list[tuple[str, str]]:
+    """Return the merges that a scored vocabulary implies, in the order in which they apply."""
+    normal = {
+        piece: score
+        for piece, score, kind in zip(vocabulary.pieces, scores, vocabulary.kinds, strict=True)
+        if kind == Kind.NORMAL
+    }
+    found = [
+        (-score, size, piece)
+        for piece, score in normal.items()
+        for size in range(1, len(piece))
+        if piece[:size] in normal and piece[size:] in normal
+    ]
+    found.sort(key=lambda merge: merge[:2])
+    return [(piece[:size], piece[size:]) for _, size, piece in found]
+
+
+def import_tokenizers() -> ModuleType:
+    """Import the package on first use."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError("tokenizer.json needs: pip install tokenizers") from error
+    return tokenizers

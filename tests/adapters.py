@@ -1,0 +1,80 @@
+"""What the parity tests need of gemlax's decoder; the only place that knows its interface.
+
+Weights go in and results come out as NumPy arrays, weights under Hugging Face's names.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gemlax import cache, ops
+from gemlax.config import GemmaConfig
+from gemlax.decoder import Decoder, Layers, Read
+from gemlax.weights import build_decoder
+
+# How far gemlax may be from transformers at full depth, times std(logits). One rounding of the
+# weights moves transformers' own logits by up to 2e-5; never loosened.
+LOGITS = 1e-4
+# The same for one layer on transformers' own input, times std(output): float32 rounds at 6e-8,
+# and a layer is a dozen sums of about 100 terms.
+LAYER = 1e-5
+
+# "index" is the scan that reads its matrices as At(stack, index).
+Stack = Literal["scan", "index", "unroll"]
+
+
+def build(
+    config: GemmaConfig, weights: Mapping[str, np.ndarray], layers: Stack = "scan"
+) -> Decoder:
+    """Build a float32 decoder with exactly these weights."""
+    read: Read = "index" if layers == "index" else "slice"
+    rest = dict(weights)
+
+    def fill(name: str, out: np.ndarray) -> None:
+        weight = rest.pop(name)
+        assert weight.shape == out.shape, f"{name}: {weight.shape}, expected {out.shape}"
+        out[...] = weight
+
+    held: Layers = "unroll" if layers == "unroll" else "scan"
+    decoder = build_decoder(config.text, fill, layers=held, read=read)
+    assert not rest, f"no place for {list(rest)}"
+    return decoder
+
+
+def logits(decoder: Decoder, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return logits [B, T, V] of prompts padded on the right.
+
+    Compiled anew on each call, so that a test may replace an operation beforehand.
+    """
+    graphdef, state = nnx.split(decoder)
+    at = np.arange(tokens.shape[1], dtype=np.int32)
+    positions = np.where(at < lengths[:, None], at, ops.EMPTY)
+
+    def forward(state: Any, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, state)
+        return model.logits(model(tokens, positions)[0])
+
+    return np.asarray(jax.jit(forward)(state, jnp.asarray(tokens), jnp.asarray(positions)))
+
+
+def layer_output(
+    decoder: Decoder, i: int, x: np.ndarray, positions: np.ndarray
+) -> np.ndarray:
+    """Return what layer `i` alone makes of hidden states [B, T, D]."""
+    if decoder.scanned:
+        at = decoder.config.plan.locate(i)
+        graphdef, stacked = nnx.split(decoder.layers[at.segment][at.kind])
+        state = jax.tree.map(lambda a: a[at.row], stacked)
+    else:
+        graphdef, state = nnx.split(decoder.layers[i])
+    return np.asarray(_run_layer(graphdef, state, jnp.asarray(x), jnp.asarray(positions)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_layer(graphdef: Any, state: Any, x: jax.Array, positions: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, state)(x, cache.Fresh(positions))[0]

