@@ -29,9 +29,12 @@ Stack = Literal["scan", "index", "unroll"]
 
 
 def build(
-    config: GemmaConfig, weights: Mapping[str, np.ndarray], layers: Stack = "scan"
+    config: GemmaConfig,
+    weights: Mapping[str, np.ndarray],
+    layers: Stack = "scan",
+    dtype: Any = jnp.float32,
 ) -> Decoder:
-    """Build a float32 decoder with exactly these weights."""
+    """Build a decoder with exactly these weights."""
     read: Read = "index" if layers == "index" else "slice"
     rest = dict(weights)
 
@@ -41,7 +44,7 @@ def build(
         out[...] = weight
 
     held: Layers = "unroll" if layers == "unroll" else "scan"
-    decoder = build_decoder(config.text, fill, layers=held, read=read)
+    decoder = build_decoder(config.text, fill, dtype=dtype, layers=held, read=read)
     assert not rest, f"no place for {list(rest)}"
     return decoder
 
@@ -62,9 +65,7 @@ def logits(decoder: Decoder, tokens: np.ndarray, lengths: np.ndarray) -> np.ndar
     return np.asarray(jax.jit(forward)(state, jnp.asarray(tokens), jnp.asarray(positions)))
 
 
-def layer_output(
-    decoder: Decoder, i: int, x: np.ndarray, positions: np.ndarray
-) -> np.ndarray:
+def layer_output(decoder: Decoder, i: int, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Return what layer `i` alone makes of hidden states [B, T, D]."""
     if decoder.scanned:
         at = decoder.config.plan.locate(i)

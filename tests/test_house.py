@@ -13,7 +13,10 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 ROOT = Path(__file__).resolve().parent.parent
 SRC = ROOT / "src"
@@ -317,6 +320,15 @@ def test_the_import_probe_sees_side_effects(tmp_path):
         "changes a jax flag",
         "imports torch",
     ]
+
+
+def test_a_wrong_shape_is_caught_by_its_annotation():
+    from gemlax.ops import rms_norm
+
+    ones = np.ones((2, 3), np.float32)
+    assert rms_norm(jnp.array(ones), jnp.array(ones[0]), eps=0.0, offset=0.0).shape == (2, 3)
+    with pytest.raises(TypeCheckError):
+        rms_norm(jnp.array(ones), jnp.array(ones[:, 0]), eps=0.0, offset=0.0)
 
 
 # The rules against bad twins.

@@ -18,6 +18,7 @@ from vocabularies import (
     TOY_TYPES,
     WORDS,
     gguf_tokenizer,
+    published_tokenizer,
     sentencepiece_model,
     toy,
 )
@@ -51,16 +52,30 @@ def gguf(gguf_path) -> Tokenizer:
     return gguf_tokenizer(gguf_path)
 
 
-@pytest.fixture(scope="module", params=["gemma3", "gemma4"])
-def published(request, tmp_path_factory):
-    """(tokenizer of a tokenizer.model, the same saved as tokenizer.json, sentencepiece itself)."""
-    path = sentencepiece_model(request.param)
-    tokenizer = load_tokenizer(path)
-    folder = tmp_path_factory.mktemp(request.param)
-    tokenizer.save(folder)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Tokenizer:
+    """The published Gemma 3 model after it was saved as a tokenizer.json."""
+    folder = tmp_path_factory.mktemp("saved")
+    published_tokenizer("gemma3").save(folder)
     (folder / "tokenizer.model").unlink()
-    oracle = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    return tokenizer, load_tokenizer(folder), oracle
+    return load_tokenizer(folder)
+
+
+def oracle(name: str) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model(name)))
+
+
+def check_against(oracle: sentencepiece.SentencePieceProcessor, tokenizer: Tokenizer) -> None:
+    compared = 0
+    for text in TEXTS + random_texts(tokenizer, seed=0, count=300):
+        if any(name in text for name in CONTROL):
+            continue  # sentencepiece takes these, and only these, as ordinary text
+        expected = oracle.encode(text)
+        assert tokenizer.encode(text, add_bos=False, parse_special=True) == expected, text
+        if tokenizer.special_ids.isdisjoint(expected):
+            compared += 1
+            assert tokenizer.encode(text, add_bos=False) == expected, text
+    assert compared > 800
 
 
 # Ids.
@@ -73,34 +88,26 @@ def test_ids_of_the_gguf_vocabulary_are_those_of_llama_cpp(gguf):
         assert gguf.encode(text, add_bos=False, parse_special=True) == case["parsed"], text
 
 
-def test_ids_of_a_sentencepiece_model_are_those_of_sentencepiece(published):
-    tokenizer, saved, oracle = published
-    texts = TEXTS + random_texts(tokenizer, seed=0, count=300)
-    compared = 0
-    for text in texts:
-        if any(name in text for name in CONTROL):
-            continue  # sentencepiece takes these, and only these, as ordinary text
-        expected = oracle.encode(text)
-        assert tokenizer.encode(text, add_bos=False, parse_special=True) == expected, text
-        assert saved.encode(text, add_bos=False, parse_special=True) == expected, text
-        if tokenizer.special_ids.isdisjoint(expected):
-            compared += 1
-            assert tokenizer.encode(text, add_bos=False) == expected, text
-            assert saved.encode(text, add_bos=False) == expected, text
-    assert compared > 800
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+def test_ids_of_a_sentencepiece_model_are_those_of_sentencepiece(name):
+    check_against(oracle(name), published_tokenizer(name))
 
 
-def test_saved_and_original_agree_on_markers(published):
-    tokenizer, saved, _ = published
-    assert tokenizer.special_ids == saved.special_ids
-    for text in TEXTS:
-        assert tokenizer.encode(text) == saved.encode(text), text
-        ids = tokenizer.encode(text, parse_special=True)
-        assert saved.encode(text, parse_special=True) == ids, text
+def test_ids_of_a_saved_tokenizer_are_those_of_sentencepiece(saved):
+    check_against(oracle("gemma3"), saved)
 
 
-def test_gguf_and_sentencepiece_call_the_same_ids_special(gguf):
-    assert gguf.special_ids == load_tokenizer(sentencepiece_model("gemma3")).special_ids
+def test_ids_of_a_saved_tokenizer_are_those_of_llama_cpp(saved):
+    for case in GOLDEN["encode"]:
+        text = case["text"]
+        if "<unused" in text:
+            continue  # from id 256001 on the file numbers them otherwise
+        assert saved.encode(text, add_bos=False) == case["ordinary"], text
+        assert saved.encode(text, add_bos=False, parse_special=True) == case["parsed"], text
+
+
+def test_every_form_calls_the_same_ids_special(gguf, saved):
+    assert gguf.special_ids == saved.special_ids == published_tokenizer("gemma3").special_ids
     markers = ["<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>"]
     assert gguf.special_ids >= {gguf.id_of(marker) for marker in markers}
 
@@ -109,7 +116,7 @@ def test_a_gemma_4_turn_has_the_published_ids():
     # Source: a token-exact capture from the E4B tokenizer.
     text = "<|turn>user\nWhat time is it?<turn|>\n<|turn>model\n"
     ids = [105, 2364, 107, 3689, 990, 563, 625, 236881, 106, 107, 105, 4368, 107]
-    tokenizer = load_tokenizer(sentencepiece_model("gemma4"))
+    tokenizer = published_tokenizer("gemma4")
     assert tokenizer.encode(text, add_bos=False, parse_special=True) == ids
 
 
@@ -193,11 +200,10 @@ def test_bytes_of_ids_are_those_of_llama_cpp(gguf):
         assert gguf.decode(case["ids"]) == data.decode(errors="replace")
 
 
-def test_every_text_comes_back(published, gguf):
-    tokenizer, saved, _ = published
-    for text in TEXTS + random_texts(tokenizer, seed=1, count=50):
+def test_every_text_comes_back(gguf, saved):
+    for text in TEXTS + random_texts(gguf, seed=1, count=50):
         text = text.replace("▁", " ")
-        for each in (tokenizer, saved, gguf):
+        for each in (published_tokenizer("gemma4"), saved, gguf):
             assert each.decode(each.encode(text)) == text
             ids = each.encode(text, parse_special=True, add_bos=False)
             assert each.decode(ids, skip_special=False) == text

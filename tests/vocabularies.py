@@ -51,6 +51,14 @@ def sentencepiece_model(name: str) -> Path:
     return path
 
 
+@cache
+def published_tokenizer(name: str):
+    """Build the tokenizer of `sentencepiece_model(name)`, once."""
+    from gemlax.tokenizer import load_tokenizer
+
+    return load_tokenizer(sentencepiece_model(name))
+
+
 def gguf_header(path: Path) -> dict[str, Any]:
     """Read the metadata of a GGUF file. Source: ggml/docs/gguf.md."""
     scalars = dict(zip(range(8), "BbHhIif?", strict=True)) | {10: "Q", 11: "q", 12: "d"}
@@ -72,7 +80,7 @@ def gguf_header(path: Path) -> dict[str, Any]:
         return {value(8): value(scalar("I")) for _ in range(count)}
 
 
-def gguf_tokenizer(path: Path):
+def gguf_tokenizer(path: Path, add_bos: bool = True):
     """Build the tokenizer of a GGUF file."""
     from gemlax.tokenizer import Tokenizer
 
@@ -86,5 +94,5 @@ def gguf_tokenizer(path: Path):
         eos_id=get["eos_token_id"],
         unk_id=get["unknown_token_id"],
         pad_id=get["padding_token_id"],
-        add_bos=get["add_bos_token"],
+        add_bos=add_bos,
     )

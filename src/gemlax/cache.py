@@ -41,7 +41,7 @@ def round_capacity(tokens: int) -> int:
     return max(16, 1 << (tokens - 1).bit_length())
 
 
-def new_caches(config: TextConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Caches:
+def new_caches(config: TextConfig, batch: int, capacity: int, dtype: Any) -> Caches:
     """Allocate empty caches for `batch` rows of up to `capacity` tokens (a bucket).
 
     Raises:
@@ -49,10 +49,9 @@ def new_caches(config: TextConfig, batch: int, capacity: int, dtype: jnp.dtype) 
     """
     if capacity != round_capacity(capacity):
         raise ValueError(f"capacity {capacity} is no bucket; use {round_capacity(capacity)}")
-    stored = _stored_dtype(dtype)
+    stored = _stored_dtype(jnp.dtype(dtype))
     caches: Caches = {}
-    for kind in dict.fromkeys(spec.kind for spec in config.layers):
-        spec = config.first(kind)
+    for kind, spec in {spec.kind: spec for spec in config.layers if spec.owns_kv}.items():
         rows = config.plan.cache_rows(kind)
         shape = (rows, batch, capacity, spec.num_key_value_heads, spec.head_dim)
         caches[kind] = DenseCache(
@@ -64,8 +63,8 @@ def new_caches(config: TextConfig, batch: int, capacity: int, dtype: jnp.dtype) 
 
 
 def _stored_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    narrow = jnp.dtype(dtype) == jnp.bfloat16 and jax.default_backend() == "cpu"
-    return jnp.dtype(jnp.uint16) if narrow else jnp.dtype(dtype)
+    narrow = dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+    return jnp.dtype(jnp.uint16) if narrow else dtype
 
 
 def mark(caches: Caches, positions: Int[Array, "B T"]) -> Caches:

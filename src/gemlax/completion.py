@@ -86,7 +86,7 @@ class Request:
             logprobs=self.num_logprobs is not None,
         )
         steps = self.engine.steps(state, limits, self.settings, sizes)
-        ended = None
+        ended: np.ndarray | None = None
         while True:
             try:
                 rows = steps.send(ended)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from gemlax import cache as kv
 from gemlax.cache import Caches
-from gemlax.config import Run, Segment, StackPlan, TextConfig
+from gemlax.config import Kind, Run, Segment, StackPlan, TextConfig
 from gemlax.layers import DecoderLayer, Embedder, RMSNorm
 from gemlax.qtensor import At
 
@@ -39,15 +39,17 @@ class Decoder(nnx.Module):
         *,
         layers: Layers = "scan",
         read: Read = "slice",
-        dtype: jnp.dtype = jnp.float32,
+        dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        dtype = jnp.dtype(dtype)
         self.config, self.read, self.scanned = config, read, layers == "scan"
         self.embed_tokens = Embedder(config, dtype=dtype, rngs=rngs)
 
         def make(spec: Any) -> Callable[[nnx.Rngs], DecoderLayer]:
             return lambda rngs: DecoderLayer(config, spec, dtype=dtype, rngs=rngs)
 
+        self.layers: nnx.List[Any]
         if self.scanned:
             self.layers = nnx.List(
                 nnx.Dict(
@@ -174,9 +176,10 @@ def _first(tree: Any) -> Any:
     return jax.tree.map(lambda a: a[0], tree)
 
 
-def _starts(segment: Segment) -> list[tuple[int, Any]]:
+def _starts(segment: Segment) -> list[tuple[int, Run]]:
     """Return (layer offset, run) of the first run of each kind."""
-    offset, seen = 0, {}
+    offset = 0
+    seen: dict[Kind, tuple[int, Run]] = {}
     for run in segment.runs:
         seen.setdefault(run.spec.kind, (offset, run))
         offset += run.count
@@ -189,9 +192,10 @@ class _Stack:
     def __init__(self, stack: DecoderLayer, read: Read, count: int):
         self.count = count
         by_index = read == "index"
-        self.graphdef, self.whole, self.sliced = nnx.split(
-            stack, lambda path, v: by_index and "matrix" in v.get_metadata(), ...
-        )
+        parts: Any = nnx.split(stack, lambda _, v: by_index and "matrix" in v.get_metadata(), ...)
+        self.graphdef: Any = parts[0]
+        self.whole: Any = parts[1]
+        self.sliced: Any = parts[2]
 
     def by_period(self) -> Any:
         """Return the scan's inputs: [layers, ...] as [periods, layers in a period, ...]."""

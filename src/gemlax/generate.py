@@ -8,7 +8,7 @@ of (batch, chunk, capacity); sampling settings, limits and stop ids are traced.
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -157,7 +157,7 @@ class Engine:
         limits: Limits,
         settings: Sampling,
         sizes: Iterator[int],
-    ) -> Iterator[Rows]:
+    ) -> Generator[Rows, np.ndarray | None, None]:
         """Decode in blocks of `sizes` steps; yield the rows after each, until all are done.
 
         The receiver may `send` a mask of rows that shall end (a stop string was met).
@@ -249,6 +249,7 @@ def _step(
     positions = jnp.where(state.done, ops.EMPTY, last)[:, None]
     current = jnp.where(state.done, 0, state.tokens[rows, last])[:, None]
     hidden, caches = decoder(current, positions, state.caches)
+    assert caches is not None
     raw = decoder.logits(hidden[:, 0])[:, :num_tokens]
     columns = jnp.arange(capacity, dtype=jnp.int32)[None]
     is_output = (columns >= limits.prompts[:, None]) & (columns < state.lengths[:, None])

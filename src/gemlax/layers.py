@@ -3,7 +3,7 @@
 A layer knows its `LayerSpec` and no index, no mesh, no cache layout and no weight format.
 """
 
-from typing import Protocol
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,16 @@ from gemlax.config import LayerSpec, TextConfig
 __all__ = ["MLP", "Attention", "DecoderLayer", "Embedder", "KV", "Linear", "RMSNorm"]
 
 
+@runtime_checkable
 class KV(Protocol):
     """Where a layer's keys and values go and come from: a cache view, or this call alone."""
 
-    positions: Array
+    @property
+    def positions(self) -> Any:
+        """The positions of this step's tokens, [B, T]."""
+        ...
 
-    def update(self, k: Array, v: Array) -> "KV":
+    def update(self, k: Array, v: Array) -> Self:
         """Take in this step's keys and values, [B, T, K, H]."""
         ...
 
@@ -30,10 +34,13 @@ class KV(Protocol):
         ...
 
 
+View = TypeVar("View", bound=KV)
+
+
 class Linear(nnx.Module):
     """x @ weight.T. The only module that holds a projection.
 
-    `matrix` marks the weights that the decoder may hand in as `At(stack, index)`.
+    `matrix` marks the weights that may be held as codes, and handed in as `At(stack, index)`.
     """
 
     def __init__(
@@ -74,7 +81,7 @@ class Embedder(nnx.Module):
         shape = (config.vocab_size, config.hidden_size)
         scale = jnp.asarray(config.hidden_size**-0.5, dtype)
         value = jax.random.normal(rngs.params(), shape, dtype) * scale
-        self.weight = nnx.Param(value, axes=("vocab", "embed"))
+        self.weight = nnx.Param(value, axes=("vocab", "embed"), matrix=True)
         self.scale = config.hidden_size**0.5
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -95,7 +102,7 @@ class Attention(nnx.Module):
     def __init__(self, config: TextConfig, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         hidden, size = config.hidden_size, spec.head_dim
         heads, kv_heads = config.num_attention_heads, spec.num_key_value_heads
-        make = {"dtype": dtype, "rngs": rngs}
+        make: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.spec = spec
         self.q_proj = Linear(hidden, heads * size, ("heads", "embed"), **make)
         self.k_proj = Linear(hidden, kv_heads * size, ("kv_heads", "embed"), **make)
@@ -104,7 +111,7 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(size, config, dtype=dtype)
         self.k_norm = RMSNorm(size, config, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "B T D"], kv: KV) -> tuple[Float[Array, "B T D"], KV]:
+    def __call__(self, x: Float[Array, "B T D"], kv: View) -> tuple[Float[Array, "B T D"], View]:
         """Return what the layer attends to, and `kv` with this step taken in."""
         spec = self.spec
         q = self.q_norm(self._heads(self.q_proj(x)))  # [B, T, N, H]
@@ -127,7 +134,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: TextConfig, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         hidden, inner = config.hidden_size, spec.intermediate_size
-        make = {"dtype": dtype, "rngs": rngs}
+        make: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.gate_proj = Linear(hidden, inner, ("mlp", "embed"), **make)
         self.up_proj = Linear(hidden, inner, ("mlp", "embed"), **make)
         self.down_proj = Linear(inner, hidden, ("embed", "mlp"), **make)
@@ -152,7 +159,7 @@ class DecoderLayer(nnx.Module):
         self.pre_feedforward_layernorm = RMSNorm(hidden, config, dtype=dtype)
         self.post_feedforward_layernorm = RMSNorm(hidden, config, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "B T D"], kv: KV) -> tuple[Float[Array, "B T D"], KV]:
+    def __call__(self, x: Float[Array, "B T D"], kv: View) -> tuple[Float[Array, "B T D"], View]:
         """Return the residual stream after the layer, and `kv` with this step taken in."""
         with jax.named_scope("attention"):
             out, kv = self.self_attn(self.input_layernorm(x), kv)

@@ -197,7 +197,7 @@ class Model:
 
     def _ids(self, prompt: Prompt) -> list[list[int]]:
         """Return the prompts as ids: a str gets one BOS."""
-        items = [prompt] if isinstance(prompt, str) else list(prompt)
+        items: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
         if not items:
             raise RequestError("no prompt: got an empty list")
         if all(isinstance(item, str) for item in items):

@@ -5,6 +5,7 @@ Source: the config.json files of google/gemma-3-*; see docs/sources.md.
 """
 
 import dataclasses
+from typing import Any
 
 from gemlax.config import GemmaConfig, LayerSpec
 from gemlax.errors import RequestError
@@ -12,12 +13,12 @@ from gemlax.errors import RequestError
 __all__ = ["PRESETS", "preset", "tiny"]
 
 _LINEAR_8 = {"rope_type": "linear", "factor": 8.0}
-_SMALL = {"vocab_size": 262_144, "num_attention_heads": 4, "num_key_value_heads": 1,
+_SMALL: dict[str, Any] = {"vocab_size": 262_144, "num_attention_heads": 4, "num_key_value_heads": 1,
           "sliding_window": 512, "max_position_embeddings": 32_768}  # fmt: skip
 _TINY_HIDDEN = 80  # hidden / heads = 20 equals no head_dim
-_LARGE = {"sliding_window": 1024, "rope_scaling": _LINEAR_8}
+_LARGE: dict[str, Any] = {"sliding_window": 1024, "rope_scaling": _LINEAR_8}
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "gemma-3-270m": _SMALL
     | {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18},
     "gemma-3-1b": _SMALL

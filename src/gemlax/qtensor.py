@@ -56,9 +56,8 @@ Weight = jax.Array | QTensor | At
 
 def dense(weight: Weight) -> jax.Array:
     """Return any weight as an array [..., out, in]; this is the reference for every fast path."""
-    if isinstance(weight, At):
-        weight = weight.read()
-    return weight.dense() if isinstance(weight, QTensor) else weight
+    held: Any = weight.read() if isinstance(weight, At) else weight
+    return held.dense() if isinstance(held, QTensor) else held
 
 
 def shape_of(weight: Weight) -> tuple[int, ...]:

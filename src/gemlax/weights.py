@@ -69,7 +69,7 @@ def build_decoder(
             done += part.nbytes
             if progress is not None:
                 progress(done, total)
-        filled[path] = variable.replace(_to_device(buffer))
+        filled[path] = variable.replace(_to_device(buffer, "matrix" in variable.get_metadata()))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
@@ -116,9 +116,8 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _to_device(buffer: np.ndarray) -> Any:
+def _to_device(buffer: np.ndarray, is_matrix: bool) -> Any:
     """Give up the buffer. Matrices of bfloat16 are held as bits on CPU (`QTensor`)."""
-    packs = buffer.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
-    if packs and buffer.ndim >= 2 and min(buffer.shape[-2:]) > 1:
+    if is_matrix and buffer.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return pack_bfloat16(buffer)
     return jax.device_put(buffer)

@@ -7,6 +7,7 @@ here the two lists are compared, all at once, and the ranges are cast into the c
 import abc
 import dataclasses
 import difflib
+import functools
 import json
 import logging
 import mmap
@@ -15,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -97,7 +98,7 @@ class Checkpoint(abc.ABC):
             CheckpointError: the checkpoint has no such tensor or it has another shape, or a value
                 does not fit in float16.
         """
-        weight = self._weights().get(name)
+        weight = self._weights.get(name)
         if weight is None:
             raise CheckpointError(f"{name!r} is not a weight of {self.source}")
         if out.dtype not in READABLE:
@@ -117,7 +118,7 @@ class Checkpoint(abc.ABC):
     def close(self) -> None:
         """Close the files. Arrays that were read stay valid."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoint":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -143,6 +144,7 @@ class Checkpoint(abc.ABC):
     def _fill(self, weight: Weight, out: np.ndarray) -> None:
         """Read `weight` into `out`, which has been checked."""
 
+    @functools.cached_property
     def _weights(self) -> dict[str, Weight]:
         return resolve(self.config.text)
 
@@ -181,7 +183,7 @@ def _numbers(name: str) -> str:
 def _nearest(name: str, groups: Mapping[str, list[str]]) -> str:
     """Name the nearest weight of the same layer: comparing with all of them takes minutes."""
     name = name[:200]
-    near = difflib.get_close_matches(name, groups.get(_numbers(name), []), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, groups.get(_numbers(name), []), n=1, cutoff=0.6)
     return f" (nearest: {near[0]})" if near else ""
 
 

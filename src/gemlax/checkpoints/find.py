@@ -38,7 +38,7 @@ def find(path_or_name: str | Path) -> Path:
         return path
     if path_or_name == DEMO:
         return _demo()
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path_or_name) and not path.suffix == ".gguf":
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path_or_name) and path.suffix != ".gguf":
         return _in_hub_cache(path_or_name)
     raise FileNotFoundError(
         f"no model at {path_or_name!r}: give the path of a folder or of a .gguf file, {DEMO!r}, "

@@ -30,7 +30,7 @@ from gemlax.checkpoints.base import (
     same_bytes,
     show,
 )
-from gemlax.checkpoints.names import Weight, resolve
+from gemlax.checkpoints.names import Weight
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.tokenizer import Tokenizer
@@ -140,7 +140,7 @@ class GGUFCheckpoint(Checkpoint):
             self._data.close()
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
-        return {weight.gguf: weight.shape for weight in resolve(self.config.text).values()}
+        return {weight.gguf: weight.shape for weight in self._weights.values()}
 
     def _found(self) -> dict[str, tuple[int, ...]]:
         return {

@@ -24,7 +24,7 @@ from gemlax.checkpoints.base import (
     resolve_config,
     show,
 )
-from gemlax.checkpoints.names import Weight, from_orbax, resolve
+from gemlax.checkpoints.names import Weight, from_orbax
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.presets import PRESETS, preset
@@ -111,7 +111,7 @@ class OrbaxCheckpoint(Checkpoint):
         self._checkpointer.close()
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
-        return {w.orbax: w.orbax_shape for w in resolve(self.config.text).values()}
+        return {w.orbax: w.orbax_shape for w in self._weights.values()}
 
     def _found(self) -> dict[str, tuple[int, ...]]:
         return self._shapes

@@ -171,7 +171,7 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._tensors.get(f"{self._prefix}embed_tokens.weight")
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
-        return {self._prefix + n: shape for n, shape in text_weights(self.config.text).items()}
+        return {self._prefix + name: weight.shape for name, weight in self._weights.items()}
 
     def _found(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self._text().items()}

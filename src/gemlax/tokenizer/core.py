@@ -6,6 +6,7 @@ from functools import cached_property
 from operator import index
 from pathlib import Path
 from shutil import copyfile
+from typing import SupportsIndex
 
 from gemlax.errors import CheckpointError, RequestError
 from gemlax.tokenizer import fast, spm
@@ -128,7 +129,7 @@ class Tokenizer:
                 ids += self._encoder(part)
         return [self.bos_id, *ids] if add_bos and ids[:1] != [self.bos_id] else ids
 
-    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], *, skip_special: bool = True) -> str:
         """Return the text of ids; bytes that are no UTF-8 become U+FFFD.
 
         Raises:

@@ -68,7 +68,7 @@ def list_pieces(
 def find_named(name: str, pieces: Sequence[str], settings: dict[str, Any], path: Path) -> int:
     """Return the id of the bos, eos, pad or unk piece."""
     value = settings.get(f"{name}_token") or NAMES[name]
-    piece = value["content"] if isinstance(value, dict) else value
+    piece = value.get("content") if isinstance(value, dict) else value
     if piece not in pieces:
         raise CheckpointError(f"{path} has no piece {piece!r}, which should be its {name} token")
     return pieces.index(piece)

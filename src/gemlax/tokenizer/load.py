@@ -26,7 +26,8 @@ NAMES = (
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a folder, a `tokenizer.json` or a `*.model` file.
 
-    A folder's `tokenizer.json` is preferred to its `tokenizer.model`.
+    In a folder, `tokenizer.json` is preferred to `tokenizer.model`, and `tokenizer_config.json`
+    says which pieces are bos, eos, pad and unk. A file is taken alone.
 
     Raises:
         FileNotFoundError: There is none.

@@ -7,7 +7,9 @@ Source: sentencepiece_model.proto (field numbers).
 """
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from operator import index
 from types import ModuleType
 from typing import Any
 
@@ -33,21 +35,19 @@ def read_model(data: bytes, name: str) -> tuple[list[str], list[float], list[int
         UnsupportedError: It is one, but not of Gemma's kind.
     """
     pieces, scores, types = [], [], []
-    specs: dict[int, dict[int, Any]] = {2: {}, 3: {}}
     try:
-        for number, value in fields(data):
-            if number == 1:
-                piece = dict(fields(value))
-                pieces.append(piece[1].decode())
-                scores.append(struct.unpack("<f", piece.get(2, bytes(4)))[0])
-                types.append(piece.get(3, Kind.NORMAL))
-            elif number in specs:
-                specs[number] = dict(fields(value))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error) as error:
+        (message,) = fields([data])
+        for part in map(dict, fields(value for key, value in message if key == 1)):
+            pieces.append(part[1].decode())
+            scores.append(struct.unpack("<f", part.get(2, bytes(4)))[0])
+            types.append(part.get(3, Kind.NORMAL))
+        specs = dict(message)
+        trainer, normalizer = map(dict, fields(specs.get(key, b"") for key in (2, 3)))
+        ids = {key: index(trainer.get(field, none)) for key, (field, none) in NAMED_IDS.items()}
+    except (AttributeError, IndexError, TypeError, ValueError, KeyError, struct.error) as error:
         raise CheckpointError(f"{name} is damaged, or not a SentencePiece model") from error
-    if not pieces:
-        raise CheckpointError(f"{name} holds no pieces; is it a SentencePiece model?")
-    trainer, normalizer = specs[2], specs[3]
+    if not pieces or not trainer:
+        raise CheckpointError(f"{name} is cut off, or not a SentencePiece model")
     if trainer.get(3, 1) != BPE:
         raise UnsupportedError(f"{name} is not a BPE model")
     # A character map, a space in front, runs of spaces made one, spaces kept as they are.
@@ -58,7 +58,6 @@ def read_model(data: bytes, name: str) -> tuple[list[str], list[float], list[int
         or not normalizer.get(5, 1)
     ):
         raise UnsupportedError(f"{name} changes text before it splits it; Gemma's models do not")
-    ids = {name: trainer.get(field, default) for name, (field, default) in NAMED_IDS.items()}
     return pieces, scores, types, ids
 
 
@@ -74,16 +73,23 @@ def make_encoder(vocabulary: Vocabulary, scores: Sequence[float]) -> Callable[[s
 
 def write_model(vocabulary: Vocabulary, scores: Sequence[float]) -> bytes:
     """Return the vocabulary as the SentencePiece model that does what Gemma's do."""
+    size = cache(encode_varint)
     message = bytearray()
     for piece, score, kind in zip(vocabulary.pieces, scores, vocabulary.kinds, strict=True):
-        message += block(
-            1, block(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + number(3, kind)
+        text = piece.encode()
+        body = (
+            b"\x0a" + size(len(text)) + text + struct.pack("<BfBB", 2 << 3 | 5, score, 3 << 3, kind)
         )
-    unk = vocabulary.pieces[vocabulary.unk_id].encode()
+        message += b"\x0a" + size(len(body)) + body
     byte_fallback = len(vocabulary.byte_values) == 256
-    trainer = number(3, BPE) + number(35, byte_fallback) + number(40, vocabulary.unk_id)
+    trainer = number(3, BPE) + number(35, byte_fallback)
+    ids = {40: vocabulary.unk_id, 41: vocabulary.bos_id}
+    ids |= {42: vocabulary.eos_id, 43: vocabulary.pad_id}
+    for field, id in ids.items():
+        # The piece's name has a field of its own.
+        trainer += number(field, id) + block(field + 5, vocabulary.pieces[id].encode())
     normalizer = block(1, b"identity") + number(3, 0) + number(4, 0) + number(5, 1)
-    return bytes(message) + block(2, trainer + block(45, unk)) + block(3, normalizer)
+    return bytes(message) + block(2, trainer) + block(3, normalizer)
 
 
 def import_sentencepiece() -> ModuleType:
@@ -96,26 +102,32 @@ def import_sentencepiece() -> ModuleType:
     return sentencepiece
 
 
-def fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield (field number, value) of one protobuf message, messages and floats as bytes."""
-    at = 0
-    while at < len(data):
-        tag, at = varint(data, at)
-        wire = tag & 7
-        if wire == 0:
-            value, at = varint(data, at)
-            yield tag >> 3, value
-            continue
-        if wire == 2:
-            size, at = varint(data, at)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-        else:
-            raise ValueError(f"wire type {wire}")
-        if at + size > len(data):
-            raise ValueError("a field runs past the end")
-        yield tag >> 3, data[at : at + size]
-        at += size
+def fields(messages: Iterable[bytes]) -> Iterator[list[tuple[int, Any]]]:
+    """Yield the (field number, value) list of each protobuf message.
+
+    Messages and floats come as bytes. A vocabulary has 262,144 messages: for numbers below 128
+    nothing is called.
+    """
+    for data in messages:
+        at, end = 0, len(data)
+        found: list[tuple[int, Any]] = []
+        while at < end:
+            tag, at = (data[at], at + 1) if data[at] < 128 else varint(data, at)
+            wire = tag & 7
+            if wire in (0, 2):
+                value, at = (data[at], at + 1) if data[at] < 128 else varint(data, at)
+            elif wire in (1, 5):
+                value = 8 if wire == 1 else 4
+            else:
+                raise ValueError(f"wire type {wire}")
+            if wire == 0:
+                found.append((tag >> 3, value))
+                continue
+            at += value
+            if at > end:
+                raise ValueError("a field runs past the end")
+            found.append((tag >> 3, data[at - value : at]))
+        yield found
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ decoder, the characters through one small automaton per stop string.
 import codecs
 from collections.abc import Iterable, Sequence
 from operator import index
+from typing import SupportsIndex
 
 from gemlax.errors import RequestError
 from gemlax.tokenizer.core import Tokenizer
@@ -42,7 +43,7 @@ class TextStream:
         self._matchers = [_Matcher(text) for text in dict.fromkeys(stop)]
         self._held = ""
 
-    def push(self, ids: Iterable[int]) -> str:
+    def push(self, ids: Iterable[SupportsIndex]) -> str:
         """Take ids; return the text that is now certain. Raises RequestError for an unknown id."""
         text = []
         for id in ids:

@@ -1,0 +1,225 @@
+"""Google's Orbax folders: written here with orbax in the layout of google-deepmind/gemma."""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from disk import BFLOAT16, CONFIG, assert_same_bits, random_weights, read_all
+
+from gemlax.checkpoints import open_checkpoint, text_weights
+from gemlax.checkpoints.names import from_orbax, resolve, to_orbax
+from gemlax.errors import CheckpointError, UnsupportedError
+from gemlax.presets import PRESETS
+
+ocp = pytest.importorskip("orbax.checkpoint")
+
+TEXT = CONFIG.text
+D, N, K = TEXT.hidden_size, TEXT.num_attention_heads, TEXT.layers[0].num_key_value_heads
+H, F = TEXT.layers[0].head_dim, TEXT.layers[0].intermediate_size
+# What the class defaults and CONFIG do not share, as a row of presets.PRESETS.
+ROW = {
+    key: CONFIG.to_hf()[key]
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
+                "num_attention_heads", "num_key_value_heads", "query_pre_attn_scalar",
+                "sliding_window", "max_position_embeddings", "rope_scaling")
+}  # fmt: skip
+
+
+def flat_tree(weights: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """Return the published layout: one dict of paths, each with one or two arrays."""
+    tree = {
+        "transformer/embedder": {"input_embedding": weights["embed_tokens.weight"]},
+        "transformer/final_norm": {"scale": weights["norm.weight"]},
+    }
+    for i in range(TEXT.num_hidden_layers):
+
+        def get(name: str, i: int = i) -> np.ndarray:
+            return weights[f"layers.{i}.{name}.weight"]
+
+        def heads(name: str, count: int, get=get) -> np.ndarray:
+            return get(name).reshape(count, H, D).transpose(0, 2, 1)
+
+        layer = {
+            "attn/q_einsum": {"w": heads("self_attn.q_proj", N)},
+            "attn/kv_einsum": {
+                "w": np.stack([heads("self_attn.k_proj", K), heads("self_attn.v_proj", K)])
+            },
+            "attn/attn_vec_einsum": {"w": get("self_attn.o_proj").T.reshape(N, H, D)},
+            "attn/_query_norm": {"scale": get("self_attn.q_norm")},
+            "attn/_key_norm": {"scale": get("self_attn.k_norm")},
+            "mlp/gating_einsum": {"w": np.stack([get("mlp.gate_proj"), get("mlp.up_proj")])},
+            "mlp/linear": {"w": get("mlp.down_proj").T},
+            "pre_attention_norm": {"scale": get("input_layernorm")},
+            "post_attention_norm": {"scale": get("post_attention_layernorm")},
+            "pre_ffw_norm": {"scale": get("pre_feedforward_layernorm")},
+            "post_ffw_norm": {"scale": get("post_feedforward_layernorm")},
+        }
+        tree |= {f"transformer/layer_{i}/{path}": leaf for path, leaf in layer.items()}
+    return tree
+
+
+def nested_tree(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return the layout of a Flax model: nested, and no `w` in the MLP."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat_tree(weights).items():
+        *above, last = path.split("/")[1:]
+        node = tree
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = leaf["w"] if "mlp" in above else leaf
+    return tree
+
+
+def write(folder: Path, tree: Mapping[str, Any]) -> Path:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder, tree)
+    return folder
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """CONFIG counts as a published size."""
+    monkeypatch.setitem(PRESETS, "toy", ROW)
+
+
+@pytest.mark.parametrize("layout", [flat_tree, nested_tree])
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16], ids=["float32", "bfloat16"])
+def test_both_layouts_are_read(tmp_path, published, layout, dtype):
+    weights = random_weights(dtype=dtype)
+    with open_checkpoint(write(tmp_path / "m", layout(weights))) as checkpoint:
+        checkpoint.check()
+        assert checkpoint.config == CONFIG
+        assert checkpoint.stored_dtype == np.dtype(dtype).name
+        assert checkpoint.generation_config == {}
+        assert checkpoint.tokenizer() is None
+        assert_same_bits(read_all(checkpoint, dtype), weights)
+        other = BFLOAT16 if dtype == np.float32 else np.float32
+        found = read_all(checkpoint, other)
+    assert_same_bits(found, {name: array.astype(other) for name, array in weights.items()})
+
+
+def test_post_trained_names_and_the_vision_tower(tmp_path, published, caplog):
+    tree = {f"rlx_networks/policy_network/{k}": v for k, v in flat_tree(random_weights()).items()}
+    tree["SigLiPFromPatches_0/siglip_encoder"] = {"pos_embedding": np.zeros((1, 4, 2))}
+    tree["rlx_networks/policy_network/transformer/embedder/mm_input_projection"] = {
+        "w": np.zeros(2)
+    }
+    with (
+        caplog.at_level(logging.INFO, "gemlax"),
+        open_checkpoint(write(tmp_path / "m", tree)) as checkpoint,
+    ):
+        checkpoint.check()
+        assert_same_bits(read_all(checkpoint), random_weights())
+    found = [record for record in caplog.records if record.name.startswith("gemlax")]
+    assert ["left aside 2 tensors" in record.getMessage() for record in found] == [True]
+
+
+def test_the_layouts_are_the_einsums_of_the_gemma_library():
+    # Integers: exact in any order of the sums.
+    rng = np.random.default_rng(0)
+    weights = {n: rng.integers(-9, 9, s).astype(np.float32) for n, s in text_weights(TEXT).items()}
+    rows = resolve(TEXT)
+
+    def stored(name: str) -> np.ndarray:
+        return to_orbax(weights[f"layers.0.{name}.weight"], rows[f"layers.0.{name}.weight"])
+
+    def product(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ weights[f"layers.0.{name}.weight"].T
+
+    x = rng.integers(-9, 9, (5, D)).astype(np.float32)
+    inner = rng.integers(-9, 9, (5, F)).astype(np.float32)
+    heads = rng.integers(-9, 9, (5, N, H)).astype(np.float32)
+    # Source: google-deepmind/gemma, gm/nn/_modules.py, Attention and FeedForward.
+    for name, equation in {"q": "TD,NDH->TNH", "k": "SD,KDH->SKH", "v": "SD,KDH->SKH"}.items():
+        found = np.einsum(equation, x, stored(f"self_attn.{name}_proj")).reshape(5, -1)
+        np.testing.assert_array_equal(found, product(x, f"self_attn.{name}_proj"))
+    found = np.einsum("TNH,NHD->TD", heads, stored("self_attn.o_proj"))
+    np.testing.assert_array_equal(found, product(heads.reshape(5, -1), "self_attn.o_proj"))
+    for name in ("gate", "up"):
+        found = np.einsum("TD,FD->TF", x, stored(f"mlp.{name}_proj"))
+        np.testing.assert_array_equal(found, product(x, f"mlp.{name}_proj"))
+    found = np.einsum("TF,FD->TD", inner, stored("mlp.down_proj"))
+    np.testing.assert_array_equal(found, product(inner, "mlp.down_proj"))
+
+
+def test_every_transform_has_its_inverse():
+    weights = random_weights()
+    for name, row in resolve(TEXT).items():
+        stored = to_orbax(weights[name], row)
+        whole = stored if row.part is None else np.stack([stored, stored])
+        assert whole.shape == row.orbax_shape
+        np.testing.assert_array_equal(from_orbax(whole, row).reshape(row.shape), weights[name])
+
+
+def test_a_config_beside_the_arrays_decides(tmp_path):
+    folder = write(tmp_path / "m", flat_tree(random_weights()))
+    with pytest.raises(UnsupportedError, match=r"7 layers over a table of \[512, 64\] are no pub"):
+        open_checkpoint(folder)
+    (folder / "config.json").write_text('{"model_type": "gemma3_text", "num_hidden_layers": 99999}')
+    with pytest.raises(CheckpointError, match=r"99999 layers, but only 79 tensors"):
+        open_checkpoint(folder)
+    (folder / "config.json").write_text(json.dumps(CONFIG.to_hf()))
+    with open_checkpoint(folder) as checkpoint:
+        checkpoint.check()
+        assert checkpoint.config == CONFIG
+
+
+def test_one_error_lists_everything_that_is_wrong(tmp_path, published):
+    tree = flat_tree(random_weights())
+    del tree["transformer/final_norm"]
+    tree["transformer/layer_3/attn/qkv_einsum"] = tree.pop("transformer/layer_3/attn/q_einsum")
+    tree["transformer/layer_2/mlp/linear"]["w"] = np.zeros((D, F), np.float32)
+    with open_checkpoint(write(tmp_path / "m", tree)) as checkpoint:
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.check()
+        with pytest.raises(CheckpointError, match=r"got no such array"):
+            checkpoint.read("layers.3.self_attn.q_proj.weight", np.empty((N * H, D), np.float32))
+        with pytest.raises(CheckpointError, match=r"layer_2/mlp/linear: expected \[96, 64\]"):
+            checkpoint.read("layers.2.mlp.down_proj.weight", np.empty((D, F), np.float32))
+    lines = [line.strip() for line in str(caught.value).splitlines()[1:]]
+    assert sorted(lines) == [
+        "misshapen: layer_2/mlp/linear is [64, 96], expected [96, 64]",
+        "missing: final_norm/scale [64]",
+        "missing: layer_3/attn/q_einsum [4, 64, 32]",
+        "unexpected: layer_3/attn/qkv_einsum [4, 64, 32] (nearest: layer_3/attn/kv_einsum)",
+    ]
+
+
+def test_a_type_that_is_not_read_is_named(tmp_path, published):
+    tree = flat_tree(random_weights())
+    tree["transformer/final_norm"]["scale"] = np.zeros(D, np.int32)
+    with open_checkpoint(write(tmp_path / "m", tree)) as checkpoint:
+        with pytest.raises(UnsupportedError, match=r"final_norm/scale \(int32\)"):
+            checkpoint.check()
+        with pytest.raises(UnsupportedError, match=r"final_norm/scale is int32"):
+            checkpoint.read("norm.weight", np.empty(D, np.float32))
+
+
+def test_a_damaged_folder_is_an_error_of_gemlax(tmp_path, published):
+    folder = write(tmp_path / "m", flat_tree(random_weights()))
+    with open_checkpoint(folder) as checkpoint:
+        for path in folder.rglob("d/*"):
+            path.write_bytes(path.read_bytes()[:100])
+        with pytest.raises(CheckpointError, match=r"orbax cannot read"):
+            read_all(checkpoint)
+    (folder / "_METADATA").write_text("{")
+    with pytest.raises(CheckpointError, match=r"orbax cannot read it"):
+        open_checkpoint(folder)
+
+
+def test_a_folder_of_other_arrays_is_refused(tmp_path):
+    folder = write(tmp_path / "m", {"step": np.zeros(3)})
+    with pytest.raises(CheckpointError, match=r"has no .* embedder/input_embedding; it holds step"):
+        open_checkpoint(folder)
+
+
+def test_without_orbax_the_error_says_what_to_install(tmp_path, monkeypatch):
+    folder = write(tmp_path / "m", flat_tree(random_weights()))
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    with pytest.raises(UnsupportedError, match=r"pip install 'gemlax\[orbax\]'"):
+        open_checkpoint(folder)

@@ -1,0 +1,371 @@
+"""Gates on the compiled programs, not on time. Each is run against a bad twin that must fail it.
+
+A gate is a function that returns a list of faults; the programs are those that `Engine` runs.
+"""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.extend import core as jex
+
+from gemlax import cache, ops
+from gemlax.config import TextConfig
+from gemlax.decoder import Decoder
+from gemlax.generate import DecodeState, Engine, Limits
+from gemlax.layers import DecoderLayer
+from gemlax.presets import preset, tiny
+from gemlax.qtensor import QTensor
+from gemlax.sampling import make_sampling
+from gemlax.weights import build_decoder
+
+TINY = tiny(preset("gemma-3-4b"), num_hidden_layers=8).text  # (5 sliding, 1 full) and 2 sliding
+
+
+def wide(layers: str = "scan") -> TextConfig:
+    """The real width of 270M, less deep: a scan's temporaries do not depend on depth."""
+    text = preset("gemma-3-270m").text
+    return dataclasses.replace(text, layers=text.layers[: 14 if layers == "scan" else 6])
+
+
+def abstract(tree):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+
+
+def engine_of(config, layers="scan", dtype=jnp.float32) -> Engine:
+    """An engine whose weights are never read: only its programs are of interest."""
+    decoder = build_decoder(config, lambda name, out: None, dtype=dtype, layers=layers)
+    return Engine(decoder, num_tokens=config.vocab_size, dtype=jnp.dtype(dtype))
+
+
+def decode_args(engine: Engine, batch: int, capacity: int):
+    """Abstract arguments of the decode program: weights, state, limits, settings, steps."""
+    state = jax.eval_shape(lambda: engine_state(engine, batch, capacity))
+    row = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    stops = jax.ShapeDtypeStruct((16,), jnp.int32)
+    settings = abstract(make_sampling(batch, engine.config.vocab_size, [0] * batch))
+    steps = jax.ShapeDtypeStruct((), jnp.int32)
+    return abstract(engine._weights), state, Limits(row, row, stops), settings, steps
+
+
+def engine_state(engine: Engine, batch: int, capacity: int):
+    return DecodeState(
+        caches=cache.new_caches(engine.config, batch, capacity, engine.dtype),
+        tokens=jnp.zeros((batch, capacity), jnp.int32),
+        lengths=jnp.zeros((batch,), jnp.int32),
+        done=jnp.zeros((batch,), bool),
+    )
+
+
+def compile_decode(engine: Engine, batch: int, capacity: int, jitted=None):
+    jitted = jitted or engine._decode
+    return jitted.lower(*decode_args(engine, batch, capacity)).compile()
+
+
+def compile_prefill(engine: Engine, width: int, capacity: int):
+    ids = jax.ShapeDtypeStruct((1, width), jnp.int32)
+    caches = jax.eval_shape(lambda: cache.new_caches(engine.config, 1, capacity, engine.dtype))
+    return engine._prefill.lower(abstract(engine._weights), ids, ids, caches).compile()
+
+
+def num_bytes(tree) -> int:
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def temporaries(program) -> int:
+    return program.memory_analysis().temp_size_in_bytes
+
+
+# --- gates -------------------------------------------------------------------------------------
+
+
+def growth_faults(small, large, cache_growth: int) -> list[str]:
+    """Temporaries may grow with capacity by a tenth of what the cache grows."""
+    growth = temporaries(large) - temporaries(small)
+    return [f"temporaries grow by {growth}"] if growth > 0.1 * cache_growth else []
+
+
+def copy_faults(program, caches) -> list[str]:
+    """Neither the donated buffers nor anything of their shape may be copied."""
+    faults = []
+    alias = program.memory_analysis().alias_size_in_bytes
+    if alias < num_bytes(caches):
+        faults.append(f"{alias} bytes aliased of {num_bytes(caches)}")
+    shapes = {",".join(map(str, c.k.shape)) for c in caches.values()}
+    for line in program.as_text().splitlines():
+        found = re.search(r"= \w+\[([\d,]+)\]\S* (copy|convert|concatenate)\(", line)
+        if found and found[1] in shapes:
+            faults.append(line.strip()[:120])
+    return faults
+
+
+def size_faults(program, engine: Engine) -> list[str]:
+    """Temporaries: at most twice the largest layer's weights, and the logits."""
+    config = engine.config
+    layer = nnx.eval_shape(
+        lambda: DecoderLayer(
+            config, config.layers[0], dtype=jnp.dtype(jnp.float32), rngs=nnx.Rngs(0)
+        )
+    )
+    limit = 2 * num_bytes(nnx.state(layer)) + 4 * 4 * config.vocab_size
+    size = temporaries(program)
+    return [f"temporaries {size} > {limit}"] if size > limit else []
+
+
+def widened_faults(program, engine: Engine) -> list[str]:
+    """No float32 array may have the shape of a stack of weights, or of the table."""
+    shapes = {
+        ",".join(map(str, a.shape))
+        for a in jax.tree.leaves(engine._weights)
+        if a.ndim == 3 or a.shape[0] == engine.config.vocab_size
+    }
+    found = set(re.findall(r"= f32\[([\d,]+)\]", program.as_text()))
+    return sorted(f"f32[{shape}]" for shape in shapes & found)
+
+
+CAPACITIES = (2048, 8192)
+
+
+@pytest.fixture(scope="module")
+def scanned():
+    return engine_of(TINY)
+
+
+@pytest.fixture(scope="module")
+def decode_programs(scanned):
+    return [compile_decode(scanned, 1, capacity) for capacity in CAPACITIES]
+
+
+def caches_of(engine, capacity, batch=1):
+    return jax.eval_shape(lambda: cache.new_caches(engine.config, batch, capacity, engine.dtype))
+
+
+def cache_growth(engine) -> int:
+    small, large = (num_bytes(caches_of(engine, capacity)) for capacity in CAPACITIES)
+    return large - small
+
+
+def test_decode_temporaries_do_not_grow_with_the_cache(scanned, decode_programs):
+    assert growth_faults(*decode_programs, cache_growth(scanned)) == []
+
+
+def test_decode_writes_the_caches_in_place(scanned, decode_programs):
+    assert copy_faults(decode_programs[1], caches_of(scanned, 8192)) == []
+
+
+def test_unrolled_layers_write_the_same_caches_in_place():
+    engine = engine_of(TINY, "unroll")
+    programs = [compile_decode(engine, 1, capacity) for capacity in CAPACITIES]
+    assert growth_faults(*programs, cache_growth(engine)) == []
+    assert copy_faults(programs[1], caches_of(engine, 8192)) == []
+
+
+def test_bfloat16_caches_are_written_in_place_on_cpu():
+    engine = engine_of(TINY, dtype=jnp.bfloat16)
+    programs = [compile_decode(engine, 1, capacity) for capacity in CAPACITIES]
+    assert growth_faults(*programs, cache_growth(engine)) == []
+    assert copy_faults(programs[1], caches_of(engine, 8192)) == []
+
+
+def test_prefill_writes_the_caches_in_place_and_aliases_every_byte(scanned):
+    program = compile_prefill(scanned, 64, 2048)
+    caches = caches_of(scanned, 2048)
+    assert copy_faults(program, caches) == []
+    assert program.memory_analysis().alias_size_in_bytes == num_bytes(caches)
+
+
+def test_prefill_temporaries_at_8k_and_32k_tokens_do_not_grow_with_the_square(scanned):
+    """A prompt runs in chunks of 512, so only the cache grows: linearly, and it is no temporary."""
+    small, large = (compile_prefill(scanned, 512, capacity) for capacity in (8192, 32_768))
+    assert temporaries(large) <= 1.1 * temporaries(small)
+    twin = [reference_attention(length) for length in (2048, 8192)]
+    assert temporaries(twin[1]) > 12 * temporaries(twin[0])
+
+
+def reference_attention(length: int):
+    """The twin: all keys at once."""
+    spec = TINY.layers[5]
+    q = jax.ShapeDtypeStruct((1, length, TINY.num_attention_heads, spec.head_dim), jnp.float32)
+    k = jax.ShapeDtypeStruct((1, length, spec.num_key_value_heads, spec.head_dim), jnp.float32)
+    at = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def run(q, k, v, at):
+        return ops.attend(q, k, v, ops.causal_mask(at, at, None), scale=1.0)
+
+    return jax.jit(run).lower(q, k, k, at).compile()
+
+
+def test_a_full_forward_takes_memory_linear_in_its_length(scanned):
+    graphdef, _ = nnx.split(scanned_decoder())
+
+    def run(weights, ids):
+        return nnx.merge(graphdef, weights)(ids, ids)[0]
+
+    sizes = []
+    for length in (8192, 32_768):
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        sizes.append(temporaries(jax.jit(run).lower(abstract(scanned._weights), ids).compile()))
+    assert sizes[1] < 4.5 * sizes[0]
+
+
+def scanned_decoder() -> Decoder:
+    return build_decoder(TINY, lambda name, out: None, layers="scan")
+
+
+@pytest.mark.parametrize(
+    ("layers", "dtype"), [("scan", "float32"), ("unroll", "float32"), ("scan", "bfloat16")]
+)
+def test_decode_at_real_width_holds_two_layers_at_most_and_no_widened_weights(layers, dtype):
+    engine = engine_of(wide(layers), layers, jnp.dtype(dtype))
+    program = compile_decode(engine, 1, 256)
+    assert size_faults(program, engine) == []
+    if dtype == "bfloat16":
+        assert widened_faults(program, engine) == []
+
+
+# --- bad twins ---------------------------------------------------------------------------------
+
+
+def test_twin_without_donation_fails_the_copy_gate(scanned):
+    undonated = jax.jit(scanned._decode.__wrapped__)
+    program = compile_decode(scanned, 1, 2048, undonated)
+    assert copy_faults(program, caches_of(scanned, 2048))
+
+
+def twin_program(write, capacity: int, dtype=jnp.float32):
+    """Scan over the layers of a stack of caches, each written by `write`; the stack is donated."""
+    shape = (8, 1, capacity, 2, 32)
+
+    def run(k, new):
+        def layer(k, row):
+            return write(k, row, new), None
+
+        return jax.lax.fori_loop(
+            0, 4, lambda _, k: jax.lax.scan(layer, k, jnp.arange(8, dtype=jnp.int32))[0], k
+        )
+
+    stack = jax.ShapeDtypeStruct(shape, dtype)
+    new = jax.ShapeDtypeStruct((1, 1, 2, 32), dtype)
+    return jax.jit(run, donate_argnums=0).lower(stack, new).compile(), {
+        "full_attention": cache.DenseCache(stack, stack, jax.ShapeDtypeStruct((), jnp.int32))
+    }
+
+
+def write_one_row(k, row, new):
+    return k.at[row, 0, 5].set(new[0, 0])
+
+
+def rewrite_whole_layer(k, row, new):
+    layer = jax.lax.dynamic_index_in_dim(k, row, 0, keepdims=False)
+    return jax.lax.dynamic_update_index_in_dim(k, jnp.roll(layer, 1, axis=1) + new, row, 0)
+
+
+def twin_growth(write, dtype=jnp.float32) -> list[str]:
+    small, large = (twin_program(write, capacity, dtype)[0] for capacity in CAPACITIES)
+    itemsize = jnp.dtype(dtype).itemsize
+    return growth_faults(small, large, 8 * (CAPACITIES[1] - CAPACITIES[0]) * 2 * 32 * itemsize)
+
+
+def test_twin_that_writes_one_row_passes_the_growth_gate():
+    assert twin_growth(write_one_row) == []
+
+
+def test_twin_that_rewrites_whole_layers_fails_the_growth_gate():
+    assert twin_growth(rewrite_whole_layer)
+
+
+def test_twin_with_a_bfloat16_cache_fails_the_growth_gate():
+    """XLA:CPU widens the whole buffer for one row; this is why the bits are kept as uint16."""
+    assert twin_growth(write_one_row, jnp.bfloat16)
+    assert twin_growth(write_one_row, jnp.uint16) == []
+
+
+def test_twin_that_stacks_and_unstacks_a_list_fails_both_gates():
+    def program(capacity):
+        def run(layers, new):
+            def layer(_, k):
+                return None, k.at[0, 5].set(new[0, 0])
+
+            stacked = jax.lax.scan(layer, None, jnp.stack(layers))[1]
+            return [stacked[i] for i in range(8)]
+
+        one = jax.ShapeDtypeStruct((1, capacity, 2, 32), jnp.float32)
+        new = jax.ShapeDtypeStruct((1, 1, 2, 32), jnp.float32)
+        return jax.jit(run, donate_argnums=0).lower([one] * 8, new).compile()
+
+    small, large = (program(capacity) for capacity in CAPACITIES)
+    growth = 8 * (CAPACITIES[1] - CAPACITIES[0]) * 2 * 32 * 4
+    assert growth_faults(small, large, growth)
+
+
+def test_twin_with_plain_bfloat16_weights_holds_a_float32_copy_of_them():
+    engine = engine_of(wide(), dtype=jnp.bfloat16)
+    engine._weights = jax.tree.map(
+        lambda v: v.replace(v.get_value().dense()) if isinstance(v.get_value(), QTensor) else v,
+        engine._weights,
+        is_leaf=lambda v: isinstance(v, nnx.Variable),
+    )
+    program = compile_decode(engine, 1, 256)
+    assert widened_faults(program, engine)
+    assert size_faults(program, engine)
+
+
+# --- the shape of what is traced ---------------------------------------------------------------
+
+
+def count(jaxpr: jex.Jaxpr, primitive: str) -> int:
+    """Count a primitive in a jaxpr and all that it holds."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        total += eqn.primitive.name == primitive
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(value):
+                total += count(getattr(value, "jaxpr", value), primitive)
+    return total
+
+
+def is_jaxpr(value) -> bool:
+    return isinstance(value, (jex.Jaxpr, jex.ClosedJaxpr))
+
+
+@pytest.mark.parametrize(
+    ("name", "bodies"), [("gemma-3-270m", 2), ("gemma-3-4b", 3), ("gemma-3-27b", 3)]
+)
+def test_scanned_programs_hold_two_layer_bodies_per_segment_at_most(name, bodies):
+    config = tiny(preset(name)).text
+    products = 7 + 2  # four projections, three of the MLP, two of attention
+    counts = {}
+    for layers in ("scan", "unroll"):
+        decoder = nnx.eval_shape(lambda kind=layers: Decoder(config, layers=kind, rngs=nnx.Rngs(0)))
+        graphdef, state = nnx.split(decoder)
+        ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+        jaxpr = jax.make_jaxpr(lambda s, t, g=graphdef: nnx.merge(g, s)(t, t)[0])(
+            jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state), ids
+        )
+        counts[layers] = count(jaxpr.jaxpr, "dot_general")
+    assert counts == {"scan": bodies * products, "unroll": config.num_hidden_layers * products}
+
+
+def test_one_program_serves_all_settings_of_a_bucket():
+    config = dataclasses.replace(TINY, layers=TINY.layers[:2])
+    decoder = Decoder(config, layers="scan", rngs=nnx.Rngs(0))
+    engine = Engine(decoder, num_tokens=config.vocab_size, dtype=jnp.dtype(jnp.float32))
+    settings = [
+        {"temperature": 0.0},
+        {"temperature": 0.7, "top_k": 40},
+        {"temperature": 1.0, "top_p": 0.9, "min_p": 0.01},
+        {"temperature": 1.0, "repetition_penalty": 1.3, "logit_bias": {5: 1.0}},
+    ]
+    for i, chosen in enumerate(settings):
+        prompt = list(range(3, 24 + i))  # other lengths, same bucket
+        state, limits = engine.start([prompt], 5, 100, [1])
+        sampling = make_sampling(1, config.vocab_size, [i], **chosen)
+        rows = list(engine.steps(state, limits, sampling, iter([2, 8, 8])))
+        assert rows[-1].done.all()
+    assert engine.counters.programs == 2
+    assert sorted(key[0] for key in engine.counters.keys) == ["decode", "prefill"]
+    assert np.all(rows[-1].lengths <= len(prompt) + 5)

@@ -1,0 +1,298 @@
+"""Tokenizers from files and to files; damaged, foreign and inconsistent ones are refused."""
+
+import json
+import random
+
+import pytest
+import tokenizers
+from vocabularies import (
+    TOY_IDS,
+    TOY_MERGES,
+    TOY_PIECES,
+    TOY_SCORES,
+    TOY_TYPES,
+    sentencepiece_model,
+    toy,
+)
+
+from gemlax.errors import CheckpointError, UnsupportedError
+from gemlax.tokenizer import find_tokenizer, load_tokenizer
+from gemlax.tokenizer.spm import read_model, write_model
+from gemlax.tokenizer.vocabulary import Vocabulary
+
+TEXT = "<bos>hello world<end_of_turn>\n\n<b>éß  中"
+
+
+def toy_model() -> bytes:
+    """The toy as a tokenizer.model."""
+    return write_model(
+        Vocabulary.create(TOY_PIECES, TOY_TYPES, **TOY_IDS, add_bos=True), TOY_SCORES
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the toy's tokenizer.json and its settings."""
+    toy().save(tmp_path / "toy")
+    return tmp_path / "toy"
+
+
+def edit(path, change) -> None:
+    content = json.loads(path.read_text("utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), "utf-8")
+
+
+def check_like_toy(tokenizer) -> None:
+    for parse_special in (False, True):
+        expected = toy().encode(TEXT, parse_special=parse_special)
+        assert tokenizer.encode(TEXT, parse_special=parse_special) == expected
+    named = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id)
+    assert named == (2, 1, 0, 3)
+    assert tokenizer.special_ids == toy().special_ids
+
+
+# Where it looks.
+
+
+def test_every_form_loads_the_same_tokenizer(folder, tmp_path):
+    model = tmp_path / "any name.model"
+    model.write_bytes(toy_model())
+    (tmp_path / "tokenizer.model").write_bytes(toy_model())
+    for path in (folder, str(folder), folder / "tokenizer.json", model, tmp_path):
+        check_like_toy(load_tokenizer(path))
+    check_like_toy(find_tokenizer(folder))
+
+
+def test_json_is_preferred_to_model(folder):
+    (folder / "tokenizer.model").write_bytes(b"damaged")
+    check_like_toy(load_tokenizer(folder))
+
+
+def test_a_folder_without_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert find_tokenizer(tmp_path) is None
+    with pytest.raises(FileNotFoundError, match=r"neither tokenizer\.json nor tokenizer\.model"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def test_other_files_are_refused(tmp_path):
+    for name, message in {
+        "a.gguf": r"gemlax\.load_tokenizer",
+        "a.txt": r"a \*\.model file",
+    }.items():
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(UnsupportedError, match=message):
+            load_tokenizer(tmp_path / name)
+
+
+# What save writes.
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("merges", [None, TOY_MERGES], ids=["scores", "merges"])
+def test_a_saved_tokenizer_is_the_same(tmp_path, merges, add_bos):
+    toy(merges=merges, add_bos=add_bos).save(tmp_path / "new" / "folder")
+    loaded = load_tokenizer(tmp_path / "new" / "folder")
+    check_like_toy(loaded)
+    assert loaded.add_bos == add_bos
+    settings = json.loads((tmp_path / "new" / "folder" / "tokenizer_config.json").read_text())
+    assert settings["add_bos_token"] == add_bos
+    # What the tokenizers package itself makes of the file, as transformers does.
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "new" / "folder" / "tokenizer.json"))
+    expected = toy().encode("hello<end_of_turn> ▁▁", add_bos=add_bos, parse_special=True)
+    assert backend.encode("hello<end_of_turn> ▁▁").ids == expected
+    assert backend.decode(expected) == "hello   "
+
+
+def test_files_are_copied_byte_for_byte(folder, tmp_path):
+    contents = {
+        "tokenizer.json": (folder / "tokenizer.json").read_bytes() + b"\n",
+        "tokenizer_config.json": b'{"bos_token": {"content": "<bos>"},  "extra": 1}',
+        "tokenizer.model": b"\x00anything",
+        "special_tokens_map.json": b"{ }",
+        "added_tokens.json": b"{}",
+        "chat_template.jinja": b"{{ bos_token }}\r\n",
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    (folder / "config.json").write_text("{}")
+    load_tokenizer(folder).save(tmp_path / "copy")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "copy").iterdir()} == contents
+    load_tokenizer(folder).save(folder)
+    assert all((folder / name).read_bytes() == content for name, content in contents.items())
+
+
+def test_a_model_file_is_copied_and_gets_a_tokenizer_json(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.model").write_bytes(toy_model())
+    (source / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    tokenizer = load_tokenizer(source)
+    assert not tokenizer.add_bos
+    tokenizer.save(tmp_path / "copy")
+    assert (tmp_path / "copy" / "tokenizer.model").read_bytes() == toy_model()
+    assert (tmp_path / "copy" / "tokenizer_config.json").read_text() == '{"add_bos_token": false}'
+    loaded = load_tokenizer(tmp_path / "copy")
+    check_like_toy(loaded)
+    assert not loaded.add_bos
+
+
+def test_what_is_written_as_a_sentencepiece_model_is_read_back():
+    pieces, scores, types, ids = read_model(toy_model(), "toy")
+    vocabulary = Vocabulary.create(TOY_PIECES, TOY_TYPES, **TOY_IDS, add_bos=True)
+    assert (pieces, scores, types) == (TOY_PIECES, TOY_SCORES, vocabulary.kinds)
+    assert ids == TOY_IDS
+
+
+# tokenizer.json as others write it.
+
+
+def test_the_names_of_the_settings_count(folder):
+    settings = folder / "tokenizer_config.json"
+    edit(settings, lambda c: c.update(eos_token={"content": "<end_of_turn>"}, pad_token="<eos>"))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.piece(tokenizer.eos_id) == "<end_of_turn>"
+    assert tokenizer.piece(tokenizer.pad_id) == "<eos>"
+    settings.unlink()
+    check_like_toy(load_tokenizer(folder))
+
+
+def test_a_marker_that_the_file_does_not_call_special_is_one_all_the_same(folder):
+    def change(content):
+        for token in content["added_tokens"]:
+            token["special"] = False
+
+    edit(folder / "tokenizer.json", change)
+    check_like_toy(load_tokenizer(folder))
+
+
+def test_truncation_and_padding_of_the_file_are_ignored(folder):
+    truncation = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    padding = {"strategy": {"Fixed": 99}, "direction": "Left", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}
+    edit(folder / "tokenizer.json", lambda c: c.update(truncation=truncation, padding=padding))
+    check_like_toy(load_tokenizer(folder))
+
+
+# Bad files.
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"model": {}}'])
+def test_a_damaged_tokenizer_json_is_refused(folder, content):
+    (folder / "tokenizer.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_damaged_settings_are_refused(folder, content):
+    (folder / "tokenizer_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json (is not JSON|holds list)"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["<none>", {"no": "content"}, 7])
+def test_a_named_token_that_is_no_piece_is_refused(folder, name):
+    edit(folder / "tokenizer_config.json", lambda c: c.update(eos_token=name))
+    with pytest.raises(CheckpointError, match="which should be its eos token"):
+        load_tokenizer(folder)
+
+
+def test_ids_with_holes_are_refused(folder):
+    edit(folder / "tokenizer.json", lambda c: c["model"]["vocab"].update(more=len(TOY_PIECES) + 1))
+    with pytest.raises(CheckpointError, match="have holes or repeat"):
+        load_tokenizer(folder)
+
+
+def test_other_kinds_of_tokenizer_json_are_refused(folder):
+    path = folder / "tokenizer.json"
+    original = path.read_bytes()
+    byte_level = tokenizers.decoders.ByteLevel().__getstate__()
+    edit(path, lambda c: c.update(decoder=json.loads(byte_level)))
+    with pytest.raises(UnsupportedError, match="not BPE over characters"):
+        load_tokenizer(path)
+    tokenizers.Tokenizer(tokenizers.models.Unigram([("<bos>", 0.0)], 0)).save(str(path))
+    with pytest.raises(UnsupportedError, match="not BPE over characters"):
+        load_tokenizer(path)
+    path.write_bytes(original)
+    edit(path, lambda c: c["added_tokens"][0].update(rstrip=True))
+    with pytest.raises(UnsupportedError, match="special token '<pad>' strips its sides"):
+        load_tokenizer(path)
+
+
+def test_a_damaged_sentencepiece_model_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    whole = sentencepiece_model("gemma4").read_bytes()
+    for content in (b"", b"text\n" * 9, whole[:1000], whole[: len(whole) - 70], b"\xff" * 99):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"tokenizer\.model is (damaged|cut off)"):
+            load_tokenizer(path)
+
+
+def test_no_flipped_byte_of_a_sentencepiece_model_raises_anything_else(tmp_path):
+    path, whole = tmp_path / "tokenizer.model", toy_model()
+    random.seed(0)
+    refused = 0
+    for _ in range(300):
+        content = bytearray(whole)
+        content[random.randrange(len(whole))] = random.randrange(256)
+        path.write_bytes(content)
+        try:
+            load_tokenizer(path)
+        except (CheckpointError, UnsupportedError):
+            refused += 1
+    assert 50 < refused < 300
+
+
+# The end of the toy's model is its trainer and normalizer specs.
+SPECS = {
+    "unigram": (b"\x18\x02\x98\x02", b"\x18\x01\x98\x02"),
+    "a space in front": (b"identity\x18\x00", b"identity\x18\x01"),
+    "runs of spaces made one": (b"\x20\x00", b"\x20\x01"),
+    "spaces kept": (b"\x28\x01", b"\x28\x00"),
+}
+
+
+@pytest.mark.parametrize("case", SPECS)
+def test_other_kinds_of_sentencepiece_model_are_refused(tmp_path, case):
+    old, new = SPECS[case]
+    head, tail = toy_model()[:-80], toy_model()[-80:]
+    assert tail.count(old) == 1
+    (tmp_path / "tokenizer.model").write_bytes(head + tail.replace(old, new))
+    with pytest.raises(UnsupportedError, match=r"not a BPE model|changes text before"):
+        load_tokenizer(tmp_path)
+
+
+# Lists that do not fit each other.
+
+LAST = len(TOY_PIECES) - 1
+BAD_LISTS = {
+    "few scores": ({"scores": TOY_SCORES[:-1]}, f"{LAST + 1} pieces but {LAST} scores"),
+    "few types": ({"token_types": TOY_TYPES[:-1]}, f"{LAST + 1} pieces but {LAST} token types"),
+    "no pieces": ({"pieces": [], "scores": [], "token_types": []}, "bos id 2 is outside"),
+    "id too high": ({"eos_id": LAST + 1}, f"eos id {LAST + 1} is outside 0 to {LAST}"),
+    "id too low": ({"pad_id": -1}, f"pad id -1 is outside 0 to {LAST}"),
+    "a piece twice": ({"pieces": [*TOY_PIECES[:-1], "he"]}, "the piece 'he' has two ids"),
+    "an empty piece": ({"pieces": [*TOY_PIECES[:-1], ""]}, f"the piece of id {LAST} is empty"),
+    "no byte": ({"token_types": [*TOY_TYPES[:-1], 6]}, f"'中' of id {LAST} is typed as a byte"),
+    "equal scores": ({"scores": [-1000.0] * (LAST + 1)}, "no merges, and all scores are equal"),
+    "half a merge": ({"merges": ["he"]}, "the merge 'he' is not two pieces"),
+    "three in a merge": ({"merges": ["h e l"]}, "the merge 'h e l' is not two pieces"),
+    "a foreign merge": ({"merges": ["x y"]}, "tokenizers refuses the vocabulary.*`x`"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LISTS)
+def test_lists_that_do_not_fit_are_refused(case):
+    changes, message = BAD_LISTS[case]
+    with pytest.raises(CheckpointError, match=message):
+        toy(**changes)
+
+
+def test_unused_pieces_are_refused():
+    for kind in (0, 5, 7):
+        with pytest.raises(UnsupportedError, match=f"id {LAST} is of type {kind}"):
+            toy(token_types=[*TOY_TYPES[:-1], kind])
