@@ -19,7 +19,6 @@ ROOMS = (
     "linen",
     "ops",
     "qtensor",
-    "sampling",
 )
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook([f"gemlax.{room}" for room in ROOMS], CHECKER)

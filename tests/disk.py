@@ -125,7 +125,7 @@ def write_gguf(
 
     Args:
         tensors: by GGUF name, an array, or bytes [rows, row bytes] and their quantised type.
-        extra: more metadata, by key, or other values of it; integers become uint32.
+        extra: more metadata, by key, or other values of it: str, list, or an integer (uint32).
     """
     writer = gguf.GGUFWriter(path, "gemma3")
     if alignment is not None:
@@ -135,8 +135,10 @@ def write_gguf(
         gguf_vocabulary(writer, config.text.vocab_size)
     for key, value in (extra or {}).items():
         writer.kv_data[0].pop(key, None)
-        add = writer.add_string if isinstance(value, str) else writer.add_uint32
-        add(key, value)
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
     for name, (array, kind) in tensors.items():
         writer.add_tensor(name, array, raw_dtype=kind)
     writer.write_header_to_file()

@@ -254,6 +254,8 @@ def test_another_kind_of_vocabulary_gives_no_tokenizer(tmp_path, caplog):
     [
         ({}, "tokens must be an array of str"),
         ({"tokenizer.ggml.tokens": "abc"}, "tokens must be an array of str"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, "tokens must be an array of str"),
+        ({"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.scores": [1]}, "an array of float"),
     ],
 )
 def test_a_damaged_vocabulary_is_named(tmp_path, extra, message):

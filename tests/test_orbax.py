@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -101,6 +102,19 @@ def test_both_layouts_are_read(tmp_path, published, layout, dtype):
         other = BFLOAT16 if dtype == np.float32 else np.float32
         found = read_all(checkpoint, other)
     assert_same_bits(found, {name: array.astype(other) for name, array in weights.items()})
+
+
+def test_weights_are_read_in_any_order(tmp_path, published):
+    weights = random_weights()
+    names = list(weights)
+    random.Random(0).shuffle(names)
+    # The array of a pair is kept after its first half: here another follows.
+    names += ["layers.0.self_attn.k_proj.weight", "layers.0.self_attn.q_proj.weight"]
+    with open_checkpoint(write(tmp_path / "m", flat_tree(weights))) as checkpoint:
+        for name in names:
+            out = np.empty_like(weights[name])
+            checkpoint.read(name, out)
+            np.testing.assert_array_equal(out, weights[name])
 
 
 def test_post_trained_names_and_the_vision_tower(tmp_path, published, caplog):

@@ -198,6 +198,23 @@ def test_a_failure_leaves_nothing_behind(tmp_path, kind):
         assert_same_bits(read_all(checkpoint), random_weights())
 
 
+def test_the_old_model_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    save(tmp_path / "m", random_weights())
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.suffix == ".part":
+            raise OSError(errno.EIO, "broken")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="cannot save the checkpoint: broken"):
+        save(tmp_path / "m", random_weights(seed=1), overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        assert_same_bits(read_all(checkpoint), random_weights())
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for parent in ("gone", "file"):

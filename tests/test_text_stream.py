@@ -103,6 +103,22 @@ def test_the_start_of_a_stop_string_is_held_and_comes_when_it_turns_out_to_be_no
     assert stream.push([hello]) == ""
     assert stream.push([he]) == "hello"
     assert stream.flush() == "he"
+    assert stream.flush() == ""
+
+
+def test_after_flush_matching_starts_anew():
+    stream = TextStream(TOY, ["ab"])
+    a, b = TOY.id_of("a"), TOY.id_of("b")
+    assert stream.push([a]) + stream.flush() == "a"
+    assert stream.push([b]) == "b"
+    assert not stream.stopped
+
+
+def test_a_stop_string_that_begins_again_within_itself_is_found():
+    for stop, text in {"aab": "aaab", "abac": "ababac", "aabaaac": "aabaabaaac"}.items():
+        stream = TextStream(TOY, [stop])
+        assert stream.push(ids_of(text)) == text.removesuffix(stop)
+        assert stream.stopped
 
 
 def test_a_stop_string_inside_a_token_ends_the_text_before_it():

@@ -160,14 +160,14 @@ def test_no_marker_in_ordinary_text_makes_a_special_id(gguf):
 
 def test_markers_are_read_where_asked_and_the_longest_one_counts():
     tokenizer = toy(
-        pieces=[*TOY_PIECES, "<unused00>", "<unused0"],
-        scores=[*TOY_SCORES, 0.0, 0.0],
-        token_types=[*TOY_TYPES, 3, 3],
+        pieces=[*TOY_PIECES, "<unused00>", "<unused0", "<<eos>"],
+        scores=[*TOY_SCORES, 0.0, 0.0, 0.0],
+        token_types=[*TOY_TYPES, 3, 3, 3],
     )
-    text = "<unused00<unused00><unused0><start_of_turn>he<<end_of_turn>"
+    text = "<unused00<unused00><unused0><start_of_turn>he<<end_of_turn><<eos>"
     ids = tokenizer.encode(text, add_bos=False, parse_special=True)
     spelled = ["<unused0", "<0x30>", "<unused00>", "<unused0>", "<start_of_turn>", "he", "<"]
-    assert [tokenizer.piece(i) for i in ids] == [*spelled, "<end_of_turn>"]
+    assert [tokenizer.piece(i) for i in ids] == [*spelled, "<end_of_turn>", "<<eos>"]
 
 
 def test_there_is_exactly_one_bos():
@@ -179,6 +179,12 @@ def test_there_is_exactly_one_bos():
     assert tokenizer.encode("<bos>he", parse_special=True, add_bos=False) == [bos, he]
     assert tokenizer.encode("he", add_bos=False) == [he]
     assert tokenizer.encode("<bos>").count(bos) == 1
+
+
+def test_named_pieces_and_stray_unknown_pieces_are_special_whatever_their_type():
+    tokenizer = toy(token_types=[1, 1, 1, 1, 4, 4, 2, *TOY_TYPES[7:]])
+    assert tokenizer.special_ids == toy().special_ids
+    assert tokenizer.encode("<bos>", add_bos=False) == toy().encode("<bos>", add_bos=False)
 
 
 def test_skipping_special_pieces_is_a_choice():

@@ -102,14 +102,14 @@ def test_a_saved_tokenizer_is_the_same(tmp_path, merges, add_bos):
     assert settings["add_bos_token"] == add_bos
     # What the tokenizers package itself makes of the file, as transformers does.
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "new" / "folder" / "tokenizer.json"))
-    expected = toy().encode("hello<end_of_turn> ▁▁", add_bos=add_bos, parse_special=True)
-    assert backend.encode("hello<end_of_turn> ▁▁").ids == expected
-    assert backend.decode(expected) == "hello   "
+    expected = toy().encode("hello<end_of_turn> ▁▁ß", add_bos=add_bos, parse_special=True)
+    assert backend.encode("hello<end_of_turn> ▁▁ß").ids == expected
+    assert backend.decode(expected) == "hello   ß"
 
 
 def test_files_are_copied_byte_for_byte(folder, tmp_path):
     contents = {
-        "tokenizer.json": (folder / "tokenizer.json").read_bytes() + b"\n",
+        "tokenizer.json": (folder / "tokenizer.json").read_bytes() + b"\r\n",
         "tokenizer_config.json": b'{"bos_token": {"content": "<bos>"},  "extra": 1}',
         "tokenizer.model": b"\x00anything",
         "special_tokens_map.json": b"{ }",
@@ -169,6 +169,17 @@ def test_a_marker_that_the_file_does_not_call_special_is_one_all_the_same(folder
     check_like_toy(load_tokenizer(folder))
 
 
+def test_what_the_file_calls_special_is_special(folder):
+    (id,) = (i for i, piece in enumerate(TOY_PIECES) if piece == "[multimodal]")
+
+    def change(content):
+        (token,) = (token for token in content["added_tokens"] if token["id"] == id)
+        token["special"] = True
+
+    edit(folder / "tokenizer.json", change)
+    assert load_tokenizer(folder).special_ids == toy().special_ids | {id}
+
+
 def test_truncation_and_padding_of_the_file_are_ignored(folder):
     truncation = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     padding = {"strategy": {"Fixed": 99}, "direction": "Left", "pad_to_multiple_of": None}
@@ -226,7 +237,11 @@ def test_other_kinds_of_tokenizer_json_are_refused(folder):
 def test_a_damaged_sentencepiece_model_is_refused(tmp_path):
     path = tmp_path / "tokenizer.model"
     whole = sentencepiece_model("gemma4").read_bytes()
-    for content in (b"", b"text\n" * 9, whole[:1000], whole[: len(whole) - 70], b"\xff" * 99):
+    toy = toy_model()
+    trainer = toy.rindex(b"\x18\x02\x98\x02") - 2  # the tag and the size of the trainer spec
+    no_unk_id = toy.replace(b"\xc0\x02\x03", b"\xc2\x02\x00")  # text where a number belongs
+    bad = [b"", b"text\n" * 9, b"\xff" * 99, whole[:1000], whole[: len(whole) - 70]]
+    for content in [*bad, toy[:trainer], toy[trainer:], no_unk_id]:
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"tokenizer\.model is (damaged|cut off)"):
             load_tokenizer(path)

@@ -7,7 +7,7 @@ code asks what the model is called.
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -107,9 +107,9 @@ class GemmaConfig:
         """
         model_type = config.get("model_type")
         if model_type == "gemma3":
-            _refuse_unknown(config, _MULTIMODAL_KEYS, "config.json")
-            if "text_config" not in config:
+            if not isinstance(config.get("text_config"), Mapping):
                 raise UnsupportedError("config.json: model_type 'gemma3' without a 'text_config'")
+            _refuse_unknown(config, _MULTIMODAL_KEYS, "config.json")
             text = dict(config["text_config"])
             text.setdefault("model_type", "gemma3_text")
             text = {key: value for key, value in config.items() if key in _ID_KEYS} | text
@@ -258,10 +258,13 @@ def _refuse_unknown(found: Mapping[str, Any], known: Any, where: str) -> None:
         raise UnsupportedError(f"{where}: {'; '.join(sorted(wrong))}")
 
 
-def _as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
+def _as_ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return (1,)
-    return (value,) if isinstance(value, int) else tuple(value)
+    ids = (value,) if isinstance(value, int) else value
+    if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) for i in ids):
+        raise UnsupportedError(f"config: eos_token_id must be an id or a list of ids, got {ids!r}")
+    return tuple(ids)
 
 
 def _text_from_hf(found: Mapping[str, Any]) -> TextConfig:
@@ -315,8 +318,13 @@ def _layer_types(c: Mapping[str, Any]) -> list[Kind]:
     count = c["num_hidden_layers"]
     if "layer_types" not in c:
         period = c.get("sliding_window_pattern", c.get("_sliding_window_pattern", 6))
+        if not isinstance(period, int) or period < 1:
+            raise UnsupportedError(
+                f"config: sliding_window_pattern must be a positive integer, got {period!r}"
+            )
         return [KINDS[(i + 1) % period == 0] for i in range(count)]
-    kinds = list(c["layer_types"])
+    kinds = c["layer_types"]
+    kinds = list(kinds) if isinstance(kinds, (list, tuple)) else [kinds]
     if len(kinds) != count or any(kind not in KINDS for kind in kinds):
         raise UnsupportedError(
             f"config: layer_types must be {count} of {list(KINDS)}, got {len(kinds)}: "
@@ -328,10 +336,14 @@ def _layer_types(c: Mapping[str, Any]) -> list[Kind]:
 def _ropes_from_hf(c: Mapping[str, Any]) -> dict[Kind, RopeSpec]:
     """Read both layouts: rope_theta / rope_local_base_freq / rope_scaling, and rope_parameters."""
     by_kind = c.get("rope_parameters", {})
+    scaling = c.get("rope_scaling", {})
+    for found in (by_kind, scaling, *(by_kind.values() if isinstance(by_kind, Mapping) else ())):
+        if not isinstance(found, Mapping):
+            raise UnsupportedError(f"config: rope settings must be objects, got {found!r}")
     unknown = sorted(by_kind.keys() - set(KINDS))
     if unknown:
         raise UnsupportedError(f"config: rope_parameters has {unknown}; expected {list(KINDS)}")
-    full = dict(c.get("rope_scaling", {})) | dict(by_kind.get("full_attention") or {})
+    full = dict(scaling) | dict(by_kind.get("full_attention") or {})
     return {
         "sliding_attention": _rope(
             by_kind.get("sliding_attention") or {}, c["rope_local_base_freq"]

@@ -3,7 +3,7 @@
 A layer knows its `LayerSpec` and no index, no mesh, no cache layout and no weight format.
 """
 
-from typing import Any, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ class KV(Protocol):
         """The positions of this step's tokens, [B, T]."""
         ...
 
-    def update(self, k: Array, v: Array) -> Self:
+    def update(self, k: Array, v: Array) -> Any:
         """Take in this step's keys and values, [B, T, K, H]."""
         ...
 

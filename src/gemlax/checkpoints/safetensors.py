@@ -460,7 +460,7 @@ def _put_in_place(part: Path, folder: Path) -> None:
         folder.rename(old)
     try:
         part.rename(folder)
-    except OSError:
+    except BaseException:
         if old.exists():
             old.rename(folder)
         raise

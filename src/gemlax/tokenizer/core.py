@@ -125,7 +125,7 @@ class Tokenizer:
         for part in self._split(text) if parse_special else (text,):
             if isinstance(part, int):
                 ids.append(part)
-            elif part:
+            else:
                 ids += self._encoder(part)
         return [self.bos_id, *ids] if add_bos and ids[:1] != [self.bos_id] else ids
 

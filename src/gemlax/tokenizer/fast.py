@@ -143,7 +143,7 @@ def to_json(vocabulary: Vocabulary, merges: Sequence[tuple[str, str]]) -> str:
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
-            "byte_fallback": len(vocabulary.byte_values) == 256,
+            "byte_fallback": True,
             "ignore_merges": False,
             "vocab": vocabulary.ids,
             "merges": merges,

@@ -56,8 +56,6 @@ class TextStream:
 
     def flush(self) -> str:
         """Return what was held back: there are no more ids."""
-        if self.stopped:
-            return ""
         text = self._take(self._decoder.decode(b"", final=True)) + self._held
         self._held = ""
         for matcher in self._matchers:

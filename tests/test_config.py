@@ -1,0 +1,297 @@
+"""Configs: published files give the presets, wrong ones are refused by name, plans are right."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gemlax import GemmaConfig, RequestError, UnsupportedError, preset, tiny
+from gemlax.config import LayerSpec, RopeSpec, Run, StackPlan
+from gemlax.presets import PRESETS
+
+LINEAR_8 = {"factor": 8.0, "rope_type": "linear"}
+# The files on the hub, as transformers wrote them; the multimodal ones leave out class defaults.
+PUBLISHED = {
+    "gemma-3-270m": {
+        "_sliding_window_pattern": 6, "architectures": ["Gemma3ForCausalLM"],
+        "attention_bias": False, "attention_dropout": 0.0, "attn_logit_softcapping": None,
+        "bos_token_id": 2, "eos_token_id": 1, "final_logit_softcapping": None, "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 640, "initializer_range": 0.02,
+        "intermediate_size": 2048,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
+        "max_position_embeddings": 32768, "model_type": "gemma3_text", "num_attention_heads": 4,
+        "num_hidden_layers": 18, "num_key_value_heads": 1, "pad_token_id": 0,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000.0,
+        "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": 512,
+        "torch_dtype": "bfloat16", "transformers_version": "4.55.0.dev0",
+        "use_bidirectional_attention": False, "use_cache": True, "vocab_size": 262144,
+    },
+    "gemma-3-1b": {
+        "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "attn_logit_softcapping": None, "bos_token_id": 2, "cache_implementation": "hybrid",
+        "eos_token_id": [1, 106], "final_logit_softcapping": None, "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "initializer_range": 0.02,
+        "intermediate_size": 6912, "max_position_embeddings": 32768, "model_type": "gemma3_text",
+        "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1,
+        "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+        "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000,
+        "sliding_window": 512, "sliding_window_pattern": 6, "torch_dtype": "bfloat16",
+        "transformers_version": "4.50.0.dev0", "use_cache": True, "vocab_size": 262144,
+    },
+    "gemma-3-4b": {
+        "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999,
+        "eoi_token_index": 256000, "eos_token_id": [1, 106], "image_token_index": 262144,
+        "initializer_range": 0.02, "mm_tokens_per_image": 256, "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+            "num_hidden_layers": 34, "rope_scaling": LINEAR_8, "sliding_window": 1024,
+        },
+        "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0",
+        "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+    },
+    "gemma-3-27b": {
+        "architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 106],
+        "model_type": "gemma3",
+        "text_config": {
+            "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504,
+            "model_type": "gemma3_text", "num_attention_heads": 32, "num_hidden_layers": 62,
+            "num_key_value_heads": 16, "query_pre_attn_scalar": 168, "rope_scaling": LINEAR_8,
+            "sliding_window": 1024,
+        },
+        "vision_config": {},
+    },
+}  # fmt: skip
+BASE = PUBLISHED["gemma-3-270m"]
+# The metadata of the real 270M file, without its vocabulary.
+GGUF = {
+    "general.architecture": "gemma3",
+    "general.name": "Gemma 3 270m",
+    "gemma3.context_length": 32768,
+    "gemma3.embedding_length": 640,
+    "gemma3.block_count": 18,
+    "gemma3.feed_forward_length": 2048,
+    "gemma3.attention.head_count": 4,
+    "gemma3.attention.layer_norm_rms_epsilon": 9.999999974752427e-07,
+    "gemma3.attention.key_length": 256,
+    "gemma3.attention.value_length": 256,
+    "gemma3.rope.freq_base": 1000000.0,
+    "gemma3.attention.sliding_window": 512,
+    "gemma3.attention.head_count_kv": 1,
+    "tokenizer.ggml.tokens": range(262144),
+    "tokenizer.ggml.bos_token_id": 2,
+    "tokenizer.ggml.eos_token_id": 1,
+    "tokenizer.ggml.padding_token_id": 0,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_gives_the_preset(name):
+    found = GemmaConfig.from_hf(PUBLISHED[name])
+    assert found.text == preset(name).text
+    assert found.eos_token_id == ((1,) if name == "gemma-3-270m" else (1, 106))
+
+
+def test_only_multimodal_configs_name_an_image_token():
+    assert GemmaConfig.from_hf(PUBLISHED["gemma-3-4b"]).image_token_id == 262_144
+    assert GemmaConfig.from_hf(BASE).image_token_id is None
+
+
+def test_gguf_metadata_gives_the_preset_with_what_it_leaves_out():
+    assert GemmaConfig.from_gguf(GGUF).text == preset("gemma-3-270m").text
+
+
+def test_gguf_of_62_layers_scales_queries_by_hidden_over_heads():
+    wide = {"block_count": 62, "embedding_length": 5376, "attention.head_count": 32,
+            "attention.key_length": 128, "attention.value_length": 128,
+            "attention.head_count_kv": 16, "rope.scaling.type": "linear",
+            "rope.scaling.factor": 8.0}  # fmt: skip
+    deep = GGUF | {f"gemma3.{key}": value for key, value in wide.items()}
+    specs = GemmaConfig.from_gguf(deep).text.layers
+    assert specs[0].attention_scale == 168**-0.5
+    assert (specs[0].rope, specs[5].rope) == (RopeSpec(1e4), RopeSpec(1e6, 8.0))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_three_round_trips_through_config_json_change_nothing(name):
+    config = dataclasses.replace(preset(name), eos_token_id=(1, 106))
+    again = config
+    for _ in range(3):
+        again = GemmaConfig.from_hf(again.to_hf())
+    assert again == config
+
+
+def test_layers_follow_the_published_tables():
+    window = {"gemma-3-270m": 512, "gemma-3-1b": 512}
+    for name in PRESETS:
+        text = preset(name).text
+        for i, spec in enumerate(text.layers):
+            full = (i + 1) % 6 == 0
+            assert (spec.kind == "full_attention") == full
+            assert spec.window == (None if full else window.get(name, 1024))
+            factor = 8.0 if full and name not in window else 1.0
+            assert spec.rope == RopeSpec(1e6 if full else 1e4, factor)
+    # Gemma 3 does not force its last layer to be full.
+    last = {name: preset(name).text.layers[-1].kind.split("_")[0] for name in PRESETS}
+    assert list(last.values()) == ["full", "sliding", "sliding", "full", "sliding"]
+    assert preset("gemma-3-27b").text.layers[0].attention_scale == 168**-0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported"),
+        ({"hidden_sizes": 3}, "hidden_sizes = 3 (not known)"),
+        ({"hidden_activation": "gelu"}, "hidden_activation = 'gelu' (only 'gelu_pytorch_tanh'"),
+        ({"attention_bias": True}, "attention_bias = True (only False is supported)"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_hidden_layers": 17}, "layer_types must be 17 of"),
+        ({"layer_types": ["chunked_attention"] * 18}, "chunked_attention"),
+        ({"num_key_value_heads": 3}, "is not a multiple of num_key_value_heads 3"),
+        ({"head_dim": 0}, "head_dim must be a positive integer, got 0"),
+        ({"hidden_size": "640"}, "hidden_size must be a positive integer, got '640'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.0}}, "factor must be a positive"),
+        ({"rope_parameters": {"chunked_attention": {}}}, "rope_parameters has"),
+        ({"rope_scaling": [8.0]}, "rope settings must be objects, got [8.0]"),
+        ({"rope_parameters": {"full_attention": 3}}, "rope settings must be objects, got 3"),
+        ({"layer_types": "sliding_attention"}, "layer_types must be 18 of"),
+        ({"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern must be"),
+        ({"eos_token_id": "1"}, "eos_token_id must be an id or a list of ids"),
+        ({"model_type": "gemma3"}, "without a 'text_config'"),
+    ],
+    ids=str,
+)
+def test_a_config_that_is_not_supported_is_named(change, said):
+    with pytest.raises(UnsupportedError) as error:
+        GemmaConfig.from_hf(BASE | change)
+    assert said in str(error.value)
+
+
+def test_every_wrong_key_is_named_at_once():
+    with pytest.raises(UnsupportedError) as error:
+        GemmaConfig.from_hf(BASE | {"one": 1, "two": 2, "attention_bias": True})
+    assert all(word in str(error.value) for word in ("one = 1", "two = 2", "attention_bias"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"general.architecture": "llama"}, "architecture 'llama'"),
+        ({"gemma3.attn_logit_softcapping": 1.0}, "attn_logit_softcapping = 1.0 (not known)"),
+        ({"gemma3.attention.value_length": 128}, "key_length and value_length differ"),
+        ({"gemma3.rope.scaling.type": "yarn"}, "yarn"),
+    ],
+    ids=str,
+)
+def test_gguf_metadata_that_is_not_supported_is_named(change, said):
+    with pytest.raises(UnsupportedError) as error:
+        GemmaConfig.from_gguf(GGUF | change)
+    assert said in str(error.value)
+
+
+def test_gguf_metadata_that_is_missing_is_named():
+    less = {k: v for k, v in GGUF.items() if not k.endswith(("block_count", "head_count"))}
+    with pytest.raises(UnsupportedError, match=r"lacks gemma3.attention.head_count, gemma3.block_"):
+        GemmaConfig.from_gguf(less)
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(RequestError, match="no preset 'gemma-9'; there are gemma-3-270m"):
+        preset("gemma-9")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_tiny_keeps_what_makes_a_size_itself(name):
+    real, toy = preset(name).text, tiny(preset(name)).text
+    assert [s.kind for s in toy.layers] == [s.kind for s in real.layers]
+    assert [s.rope for s in toy.layers] == [s.rope for s in real.layers]
+    spec = toy.layers[0]
+    assert spec.window == 32
+    assert spec.head_dim != toy.hidden_size // toy.num_attention_heads
+    own_scale = real.query_pre_attn_scalar == real.layers[0].head_dim
+    assert (toy.query_pre_attn_scalar == spec.head_dim) == own_scale
+    real_ratio = real.num_attention_heads // real.layers[0].num_key_value_heads
+    assert toy.num_attention_heads // spec.num_key_value_heads == real_ratio
+
+
+# --- plans -------------------------------------------------------------------------------------
+
+SPEC = preset("gemma-3-4b").text
+S, F = SPEC.layers[0], SPEC.layers[5]
+
+
+def shared(spec: LayerSpec) -> LayerSpec:
+    return dataclasses.replace(spec, owns_kv=False, intermediate_size=2 * spec.intermediate_size)
+
+
+E2B = ((S,) * 4 + (F,)) * 3 + ((shared(S),) * 4 + (shared(F),)) * 4
+E4B = ((S,) * 5 + (F,)) * 4 + ((shared(S),) * 5 + (shared(F),)) * 3
+
+
+def shape(layers):
+    plan = StackPlan.of(tuple(layers))
+    return [([run.count for run in s.runs], s.repeats) for s in plan.segments]
+
+
+def test_plans_are_the_fewest_bodies():
+    assert shape(preset("gemma-3-4b").text.layers) == [([5, 1], 5), ([1], 4)]
+    assert shape(preset("gemma-3-27b").text.layers) == [([5, 1], 10), ([1], 2)]
+    assert shape(preset("gemma-3-12b").text.layers) == [([5, 1], 8)]
+    assert shape(E2B) == [([4, 1], 3), ([4, 1], 4)]
+    assert shape(E4B) == [([5, 1], 4), ([5, 1], 3)]
+    assert shape([S]) == [([1], 1)]
+    assert shape([S, S, S, F]) == [([3, 1], 1)]
+
+
+def test_shared_layers_read_the_last_owner_of_their_kind():
+    plan = StackPlan.of(E2B)
+    assert {plan.donor(i) for i in range(15, 35)} == {13, 14}
+    assert all(plan.layers[plan.donor(i)].kind == plan.layers[i].kind for i in range(35))
+    assert [plan.donor(i) for i in range(15)] == list(range(15))
+    assert {StackPlan.of(E4B).donor(i) for i in range(24, 42)} == {22, 23}
+    assert plan.cache_rows("sliding_attention") == 12
+    assert plan.cache_rows("full_attention") == 3
+    assert (plan.cache_row(13), plan.cache_row(14), plan.cache_row(34)) == (11, 2, 2)
+
+
+def test_a_shared_layer_without_an_owner_before_it_is_an_error():
+    with pytest.raises(ValueError, match="owns no K/V"):
+        StackPlan.of((S, shared(F))).donor(1)
+
+
+def test_layers_beyond_the_stack_have_no_place():
+    with pytest.raises(IndexError, match="layer 34 of 34"):
+        SPEC.plan.locate(34)
+
+
+@given(st.lists(st.sampled_from([S, F, shared(S), shared(F)]), min_size=1, max_size=24))
+def test_any_pattern_is_covered_once_with_one_spec_per_stack(layers):
+    plan = StackPlan.of(tuple(layers))
+    expanded = [
+        run.spec
+        for segment in plan.segments
+        for _ in range(segment.repeats)
+        for run in segment.runs
+        for _ in range(run.count)
+    ]
+    assert expanded == layers
+    places = [plan.locate(i) for i in range(len(layers))]
+    assert len(set(places)) == len(layers)
+    for i, place in enumerate(places):
+        assert plan.segments[place.segment].specs[place.kind] == layers[i]
+
+
+def test_a_run_knows_its_layers():
+    (segment, rest) = SPEC.plan.segments
+    assert segment.runs == (Run(S, 5), Run(F, 1))
+    assert (segment.period, segment.num_layers, segment.per_period("sliding_attention")) == (
+        6,
+        30,
+        5,
+    )
+    assert (rest.first, rest.num_layers) == (30, 4)

@@ -1,0 +1,48 @@
+"""Costs from a config equal what is really held."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gemlax import cache, cost, preset, tiny
+from gemlax.checkpoints import text_weights
+from gemlax.decoder import Decoder
+from gemlax.presets import PRESETS
+
+# Published: facts of the model cards, to a tenth of a percent.
+MILLIONS = {"gemma-3-270m": 268.1, "gemma-3-1b": 999.9, "gemma-3-4b": 3880.0,
+            "gemma-3-12b": 11_766.0, "gemma-3-27b": 27_009.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_equal_the_published_number_and_the_tensors(name):
+    text = preset(name).text
+    assert cost.parameters(text) == pytest.approx(MILLIONS[name] * 1e6, rel=1e-3)
+    assert cost.parameters(text) == sum(int(np.prod(s)) for s in text_weights(text).values())
+    assert len(text_weights(text)) == 13 * text.num_hidden_layers + 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kv_bytes_equal_what_the_caches_take(dtype):
+    text = tiny(preset("gemma-3-27b")).text
+    caches = jax.eval_shape(lambda: cache.new_caches(text, 1, 1024, jnp.dtype(dtype)))
+    held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(caches))
+    assert cost.kv_bytes(text, 1024, jnp.dtype(dtype).itemsize) == held
+
+
+def test_decode_flops_equal_what_xla_counts():
+    text = tiny(preset("gemma-3-1b"), num_hidden_layers=6).text
+    decoder = Decoder(text, layers="unroll", rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(decoder)
+
+    def step(state, ids, at):
+        model = nnx.merge(graphdef, state)
+        return model.logits(model(ids, at)[0][:, -1])
+
+    one = jnp.zeros((1, 1), jnp.int32)
+    counted = jax.jit(step).lower(state, one, one).compile().cost_analysis()["flops"]
+    # Norms, rope and GELU come on top, at toy width a few percent.
+    assert cost.decode_flops(text, 1) == pytest.approx(counted, rel=0.1)
+    assert cost.decode_flops(text, 100) - cost.decode_flops(text, 1) == 4 * 4 * 32 * (5 * 31 + 99)

@@ -1,0 +1,323 @@
+"""Generation on a toy model: which tokens, when it ends, what it reports, what it refuses."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from adapters import build
+from golden.conditioned import conditioned_weights
+
+from gemlax import Model, RequestError, preset, tiny
+from gemlax.checkpoints import text_weights
+from gemlax.tokenizer import Tokenizer
+
+# One period and one layer more; window 32, 512 tokens.
+CONFIG = tiny(preset("gemma-3-1b"), num_hidden_layers=7)
+# Twice the rounding of this depth (test_decoder.SAME): two tokens nearer than this may swap.
+NEAR = 1e-4
+NORMAL, CONTROL, BYTE = 1, 3, 6
+
+
+def toy_tokenizer(num_tokens: int = 512) -> Tokenizer:
+    """Special tokens, all bytes, and pairs of letters."""
+    letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
+    pairs = [a + b for a, b in itertools.product(letters, letters)]
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    types = [CONTROL] * 4
+    pieces += [f"<0x{i:02X}>" for i in range(256)]
+    types += [BYTE] * 256
+    pieces += ["▁", *letters, *pairs][: num_tokens - len(pieces)]
+    types += [NORMAL] * (len(pieces) - len(types))
+    scores = [-float(i) for i in range(len(pieces))]
+    return Tokenizer.from_vocabulary(pieces, scores, types, bos_id=2, eos_id=1, unk_id=3, pad_id=0)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return build(CONFIG, conditioned_weights("test_generate", text_weights(CONFIG.text)), "index")
+
+
+@pytest.fixture(scope="module")
+def model(decoder):
+    return Model(CONFIG, decoder, toy_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def ids_model(decoder):
+    return Model(CONFIG, decoder)
+
+
+def prompts(*lengths):
+    random = np.random.default_rng(11)
+    return [[2, *random.integers(264, 512, length - 1).tolist()] for length in lengths]
+
+
+def assert_greedy(model, prompt, tokens):
+    """Each token has the best logit of a full forward, or one within NEAR of it."""
+    logits = np.asarray(model.logits([[*prompt, *tokens]]))[0, len(prompt) - 1 : -1]
+    chosen = logits[np.arange(len(tokens)), tokens]
+    assert (logits.max(axis=-1) - chosen).max() < NEAR
+
+
+@pytest.mark.parametrize("length", [1, 2, 40, 530, 1100])
+def test_greedy_tokens_have_the_best_logit_of_a_full_forward(ids_model, length):
+    (prompt,) = prompts(length)
+    (completion,) = ids_model.generate([prompt], max_new_tokens=12)
+    assert len(completion.tokens) == 12
+    assert_greedy(ids_model, prompt, completion.tokens)
+
+
+def test_prompts_of_different_length_share_a_batch(ids_model):
+    some = prompts(100, 3, 47)
+    together = ids_model.generate(some, max_new_tokens=10)
+    for prompt, completion in zip(some, together, strict=True):
+        assert_greedy(ids_model, prompt, completion.tokens)
+
+
+def test_requests_one_after_another_do_not_touch_each_other(ids_model):
+    long, short = prompts(100, 20)
+    first = ids_model.generate([long], max_new_tokens=10)
+    ids_model.generate([short], max_new_tokens=10)
+    assert ids_model.generate([long], max_new_tokens=10) == first
+
+
+def test_a_stop_id_ends_its_row_alone(decoder, ids_model):
+    some = prompts(30, 31)
+    free = ids_model.generate(some, max_new_tokens=8)
+    at = 3
+    stop = free[0].tokens[at]
+    assert stop not in free[0].tokens[:at]
+    assert stop not in free[1].tokens
+    stopping = Model(dataclasses.replace(CONFIG, eos_token_id=(1, stop)), decoder)
+    ended, other = stopping.generate(some, max_new_tokens=8)
+    assert (ended.tokens, ended.finish_reason) == (free[0].tokens[: at + 1], "stop")
+    assert (other.tokens, other.finish_reason) == (free[1].tokens, "length")
+    configured = Model(CONFIG, decoder, generation_config={"eos_token_id": [1, stop]})
+    assert configured.generate(some, max_new_tokens=8) == [ended, other]
+
+
+def test_a_stop_string_ends_the_text_before_it_even_across_tokens(model):
+    some = ["hello", "world"]
+    settings = {"max_new_tokens": 40, "temperature": 1.0, "seed": 3}
+    free = model.generate(some, **settings)
+    text = free[0].text
+    middle = len(text) // 2
+    stop = next(s for n in range(3, 9) if text.find(s := text[middle : middle + n]) == middle)
+    assert stop not in free[1].text
+    ended, other = model.generate(some, stop=stop, **settings)
+    assert ended.text == text[:middle]
+    assert ended.finish_reason == "stop"
+    assert ended.tokens == free[0].tokens[: len(ended.tokens)]
+    decoded = model.tokenizer.decode(ended.tokens)
+    assert stop in decoded
+    assert stop not in model.tokenizer.decode(ended.tokens[:-1])
+    assert other == free[1]
+
+
+@pytest.mark.parametrize("way", [{"top_k": 40}, {"top_p": 0.9}])
+def test_seeds_give_each_row_its_own_stream_whatever_the_batch(ids_model, way):
+    (prompt,) = prompts(20)
+    settings = {"max_new_tokens": 12, "temperature": 1.0, **way}
+    rows = ids_model.generate([prompt] * 3, seed=5, **settings)
+    assert len({tuple(row.tokens) for row in rows}) == 3
+    for r, row in enumerate(rows):
+        assert ids_model.generate([prompt], seed=5 + r, **settings)[0] == row
+    assert ids_model.generate([prompt] * 3, seed=[7, 5, 6], **settings) == [rows[2], *rows[:2]]
+
+
+def test_a_stream_yields_its_first_piece_before_the_last_token_is_dispatched(decoder):
+    fresh = Model(CONFIG, decoder)
+    (prompt,) = prompts(20)
+    stream = fresh.stream(prompt, max_new_tokens=20)
+    first = next(stream)
+    counters = fresh.engine.counters
+    assert (len(first), counters.decode_calls, counters.decode_tokens) == (1, 1, 1)
+    rest = [token for piece in stream for token in piece]
+    assert counters.decode_tokens == 20
+    assert counters.decode_calls > 2
+    assert stream.completion == fresh.generate([prompt], max_new_tokens=20)[0]
+    assert first + rest == stream.completion.tokens
+
+
+def test_streamed_pieces_put_together_are_the_text(model):
+    settings = {"max_new_tokens": 60, "temperature": 1.5, "seed": 8}
+    stream = model.stream("abc def", **settings)
+    pieces = list(stream)
+    assert len(pieces) > 5
+    assert "".join(pieces) == stream.completion.text == model.generate("abc def", **settings).text
+    assert "\ufffd" not in "".join(pieces[:1])
+
+
+def test_a_generation_without_stop_strings_is_one_call_of_the_device(model):
+    before = model.engine.counters.decode_calls
+    model.generate("abc", max_new_tokens=64)
+    assert model.engine.counters.decode_calls == before + 1
+
+
+def test_logprobs_are_those_of_the_model_before_any_setting(ids_model):
+    (prompt,) = prompts(20)
+    settings = {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.5}
+    (out,) = ids_model.generate([prompt], max_new_tokens=6, logprobs=3, **settings)
+    logits = ids_model.logits([[*prompt, *out.tokens]])[0, len(prompt) - 1 : -1]
+    want = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+    for i, entry in enumerate(out.logprobs):
+        assert entry.token == out.tokens[i]
+        assert entry.logprob == pytest.approx(want[i, entry.token], abs=1e-4)
+        assert list(entry.top.values()) == pytest.approx(np.sort(want[i])[::-1][:3], abs=1e-4)
+    (plain,) = ids_model.generate([prompt], max_new_tokens=6, **settings)
+    assert (plain.tokens, plain.logprobs) == (out.tokens, None)
+    (zero,) = ids_model.generate([prompt], max_new_tokens=2, logprobs=0)
+    assert [entry.top for entry in zero.logprobs] == [{}, {}]
+
+
+def test_defaults_come_from_generation_config(decoder, ids_model):
+    (prompt,) = prompts(20)
+    config = {"do_sample": True, "temperature": 0.9, "top_k": 30, "top_p": 0.95}
+    configured = Model(CONFIG, decoder, generation_config=config)
+    chosen = {k: v for k, v in config.items() if k != "do_sample"}
+    want = ids_model.generate([prompt], max_new_tokens=8, seed=4, **chosen)
+    assert configured.generate([prompt], max_new_tokens=8, seed=4) == want
+    greedy = ids_model.generate([prompt], max_new_tokens=8)
+    assert configured.generate([prompt], max_new_tokens=8, temperature=0) == greedy
+    # Without do_sample transformers takes the arg-max, whatever else the file says.
+    quiet = Model(CONFIG, decoder, generation_config={"temperature": 0.9, "top_k": 30})
+    assert quiet.generate([prompt], max_new_tokens=8) == greedy
+
+
+def test_ids_that_stand_for_no_text_are_never_sampled(decoder, ids_model):
+    (prompt,) = prompts(20)
+    best = ids_model.generate([prompt], max_new_tokens=1)[0].tokens[0]
+    image = Model(dataclasses.replace(CONFIG, image_token_id=best), decoder)
+    assert image.generate([prompt], max_new_tokens=1)[0].tokens[0] != best
+    suppressed = Model(CONFIG, decoder, generation_config={"suppress_tokens": [best]})
+    assert suppressed.generate([prompt], max_new_tokens=1)[0].tokens[0] != best
+    small = Model(CONFIG, decoder, toy_tokenizer(300))  # the table has 512 rows
+    out = small.generate([prompt], max_new_tokens=40, temperature=5.0)[0].tokens
+    assert max(out) < 300
+
+
+def test_output_ends_at_the_context(ids_model):
+    (prompt,) = prompts(20)
+    (out,) = ids_model.generate([prompt], max_new_tokens=50, context=27)
+    assert (len(out.tokens), out.finish_reason) == (7, "length")
+    (full,) = ids_model.generate([prompt], max_new_tokens=50, context=20)
+    assert (full.tokens, full.text, full.finish_reason) == ([], "", "length")
+    (none,) = ids_model.generate([prompt], max_new_tokens=0)
+    assert none.tokens == []
+
+
+def test_text_in_gives_text_out(model):
+    one = model.generate("abc", max_new_tokens=5)
+    assert one.text == model.tokenizer.decode(one.tokens)
+    assert model.generate(["abc"], max_new_tokens=5) == [one]
+    assert model.generate([model.tokenizer.encode("abc")], max_new_tokens=5) == [one]
+
+
+# --- scores ------------------------------------------------------------------------------------
+
+
+def test_scores_are_the_log_likelihood_of_a_full_forward(ids_model):
+    some = prompts(100, 2, 300)
+    for prompt, score in zip(some, ids_model.score(some), strict=True):
+        logits = ids_model.logits([prompt])[0, :-1]
+        want = np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64)
+        total = want[np.arange(len(prompt) - 1), prompt[1:]].sum()
+        assert score.num_tokens == len(prompt) - 1
+        assert score.log_likelihood == pytest.approx(total, rel=1e-5)
+        assert score.perplexity == pytest.approx(np.exp(-total / (len(prompt) - 1)), rel=1e-4)
+
+
+def test_a_long_text_is_scored_in_windows_each_token_once(ids_model):
+    (prompt,) = prompts(150)
+    score = ids_model.score([prompt], window=64)[0]
+    total, scored = 0.0, 1
+    while scored < len(prompt):
+        start = max(0, scored - 32) if scored > 1 else 0
+        piece = prompt[start : start + 64]
+        logits = ids_model.logits([piece])[0, :-1]
+        want = np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64)
+        own = want[np.arange(len(piece) - 1), piece[1:]]
+        total += own[scored - start - 1 :].sum()
+        scored = start + len(piece)
+    assert score.num_tokens == 149
+    assert score.log_likelihood == pytest.approx(total, rel=1e-5)
+
+
+def test_a_text_of_one_token_has_nothing_to_score(ids_model):
+    assert ids_model.score([[2]]) == [(0.0, 0)]
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "said"),
+    [
+        ([], {}, "no prompt: got an empty list"),
+        ([[]], {}, "must hold at least one id"),
+        ([1, 2, 3], {}, "a prompt is a str, a list of str, or a list of lists of ids"),
+        (["a", [1]], {}, "a prompt is a str, a list of str, or a list of lists of ids"),
+        ([[2, 512]], {}, "token id 512 is outside [0, 512)"),
+        ([[2, -1]], {}, "token id -1 is outside [0, 512)"),
+        ("abc", {"max_new_tokens": -1}, "max_new_tokens must be an integer >= 0, got -1"),
+        ("abc", {"max_new_tokens": 2.5}, "max_new_tokens must be an integer >= 0, got 2.5"),
+        ("abcdefgh", {"context": 3}, "the prompt has 5 tokens, more than the context of 3"),
+        ("abc", {"context": 0}, "context must be in [1, 32768] tokens, got 0"),
+        ("abc", {"context": 10**6}, "context must be in [1, 32768] tokens, got 1000000"),
+        ("abc", {"temperature": -1.0}, "temperature must be a finite number"),
+        ("abc", {"temperature": float("nan")}, "temperature must be a finite number"),
+        ("abc", {"seed": -1}, "seed must be an integer in [0, 2**32), got -1"),
+        ("abc", {"seed": [1, 2]}, "seed must be an integer or a list of 1, got [1, 2]"),
+        ("abc", {"stop": ""}, "stop must be non-empty strings"),
+        ("abc", {"stop": ["a", 3]}, "stop must be non-empty strings, got ['a', 3]"),
+        ("abc", {"logprobs": 21}, "logprobs must be None or in [0, 20], got 21"),
+        ("abc\ud800", {}, "surrogate"),
+    ],
+    ids=str,
+)
+def test_a_request_that_cannot_be_served_says_why(model, prompt, settings, said):
+    calls = model.engine.counters.prefill_calls
+    with pytest.raises(RequestError) as error:
+        model.generate(prompt, **settings)
+    assert said in str(error.value)
+    assert model.engine.counters.prefill_calls == calls
+
+
+def test_text_without_a_tokenizer_is_refused(ids_model):
+    with pytest.raises(RequestError, match="has no tokenizer: give lists of ids"):
+        ids_model.generate("abc")
+    with pytest.raises(RequestError, match="stop strings need a tokenizer"):
+        ids_model.generate([[2, 5]], stop="x")
+
+
+def test_an_unknown_setting_of_a_stream_is_named(model):
+    with pytest.raises(TypeError, match="unknown settings \\['temprature'\\]"):
+        model.stream("abc", temprature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "said"),
+    [
+        ([1, 2], None, "tokens must be integer ids [B, T], got int64 of shape [2]"),
+        ([[1.5]], None, "tokens must be integer ids"),
+        ([[1, 600]], None, "token id 600"),
+        ([[1, 2]], [3], "lengths must be 1 numbers in [1, 2], got [3]"),
+        ([[1, 2]], [0], "lengths must be"),
+        ([[1, 2]], [1, 1], "lengths must be"),
+    ],
+    ids=str,
+)
+def test_ids_of_the_wrong_shape_are_refused(model, tokens, lengths, said):
+    with pytest.raises(RequestError) as error:
+        model.logits(tokens, lengths)
+    assert said in str(error.value)
+
+
+def test_hidden_states_give_the_logits(ids_model):
+    (prompt,) = prompts(20)
+    hidden = ids_model.hidden([prompt])
+    assert hidden.shape == (1, 20, CONFIG.text.hidden_size)
+    logits = ids_model.decoder.logits(hidden)
+    np.testing.assert_allclose(logits, ids_model.logits([prompt]), atol=1e-5)

@@ -1,0 +1,204 @@
+"""Draws against the exact distribution (chi-square), and what each setting does to logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from gemlax import RequestError
+from gemlax.sampling import (
+    CANDIDATES,
+    Sampling,
+    adjust,
+    make_sampling,
+    sample,
+    top_logprobs,
+)
+
+VOCAB = 200  # more than CANDIDATES
+DRAWS = 8192
+OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+LOGITS = (np.random.default_rng(1).standard_normal(VOCAB) * 2).astype(np.float32)
+
+
+def settings(batch: int, vocab: int = VOCAB, **chosen) -> Sampling:
+    """Settings with one key per row, made at once."""
+    one = make_sampling(1, vocab, [0], **chosen)
+    wide = jax.tree.map(lambda a: jnp.tile(a, (batch,) + (1,) * (a.ndim - 1)), one)
+    keys = jax.random.key_data(jax.random.split(jax.random.key(5), batch))
+    return wide._replace(key=keys)
+
+
+def exact(logits, *, temperature, top_k, top_p, min_p):
+    """The distribution by sorting, in float64."""
+    scaled = logits.astype(np.float64) / temperature
+    order = np.argsort(-scaled, kind="stable")
+    keep = np.zeros(len(logits), bool)
+    keep[order[: top_k or len(logits)]] = True
+    p = np.where(keep, np.exp(scaled - scaled.max()), 0)
+    p /= p.sum()
+    before = np.cumsum(p[order]) - p[order]
+    keep[order] &= before < top_p
+    keep &= p >= min_p * p.max()
+    p = np.where(keep, p, 0)
+    return p / p.sum()
+
+
+CHOICES = [
+    {},
+    {"temperature": 0.6},
+    {"temperature": 1.7},
+    {"top_k": 5},
+    {"top_k": CANDIDATES},
+    {"top_k": CANDIDATES + 40},
+    {"top_p": 0.5},
+    {"top_p": 0.5, "top_k": 40},
+    {"min_p": 0.05},
+    {"min_p": 0.05, "top_k": 30},
+    {"temperature": 0.8, "top_k": 64, "top_p": 0.95},
+    {"temperature": 1.3, "top_k": 100, "top_p": 0.8, "min_p": 0.02},
+]
+
+
+@pytest.mark.parametrize("chosen", CHOICES, ids=str)
+def test_draws_follow_the_exact_distribution(chosen):
+    chosen = OFF | chosen
+    logits = jnp.tile(jnp.asarray(LOGITS), (DRAWS, 1))
+    tokens = np.asarray(sample(logits, settings(DRAWS, **chosen), jnp.zeros(DRAWS, jnp.int32)))
+    counts = np.bincount(tokens, minlength=VOCAB)
+    p = exact(LOGITS, **chosen)
+    assert counts[p == 0].sum() == 0
+    assert p_value(counts, p) > 1e-3
+    # The gate's twin: a distribution at another temperature is told apart.
+    assert (
+        p_value(counts, exact(LOGITS, **chosen | {"temperature": chosen["temperature"] * 1.3}))
+        < 1e-6
+    )
+
+
+def p_value(counts, p):
+    """Chi-square over ids that are expected at least five times; the rest as one class."""
+    expected = p * counts.sum()
+    big = expected >= 5
+    seen = np.append(counts[big], counts[~big].sum())
+    wanted = np.append(expected[big], expected[~big].sum())
+    used = wanted > 0
+    seen, wanted = seen[used], wanted[used]
+    return stats.chi2.sf(((seen - wanted) ** 2 / wanted).sum(), len(seen) - 1)
+
+
+def test_temperature_zero_takes_the_likeliest_and_a_tiny_one_agrees():
+    logits = jnp.tile(jnp.asarray(LOGITS), (64, 1))
+    step = jnp.zeros(64, jnp.int32)
+    for chosen in (
+        {"temperature": 0.0},
+        {"temperature": 1e-30},
+        {"temperature": 1e-30, "top_k": 9},
+    ):
+        tokens = sample(logits, settings(64, **OFF | chosen), step)
+        np.testing.assert_array_equal(tokens, int(LOGITS.argmax()))
+
+
+def test_a_row_draws_the_same_whatever_its_batch():
+    logits = jnp.asarray(np.random.default_rng(2).standard_normal((4, VOCAB)), jnp.float32)
+    step = jnp.arange(4, dtype=jnp.int32)
+    for chosen in ({"temperature": 1.0, "top_k": 40}, {"temperature": 1.0, "top_p": 0.9}):
+        together = sample(logits, make_sampling(4, VOCAB, [7, 8, 9, 10], **chosen), step)
+        for row in range(4):
+            alone = make_sampling(1, VOCAB, [7 + row], **chosen)
+            only = sample(logits[row : row + 1], alone, step[row : row + 1])
+            assert int(only[0]) == int(together[row])
+
+
+def test_draws_differ_from_step_to_step_and_seed_to_seed():
+    logits = jnp.zeros((512, VOCAB), jnp.float32)
+    same_seed = make_sampling(512, VOCAB, [3] * 512)
+    by_step = sample(logits, same_seed, jnp.arange(512, dtype=jnp.int32))
+    assert len(set(np.asarray(by_step).tolist())) > 100
+    at_zero = sample(logits, same_seed, jnp.zeros(512, jnp.int32))
+    assert len(set(np.asarray(at_zero).tolist())) == 1
+
+
+def penalised(history, is_output, **chosen):
+    logits = jnp.asarray(LOGITS)[None]
+    out = adjust(
+        logits, settings(1, **chosen), jnp.asarray([history], jnp.int32), jnp.asarray([is_output])
+    )
+    return np.asarray(out)[0]
+
+
+def test_repetition_penalty_divides_or_multiplies_once_in_prompt_and_output():
+    out = penalised([4, 9, 4, VOCAB], [False, True, True, False], repetition_penalty=1.5)
+    want = LOGITS.copy()
+    for token in (4, 9):
+        want[token] = want[token] / 1.5 if want[token] > 0 else want[token] * 1.5
+    np.testing.assert_allclose(out, want, rtol=1e-6)
+
+
+def test_presence_counts_once_and_frequency_each_time_in_the_output_alone():
+    history, is_output = [4, 9, 9, 11, VOCAB], [False, True, True, True, False]
+    out = penalised(history, is_output, presence_penalty=0.5, frequency_penalty=0.25)
+    want = LOGITS.copy()
+    want[9] -= 0.5 + 2 * 0.25
+    want[11] -= 0.5 + 0.25
+    np.testing.assert_allclose(out, want, rtol=1e-5)
+
+
+def test_bias_adds_and_minus_infinity_forbids():
+    out = penalised([4], [False], logit_bias={3: 2.5, 8: -np.inf})
+    want = LOGITS.copy()
+    want[3] += 2.5
+    want[8] = -np.inf
+    np.testing.assert_allclose(out, want, rtol=1e-6)
+
+
+def test_more_bias_than_one_bucket_is_kept():
+    bias = {i: float(i) for i in range(60)}
+    np.testing.assert_allclose(
+        penalised([4], [False], logit_bias=bias)[:60], LOGITS[:60] + np.arange(60), rtol=1e-5
+    )
+
+
+def test_top_logprobs_are_those_of_the_softmax():
+    logits = jnp.asarray(LOGITS)[None]
+    own, ids, values = top_logprobs(logits, jnp.asarray([17], jnp.int32))
+    want = LOGITS.astype(np.float64) - np.log(np.exp(LOGITS.astype(np.float64)).sum())
+    np.testing.assert_allclose(own[0], want[17], rtol=1e-5)
+    np.testing.assert_array_equal(ids[0], np.argsort(-want)[:20])
+    np.testing.assert_allclose(values[0], np.sort(want)[::-1][:20], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ({"temperature": -0.1}, "temperature must be a finite number in [0, inf), got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be a finite number"),
+        ({"temperature": float("inf")}, "temperature must be a finite number"),
+        ({"top_p": 0.0}, "top_p must be a finite number in (0, 1], got 0.0"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_p": float("nan")}, "top_p"),
+        ({"min_p": -1}, "min_p"),
+        ({"min_p": "much"}, "min_p"),
+        ({"top_k": -1}, "top_k must be an integer >= 0"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"top_k": True}, "top_k"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"presence_penalty": float("inf")}, "presence_penalty"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+        ({"logit_bias": {VOCAB: 1.0}}, f"logit_bias: id {VOCAB} is outside [0, {VOCAB})"),
+        ({"logit_bias": {3: float("nan")}}, "logit_bias[3] must be a number"),
+        ({"logit_bias": {3: float("inf")}}, "logit_bias[3]"),
+    ],
+    ids=str,
+)
+def test_a_setting_outside_its_range_is_named(chosen, said):
+    with pytest.raises(RequestError) as error:
+        make_sampling(1, VOCAB, [0], **chosen)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, True])
+def test_a_seed_outside_its_range_is_named(seed):
+    with pytest.raises(RequestError, match="seed must be an integer"):
+        make_sampling(1, VOCAB, [seed])
