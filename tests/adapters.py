@@ -67,13 +67,22 @@ def logits(decoder: Decoder, tokens: np.ndarray, lengths: np.ndarray) -> np.ndar
 
 def layer_output(decoder: Decoder, i: int, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Return what layer `i` alone makes of hidden states [B, T, D]."""
-    if decoder.scanned:
-        at = decoder.config.plan.locate(i)
-        graphdef, stacked = nnx.split(decoder.layers[at.segment][at.kind])
-        state = jax.tree.map(lambda a: a[at.row], stacked)
-    else:
-        graphdef, state = nnx.split(decoder.layers[i])
+    graphdef, state = _layer(decoder, i)
     return np.asarray(_run_layer(graphdef, state, jnp.asarray(x), jnp.asarray(positions)))
+
+
+def mlp_output(decoder: Decoder, i: int, x: np.ndarray) -> np.ndarray:
+    """Return what the MLP of layer `i` alone makes of [B, T, D]; never from a compiled program."""
+    return np.asarray(nnx.merge(*_layer(decoder, i)).mlp(jnp.asarray(x)))
+
+
+def _layer(decoder: Decoder, i: int) -> tuple[Any, Any]:
+    if not decoder.scanned:
+        graphdef, state = nnx.split(decoder.layers[i])
+        return graphdef, state
+    at = decoder.config.plan.locate(i)
+    graphdef, stacked = nnx.split(decoder.layers[at.segment][at.kind])
+    return graphdef, jax.tree.map(lambda a: a[at.row], stacked)
 
 
 @functools.partial(jax.jit, static_argnums=0)

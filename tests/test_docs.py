@@ -56,7 +56,9 @@ def folder(tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / demo.MODEL_NAME).symlink_to(request.getfixturevalue("gguf_path"))
-    assembled = demo.default_output_path()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assembled = tmp_path / "gemlax" / demo.MODEL_NAME
+    assembled.parent.mkdir()
     assembled.symlink_to(tmp_path / demo.MODEL_NAME)
     return tmp_path
 

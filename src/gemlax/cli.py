@@ -5,11 +5,12 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gemlax.errors import Error
 
@@ -30,27 +31,50 @@ _EXAMPLES = {
 """,
 }
 
+_CACHE_PROBE = 2**22  # bytes; more than the programs of a run take
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; errors are one line on stderr."""
     args = _parser().parse_args(argv)
     try:
-        status = args.run(args)
-        sys.stdout.flush()
-        return status
+        if sys.stdout is None:
+            raise Error("standard output is closed")
+        return args.run(args)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader has enough (`| head`). Keep the interpreter from failing at its last flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader has enough (`| head`)
         return 128 + signal.SIGPIPE
-    except (Error, OSError, UnicodeDecodeError) as error:
-        print(f"gemlax: {_describe(error)}", file=sys.stderr)
+    except (Error, OSError, UnicodeDecodeError, MemoryError) as error:
+        # Without a standard error, print would take standard output.
+        if sys.stderr is not None:
+            print(f"gemlax: {_describe(error)}", file=sys.stderr)
         return 1
 
 
+def _write(text: str, end: str = "\n") -> None:
+    """Print, and say what failed if it does. What the terminal cannot show becomes "?"."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), end=end)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise Error(f"cannot write the output: {error.strerror}") from error
+
+
+def _drop_output() -> None:
+    """Keep the interpreter from failing at its last flush."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _describe(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error}" if str(error) else "out of memory"
     if isinstance(error, UnicodeDecodeError):
         return f"the input is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
     if isinstance(error, OSError) and error.strerror and error.filename:
@@ -58,8 +82,13 @@ def _describe(error: Exception) -> str:
     return str(error)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"gemlax: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gemlax", description="Google's Gemma in JAX.")
+    parser = _Parser(prog="gemlax", description="Google's Gemma in JAX.")
     parser.add_argument("--version", action="version", version=f"gemlax {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(_command(commands, "generate", "continue a text", _generate))
@@ -140,11 +169,10 @@ def _generate(args: argparse.Namespace) -> int:
         quiet_down()
     first_s = time.perf_counter() - begin
     for piece in () if first is None else _chain(first, stream):
-        if not args.json or not args.quiet:
-            print(piece, end="", flush=True)
-    print()
+        _write(piece, end="")
+    _write("")
     if args.json:
-        print(json.dumps(_report(model, stream.completion, first_s)))
+        _write(json.dumps(_report(model, stream.completion, first_s)))
     return 0
 
 
@@ -178,7 +206,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
         return args.file.read_text(encoding="utf-8")
     if args.prompt is not None and args.prompt != "-":
         return args.prompt
-    if args.prompt is None and sys.stdin.isatty():
+    if sys.stdin is None or (args.prompt is None and sys.stdin.isatty()):
         raise Error("no prompt: give it as an argument, with --file, or on stdin")
     return sys.stdin.buffer.read().decode("utf-8")
 
@@ -189,7 +217,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
 def _info(args: argparse.Namespace) -> int:
     found = _describe_model(args)
     if args.json:
-        print(json.dumps(found))
+        _write(json.dumps(found))
         return 0
     from rich.console import Console
     from rich.table import Table
@@ -198,7 +226,10 @@ def _info(args: argparse.Namespace) -> int:
     for key, value in found.items():
         shown = f"{value:,}" if isinstance(value, int) else str(value)
         table.add_row(key.replace("_", " "), shown)
-    Console().print(table)
+    console = Console()
+    with console.capture() as rendered:
+        console.print(table)
+    _write(rendered.get(), end="")
     return 0
 
 
@@ -207,7 +238,7 @@ def _describe_model(args: argparse.Namespace) -> dict[str, Any]:
     from gemlax.presets import PRESETS, preset
 
     stored = None
-    if args.model in PRESETS:
+    if args.model in PRESETS and not Path(args.model).exists():
         name, config = args.model, preset(args.model)
     else:
         from gemlax import checkpoints
@@ -215,7 +246,7 @@ def _describe_model(args: argparse.Namespace) -> dict[str, Any]:
         with checkpoints.open_checkpoint(checkpoints.find(_model_name(args))) as source:
             name, config, stored = str(source.source), source.config, source.stored_dtype
     text = config.text
-    context = args.context or text.max_position_embeddings
+    context = text.max_position_embeddings if args.context is None else args.context
     if context < 1:
         raise Error(f"--context must be at least 1, got {context}")
     count = cost.parameters(text)
@@ -265,12 +296,12 @@ def _perplexity(args: argparse.Namespace) -> int:
         raise Error(f"{args.file}: nothing to score, the text is empty")
     seconds = time.perf_counter() - begin
     if args.json:
-        print(json.dumps({
+        _write(json.dumps({
             "perplexity": score.perplexity, "log_likelihood": score.log_likelihood,
             "tokens": score.num_tokens, "seconds": round(seconds, 3),
         }))  # fmt: skip
     else:
-        print(f"perplexity {score.perplexity:.4f} over {score.num_tokens} tokens")
+        _write(f"perplexity {score.perplexity:.4f} over {score.num_tokens} tokens")
     return 0
 
 
@@ -303,7 +334,13 @@ def _load(args: argparse.Namespace) -> Any:
 def _use_compilation_cache(folder: Path) -> None:
     import jax
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # jax only warns, once per program, when it cannot write.
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(_CACHE_PROBE))
+    except OSError as error:
+        raise Error(f"cannot keep compiled programs in {folder}: {error.strerror}") from error
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

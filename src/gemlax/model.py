@@ -203,7 +203,9 @@ class Model:
         if all(isinstance(item, str) for item in items):
             if self.tokenizer is None:
                 raise RequestError("this model has no tokenizer: give lists of ids, not text")
-            return [self.tokenizer.encode(item) for item in items]
+            prompts = [self.tokenizer.encode(item) for item in items]
+            self._check_ids(np.asarray(list(itertools.chain(*prompts))))
+            return prompts
         if any(isinstance(item, (str, int, np.integer)) for item in items):
             raise RequestError("a prompt is a str, a list of str, or a list of lists of ids")
         prompts = [[int(i) for i in item] for item in items]

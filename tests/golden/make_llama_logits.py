@@ -5,10 +5,11 @@ Run with an environment that has llama-cpp-python (0.3.36 made the committed fil
     python tests/golden/make_llama_logits.py .cache/gemma-3-270m-q4_k_m.gguf
 
 llama.cpp rounds activations to 8 bits wherever weights are quantised, and keeps keys and values in
-float16. So each fact is stored twice: from the file as it is ("q4"), and from the file with its
-weights written out as float32 and a float32 cache ("f32"), which is free of both. All follow the
-greedy path of q4. "noise" compares llama.cpp with itself: the root mean square difference of the
-top-8 logits after removing each step's mean.
+float16. So each fact is stored twice: "f32" is from the file with its weights written out as
+float32 and a float32 cache, which is free of both, and "q4" from the file as it is. The top-8
+logits of both are along the greedy path of f32; q4 has a greedy path of its own beside it. "noise"
+compares llama.cpp with itself: the root mean square difference of these logits from those of q4,
+after each step's mean is removed.
 """
 
 import json
@@ -32,7 +33,6 @@ LONG, LONG_STEPS = 1500, 24
 
 PROMPTS = {
     "fact": "The capital of France is",
-    "water": "Water boils at 100 degrees Celsius at sea level. At the top of a high mountain, it boils",
     "story": "Once upon a time, in a small village by the sea, there lived a girl who",
     "python": 'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n    if n < 2:\n',
     "json": '{"name": "Alice", "age": 31, "address": {"street": "12 High Street", "city":',
@@ -40,9 +40,9 @@ PROMPTS = {
     "french": "La photosynthèse est le processus par lequel les plantes",
     "german": "Im Herbst fallen die Blätter von den Bäumen, weil",
     "chinese": "中国的首都是北京,日本的首都是",
-    "dialogue": '"Where have you been?" she asked.\n"At the station," he said. "The train was late."\n'
-    '"It is always late," she said.\n"',
-    "pattern": "2 4 8 16 32 64 128 256 512 1024 2 4 8 16 32 64 128 256 512 1024 2 4 8 16",
+    "dialogue": '"Where have you been?" she asked.\n"At the station," he said. '
+    '"The train was late."\n"It is always late," she said.\n"',
+    "pattern": "2 4 8 16 32 64 128 256 2 4 8 16 32 64 128 256 2 4 8 16",
 }
 
 
@@ -69,32 +69,40 @@ def next_logits(model: llama_cpp.Llama, ids: Sequence[int]) -> np.ndarray:
     return np.ctypeslib.as_array(pointer, shape=(model.n_vocab(),)).copy()
 
 
-def along(model: llama_cpp.Llama, prompt: Sequence[int], path: Sequence[int]) -> list[np.ndarray]:
-    """Return the logits before each token of `path`."""
+def along(model: llama_cpp.Llama, case: dict[str, Any]) -> list[list[float]]:
+    """Return the logits of the case's top ids before each token of its path."""
     model.reset()
-    steps = [list(prompt), *([token] for token in path[:-1])]
-    return [next_logits(model, ids) for ids in steps]
+    feed = [case["ids"], *([token] for token in case["tokens"][:-1])]
+    steps = [next_logits(model, ids) for ids in feed]
+    return [rounded(x[ids]) for x, ids in zip(steps, case["top"], strict=True)]
 
 
-def greedy(model: llama_cpp.Llama, prompt: Sequence[int], count: int) -> dict[str, Any]:
+def greedy(model: llama_cpp.Llama, prompt: Sequence[int], count: int) -> list[np.ndarray]:
+    """Return the logits before each token of the greedy path."""
+    model.reset()
+    steps = [next_logits(model, prompt)]
+    while len(steps) < count:
+        steps.append(next_logits(model, [int(steps[-1].argmax())]))
+    return steps
+
+
+def float32_path(model: llama_cpp.Llama, prompt: Sequence[int], count: int) -> dict[str, Any]:
     """Return the greedy path, and at each step the likeliest ids and their logits."""
-    model.reset()
-    tokens, top, values, feed = [], [], [], list(prompt)
-    for _ in range(count):
-        logits = next_logits(model, feed)
-        best = np.argsort(-logits, kind="stable")[:TOP]
-        top.append(best.tolist())
-        values.append(rounded(logits[best]))
-        tokens.append(int(best[0]))
-        feed = tokens[-1:]
-    return {"ids": list(prompt), "tokens": tokens, "top": top, "q4": values}
+    steps = greedy(model, prompt, count)
+    top = [np.argsort(-x, kind="stable")[:TOP] for x in steps]
+    return {
+        "ids": list(prompt),
+        "tokens": [int(ids[0]) for ids in top],
+        "top": [ids.tolist() for ids in top],
+        "f32": [rounded(x[ids]) for x, ids in zip(steps, top, strict=True)],
+    }
 
 
-def add_float32(case: dict[str, Any], model: llama_cpp.Llama) -> None:
-    """Add what the float32 model says of the same ids, and which it would have taken."""
-    steps = along(model, case["ids"], case["tokens"])
-    case["f32"] = [rounded(x[ids]) for x, ids in zip(steps, case["top"], strict=True)]
-    case["f32_argmax"] = [int(x.argmax()) for x in steps]
+def add_q4(model: llama_cpp.Llama, case: dict[str, Any]) -> None:
+    """Add what q4 says of the same ids on the same path, and the path it takes by itself."""
+    case["q4"] = along(model, case)
+    own = greedy(model, case["ids"], len(case["tokens"]))
+    case["q4_tokens"] = [int(x.argmax()) for x in own]
 
 
 def log_probabilities(model: llama_cpp.Llama, ids: Sequence[int]) -> np.ndarray:
@@ -107,23 +115,27 @@ def log_probabilities(model: llama_cpp.Llama, ids: Sequence[int]) -> np.ndarray:
     return own - np.log(np.exp(logits).sum(axis=1))
 
 
-def spread(cases: Sequence[dict[str, Any]], others: Sequence[Sequence[Any]]) -> float:
+def spread(cases: Sequence[dict[str, Any]], others: Sequence[Any]) -> float:
     """Return the root mean square difference from q4, without each step's mean."""
-    found = np.concatenate([np.array(case["q4"]) for case in cases])
-    difference = np.concatenate([np.array(other) for other in others]) - found
+    found = np.concatenate([case["q4"] for case in cases])
+    difference = np.concatenate(others) - found
     difference -= difference.mean(axis=1, keepdims=True)
     return round(float(np.sqrt((difference**2).mean())), 5)
 
 
-def other_settings(path: Path, cases: Sequence[dict[str, Any]], **options: Any) -> float:
+def self_noise(path: Path, cases: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return `spread` between q4 and q4 under other settings of llama.cpp."""
-    model = load(path, **options)
-    found = []
-    for case in cases:
-        steps = along(model, case["ids"], case["tokens"])
-        found.append([x[ids] for x, ids in zip(steps, case["top"], strict=True)])
-    model.close()
-    return spread(cases, found)
+    settings: dict[str, dict[str, Any]] = {
+        "batches of 8": {"n_batch": 8, "n_ubatch": 8},
+        "flash attention": {"flash_attn": True},
+        "float32 cache": {"type_k": 0, "type_v": 0},
+    }
+    found = {}
+    for name, options in settings.items():
+        model = load(path, **options)
+        found[name] = spread(cases, [along(model, case) for case in cases])
+        model.close()
+    return found
 
 
 def rounded(values: np.ndarray) -> list[float]:
@@ -132,34 +144,28 @@ def rounded(values: np.ndarray) -> list[float]:
 
 def main() -> None:
     source = Path(sys.argv[1])
-    model = load(source)
-    cases = []
-    for name, text in PROMPTS.items():
-        ids = model.tokenize(text.encode(), add_bos=True, special=False)
-        cases.append({"name": name, "text": text, **greedy(model, ids, STEPS)})
-    ids = model.tokenize(TEXT.read_bytes(), add_bos=True, special=False)
-    # The text again, until it is long enough.
-    long = greedy(model, (ids + ids[1:])[:LONG], LONG_STEPS)
+    cases, text = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_float32(source, Path(folder) / "f32.gguf")
+        model = load(Path(folder) / "f32.gguf", logits_all=True, type_k=0, type_v=0)
+        for name, prompt in PROMPTS.items():
+            ids = model.tokenize(prompt.encode(), add_bos=True, special=False)
+            cases.append({"name": name, "text": prompt, **float32_path(model, ids, STEPS)})
+        ids = model.tokenize(TEXT.read_bytes(), add_bos=True, special=False)
+        # The text again, until it is long enough.
+        long = float32_path(model, (ids + ids[1:])[:LONG], LONG_STEPS)
+        text = {"ids": ids, "f32": rounded(log_probabilities(model, ids))}
+        model.close()
+    model = load(source, logits_all=True)
+    for case in (*cases, long):
+        add_q4(model, case)
+    text["q4"] = rounded(log_probabilities(model, ids))
     model.close()
     noise = {
-        "batches of 8": other_settings(source, cases, n_batch=8, n_ubatch=8),
-        "flash attention": other_settings(source, cases, flash_attn=True),
-        "float32 cache": other_settings(source, cases, type_k=0, type_v=0),
+        **self_noise(source, cases),
+        "float32 weights and cache": spread(cases, [case["f32"] for case in cases]),
+        "float32 weights and cache, long": spread([long], [long["f32"]]),
     }
-    scorer = load(source, logits_all=True)
-    text = {"ids": ids, "q4": rounded(log_probabilities(scorer, ids))}
-    scorer.close()
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder) / "f32.gguf"
-        write_float32(source, plain)
-        model = load(plain, logits_all=True, type_k=0, type_v=0)
-        for case in (*cases, long):
-            add_float32(case, model)
-        text["f32"] = rounded(log_probabilities(model, ids))
-        model.close()
-    noise["float32 weights and cache"] = spread(cases, [case["f32"] for case in cases])
-    for key in ("q4", "f32"):
-        text[f"{key}_sum"] = round(float(np.sum(text[key])), 3)
     lines = ",\n".join(json.dumps(case) for case in cases)
     rest = f'"long": {json.dumps(long)},\n"text": {json.dumps(text)},\n"noise": {json.dumps(noise)}'
     OUT.write_text(f'{{"prompts": [\n{lines}\n],\n{rest}}}\n', "utf-8")

@@ -5,7 +5,8 @@ the tolerance allows: then the parity tests would catch it.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import adapters
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from golden import make_gemma3
 from reference.toys import SIZES, toy
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
@@ -56,6 +58,15 @@ def without_norm_offset(config: GemmaConfig) -> GemmaConfig:
     return dataclasses.replace(config, text=dataclasses.replace(config.text, norm_offset=0.0))
 
 
+def cases(table: Mapping[str, tuple[Any, tuple[str, ...]]]) -> list[Any]:
+    """Return (trap, size) for each size of each row; 27B has every feature, so the rest is slow."""
+    return [
+        pytest.param(trap, size, marks=() if size == SIZES[-1] else pytest.mark.slow)
+        for trap, (_, sizes) in table.items()
+        for size in sizes
+    ]
+
+
 CONFIGS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "query scale head_dim ** -0.5": (every("", attention_scale=16**-0.5), ("gemma-3-27b",)),
     "query scale 1": (every("", attention_scale=1.0), SIZES),
@@ -76,9 +87,7 @@ CONFIGS: dict[str, tuple[Change, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("trap", "size"), [(trap, size) for trap, (_, sizes) in CONFIGS.items() for size in sizes]
-)
+@pytest.mark.parametrize(("trap", "size"), cases(CONFIGS))
 def test_a_wrong_config_is_far_from_transformers(trap, size):
     case = toy(size)
     wrong = CONFIGS[trap][0](case.config)
@@ -133,34 +142,67 @@ def query_head_n_reads_head_n_mod_k(q, k, v, positions, **settings):
     return out[:, :, np.argsort(order)]
 
 
-OPS: list[tuple[str, Callable, tuple[str, ...]]] = [
-    ("embed", embed_unscaled, SIZES),
-    ("embed", embed_scaled_twice, SIZES),
-    ("unembed", unembed_scaled, SIZES),
-    ("geglu", gelu_erf, SIZES),
-    ("geglu", gelu_sigmoid, SIZES),
-    ("geglu", silu, SIZES),
-    ("rope", rope_of_adjacent_pairs, SIZES),
-    ("fresh_attend", query_head_n_reads_head_n_mod_k, SCALED),
-]
+OPS: dict[str, tuple[tuple[str, Callable], tuple[str, ...]]] = {
+    "embeddings not scaled": (("embed", embed_unscaled), SIZES),
+    "embeddings scaled twice": (("embed", embed_scaled_twice), SIZES),
+    "head scaled too": (("unembed", unembed_scaled), SIZES),
+    "sigmoid GELU": (("geglu", gelu_sigmoid), SIZES),
+    "SiLU": (("geglu", silu), SIZES),
+    "rope of adjacent pairs": (("rope", rope_of_adjacent_pairs), SIZES),
+    "query heads interleaved": (("fresh_attend", query_head_n_reads_head_n_mod_k), SCALED),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "wrong", "size"),
-    [(name, wrong, size) for name, wrong, sizes in OPS for size in sizes],
-)
-def test_a_wrong_operation_is_far_from_transformers(name, wrong, size, monkeypatch):
+@pytest.mark.parametrize(("trap", "size"), cases(OPS))
+def test_a_wrong_operation_is_far_from_transformers(trap, size, monkeypatch):
+    name, wrong = OPS[trap][0]
     monkeypatch.setattr(ops, name, wrong)
-    check_far(wrong.__name__, size, toy(size).config)
+    check_far(trap, size, toy(size).config)
 
 
-def test_the_right_variant_of_each_wrong_one_is_close():
-    """The two reorderings undo themselves: with the identity order nothing changes."""
+@pytest.mark.parametrize("size", SIZES)
+def test_the_mlps_of_a_period_tell_tanh_gelu_from_erf(size, monkeypatch):
+    """The two differ by 5e-4 at most; at full depth that is 30 to 60 times the tolerance."""
+    right = mlp_error(size)
+    monkeypatch.setattr(ops, "geglu", gelu_erf)
+    wrong = mlp_error(size)
+    print(f"{size}: an MLP differs by {right:.1e} std, with erf by {wrong:.1e}")
+    assert right <= adapters.LAYER
+    assert wrong >= FACTOR * adapters.LAYER
+
+
+def mlp_error(size: str) -> float:
+    """Return how far the first six MLPs are from transformers' on its own input, times std."""
+    case = toy(size)
+    decoder = adapters.build(case.config, case.weights)
+    runs: list[tuple[np.ndarray, np.ndarray]] = []
+    hooks = [
+        layer.mlp.register_forward_hook(lambda _, x, y: runs.append((x[0].numpy(), y.numpy())))
+        for layer in case.reference.model.layers[:6]
+    ]
+    make_gemma3.run(case.reference, case.tokens, case.lengths)
+    for hook in hooks:
+        hook.remove()
+    assert len(runs) == 6
+    return max(
+        float(np.abs(adapters.mlp_output(decoder, i, x) - y)[case.valid].max() / y.std())
+        for i, (x, y) in enumerate(runs)
+    )
+
+
+def test_the_reordering_variants_change_only_the_order():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 4, 8)), jnp.float32)
     at = jnp.arange(3, dtype=jnp.int32)[None]
+    # With K = N, head n reads head n either way.
     same = query_head_n_reads_head_n_mod_k(x, x, x, at, window=None, scale=1.0)
     expected = ops.fresh_attend(x, x, x, at, window=None, scale=1.0)
-    np.testing.assert_array_equal(same, expected)  # K = N: n mod K is n
+    np.testing.assert_array_equal(same, expected)
+    # Position 0 is not rotated.
+    turned = rope_of_adjacent_pairs(x, at, theta=1e4, factor=1.0)
+    np.testing.assert_array_equal(turned[:, 0], x[:, 0])
+    np.testing.assert_allclose(
+        turned[0, 1, 0, 1], x[0, 1, 0, 1] * np.cos(1) + x[0, 1, 0, 0] * np.sin(1), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("hidden", [640, 1152, 2560, 3840, 5376])

@@ -1,0 +1,98 @@
+"""From command to first token, and memory while loading: what a new user meets.
+
+Run: python benchmarks/first_token.py [--model demo] [--runs 3]
+Each run is a whole `gemlax generate` process: without a compilation cache, then with a filled
+one. Memory is the peak of anonymous memory (RssAnon, read every 10 ms; Linux) above that of the
+same command on a toy checkpoint, as a multiple of the weights. The last line is JSON.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import gemlax
+from gemlax import checkpoints, cost
+from gemlax.weights import build_decoder
+
+PROMPT = "The capital of France is"
+
+
+def run(model: str, *options: str) -> tuple[dict, float, int]:
+    """Return the report, the seconds of the whole process and its peak of anonymous bytes."""
+    command = [sys.executable, "-m", "gemlax.cli", "generate", PROMPT, "--model", model]
+    command += ["--max-new-tokens", "1", "--json", *options]
+    begin = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peak = 0
+    while child.poll() is None:
+        peak = max(peak, anonymous_bytes(child.pid))
+        time.sleep(0.01)
+    seconds = time.perf_counter() - begin
+    output = child.communicate()[0]
+    if child.returncode:
+        raise SystemExit(f"{' '.join(command)} failed with {child.returncode}")
+    return json.loads(output.splitlines()[-1]), seconds, peak
+
+
+def anonymous_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    found = [line for line in lines if line.startswith("RssAnon")]
+    return int(found[0].split()[1]) * 1024 if found else 0
+
+
+def write_toy(source: str, folder: Path) -> None:
+    """Save `tiny` of the same model with its tokenizer and a row for each of its tokens."""
+    with checkpoints.open_checkpoint(checkpoints.find(source)) as opened:
+        tokenizer, config = opened.tokenizer(), gemlax.tiny(opened.config)
+        rows = opened.config.text.vocab_size
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=rows))
+
+    def fill(name, out):
+        out[...] = 0.01
+
+    model = gemlax.Model(config, build_decoder(config.text, fill), tokenizer)
+    gemlax.save(model, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--runs", type=int, default=3)
+    args = parser.parse_args()
+    with checkpoints.open_checkpoint(checkpoints.find(args.model)) as opened:
+        weight_bytes = 4 * cost.parameters(opened.config.text)
+    with tempfile.TemporaryDirectory() as folder:
+        toy, cache = Path(folder) / "toy", str(Path(folder) / "cache")
+        write_toy(args.model, toy)
+        run(args.model, "--compilation-cache", cache)  # fills the cache and the page cache
+        cold, warm, peaks, toy_peaks = [], [], [], []
+        for _ in range(args.runs):
+            _, seconds, peak = run(args.model)
+            cold.append(seconds)
+            peaks.append(peak)
+            toy_peaks.append(run(str(toy))[2])
+            warm.append(run(args.model, "--compilation-cache", cache)[1])
+    growth = statistics.median(peaks) - statistics.median(toy_peaks)
+    report = {
+        "first_token_s": round(statistics.median(cold), 2),
+        "first_token_cached_s": round(statistics.median(warm), 2),
+        "load_memory_over_weights": round(growth / weight_bytes, 3),
+        "runs": {"cold_s": cold, "cached_s": warm, "peak": peaks, "toy_peak": toy_peaks},
+    }
+    print(f"first token {report['first_token_s']} s, with a compilation cache "
+          f"{report['first_token_cached_s']} s; memory {report['load_memory_over_weights']} x "
+          f"the weights ({weight_bytes / 1e6:.0f} MB)")  # fmt: skip
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
