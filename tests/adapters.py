@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from gemlax import cache, ops
@@ -47,6 +48,11 @@ def build(
     decoder = build_decoder(config.text, fill, dtype=dtype, layers=held, read=read)
     assert not rest, f"no place for {list(rest)}"
     return decoder
+
+
+def read_caches_in_blocks_of(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a toy's cache several blocks long, as a real one is."""
+    monkeypatch.setattr(cache, "BLOCK", tokens)
 
 
 def logits(decoder: Decoder, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -92,9 +92,11 @@ def test_a_published_config_gives_the_preset(name):
     assert found.eos_token_id == ((1,) if name == "gemma-3-270m" else (1, 106))
 
 
-def test_only_multimodal_configs_name_an_image_token():
-    assert GemmaConfig.from_hf(PUBLISHED["gemma-3-4b"]).image_token_id == 262_144
-    assert GemmaConfig.from_hf(BASE).image_token_id is None
+def test_ids_of_features_are_known_where_the_table_holds_them():
+    assert GemmaConfig.from_hf(PUBLISHED["gemma-3-4b"]).placeholder_ids == (262_144,)
+    assert GemmaConfig.from_hf(BASE).placeholder_ids == ()
+    assert preset("gemma-4-e2b").placeholder_ids == (258_880, 258_881, 258_884)
+    assert tiny(preset("gemma-4-e2b")).placeholder_ids == ()
 
 
 def test_gguf_metadata_gives_the_preset_with_what_it_leaves_out():

@@ -1,5 +1,6 @@
 """Generation on a toy model: which tokens, when it ends, what it reports, what it refuses."""
 
+import copy
 import dataclasses
 import itertools
 
@@ -45,8 +46,17 @@ def model(decoder):
 
 
 @pytest.fixture(scope="module")
-def ids_model(decoder):
-    return Model(CONFIG, decoder)
+def ids_model(model):
+    """The same model as if it had come without a tokenizer."""
+    return variant(model, tokenizer=None)
+
+
+def variant(model, **changes):
+    """The same engine with another config or generation_config: nothing is compiled again."""
+    other = copy.copy(model)
+    for name, value in changes.items():
+        setattr(other, name, value)
+    return other
 
 
 def prompts(*lengths):
@@ -83,18 +93,18 @@ def test_requests_one_after_another_do_not_touch_each_other(ids_model):
     assert ids_model.generate([long], max_new_tokens=10) == first
 
 
-def test_a_stop_id_ends_its_row_alone(decoder, ids_model):
+def test_a_stop_id_ends_its_row_alone(ids_model):
     some = prompts(30, 31)
     free = ids_model.generate(some, max_new_tokens=8)
     at = 3
     stop = free[0].tokens[at]
     assert stop not in free[0].tokens[:at]
     assert stop not in free[1].tokens
-    stopping = Model(dataclasses.replace(CONFIG, eos_token_id=(1, stop)), decoder)
+    stopping = variant(ids_model, config=dataclasses.replace(CONFIG, eos_token_id=(1, stop)))
     ended, other = stopping.generate(some, max_new_tokens=8)
     assert (ended.tokens, ended.finish_reason) == (free[0].tokens[: at + 1], "stop")
     assert (other.tokens, other.finish_reason) == (free[1].tokens, "length")
-    configured = Model(CONFIG, decoder, generation_config={"eos_token_id": [1, stop]})
+    configured = variant(ids_model, generation_config={"eos_token_id": [1, stop]})
     assert configured.generate(some, max_new_tokens=8) == [ended, other]
 
 
@@ -127,17 +137,18 @@ def test_seeds_give_each_row_its_own_stream_whatever_the_batch(ids_model, way):
     assert ids_model.generate([prompt] * 3, seed=[7, 5, 6], **settings) == [rows[2], *rows[:2]]
 
 
-def test_a_stream_yields_its_first_piece_before_the_last_token_is_dispatched(decoder):
-    fresh = Model(CONFIG, decoder)
+def test_a_stream_yields_its_first_piece_before_the_last_token_is_dispatched(ids_model):
     (prompt,) = prompts(20)
-    stream = fresh.stream(prompt, max_new_tokens=20)
+    counters = ids_model.engine.counters
+    calls, tokens = counters.decode_calls, counters.decode_tokens
+    stream = ids_model.stream(prompt, max_new_tokens=20)
     first = next(stream)
-    counters = fresh.engine.counters
-    assert (len(first), counters.decode_calls, counters.decode_tokens) == (1, 1, 1)
+    assert len(first) == 1
+    assert (counters.decode_calls - calls, counters.decode_tokens - tokens) == (1, 1)
     rest = [token for piece in stream for token in piece]
-    assert counters.decode_tokens == 20
-    assert counters.decode_calls > 2
-    assert stream.completion == fresh.generate([prompt], max_new_tokens=20)[0]
+    assert counters.decode_tokens - tokens == 20
+    assert counters.decode_calls - calls > 2
+    assert stream.completion == ids_model.generate([prompt], max_new_tokens=20)[0]
     assert first + rest == stream.completion.tokens
 
 
@@ -172,26 +183,26 @@ def test_logprobs_are_those_of_the_model_before_any_setting(ids_model):
     assert [entry.top for entry in zero.logprobs] == [{}, {}]
 
 
-def test_defaults_come_from_generation_config(decoder, ids_model):
+def test_defaults_come_from_generation_config(ids_model):
     (prompt,) = prompts(20)
     config = {"do_sample": True, "temperature": 0.9, "top_k": 30, "top_p": 0.95}
-    configured = Model(CONFIG, decoder, generation_config=config)
+    configured = variant(ids_model, generation_config=config)
     chosen = {k: v for k, v in config.items() if k != "do_sample"}
     want = ids_model.generate([prompt], max_new_tokens=8, seed=4, **chosen)
     assert configured.generate([prompt], max_new_tokens=8, seed=4) == want
     greedy = ids_model.generate([prompt], max_new_tokens=8)
     assert configured.generate([prompt], max_new_tokens=8, temperature=0) == greedy
     # Without do_sample transformers takes the arg-max, whatever else the file says.
-    quiet = Model(CONFIG, decoder, generation_config={"temperature": 0.9, "top_k": 30})
+    quiet = variant(ids_model, generation_config={"temperature": 0.9, "top_k": 30})
     assert quiet.generate([prompt], max_new_tokens=8) == greedy
 
 
 def test_ids_that_stand_for_no_text_are_never_sampled(decoder, ids_model):
     (prompt,) = prompts(20)
     best = ids_model.generate([prompt], max_new_tokens=1)[0].tokens[0]
-    image = Model(dataclasses.replace(CONFIG, image_token_id=best), decoder)
+    image = variant(ids_model, config=dataclasses.replace(CONFIG, placeholder_ids=(best,)))
     assert image.generate([prompt], max_new_tokens=1)[0].tokens[0] != best
-    suppressed = Model(CONFIG, decoder, generation_config={"suppress_tokens": [best]})
+    suppressed = variant(ids_model, generation_config={"suppress_tokens": [best]})
     assert suppressed.generate([prompt], max_new_tokens=1)[0].tokens[0] != best
     small = Model(CONFIG, decoder, toy_tokenizer(300))  # the table has 512 rows
     out = small.generate([prompt], max_new_tokens=40, temperature=5.0)[0].tokens

@@ -1,6 +1,7 @@
 """The command line: generate, info, perplexity. Only this file prints."""
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -226,10 +227,9 @@ def _info(args: argparse.Namespace) -> int:
     for key, value in found.items():
         shown = f"{value:,}" if isinstance(value, int) else str(value)
         table.add_row(key.replace("_", " "), shown)
-    console = Console()
-    with console.capture() as rendered:
-        console.print(table)
-    _write(rendered.get(), end="")
+    rendered = io.StringIO()
+    Console(file=rendered).print(table)
+    _write(rendered.getvalue(), end="")
     return 0
 
 

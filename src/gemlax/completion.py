@@ -173,8 +173,8 @@ class Request:
         options, limit = self.options, self.engine.num_tokens
         settings = _sampling_defaults(generation_config)
         settings |= {k: options[k] for k in _FROM_CONFIG if options[k] is not None}
-        suppressed = [*generation_config.get("suppress_tokens", ()), self.config.image_token_id]
-        bias = {i: -np.inf for i in suppressed if i is not None and i < limit}
+        listed = generation_config.get("suppress_tokens") or ()
+        bias = {i: -np.inf for i in (*listed, *self.config.placeholder_ids) if i < limit}
         return make_sampling(
             bucket(len(self.prompts)),
             limit,

@@ -1,22 +1,36 @@
 """The published sizes as rows of data, and `tiny`, the same layer pattern at toy width.
 
 A row holds what the published config.json says and the class defaults do not.
-Source: the config.json files of google/gemma-3-*; see docs/sources.md.
+Source: the config.json files of google/gemma-3-* and google/gemma-4-*.
 """
 
 import dataclasses
 from typing import Any
 
-from gemlax.config import GemmaConfig, LayerSpec
+from gemlax.config import GemmaConfig, LayerSpec, TextConfig
 from gemlax.errors import RequestError
 
 __all__ = ["PRESETS", "preset", "tiny"]
 
 _LINEAR_8 = {"rope_type": "linear", "factor": 8.0}
-_SMALL: dict[str, Any] = {"vocab_size": 262_144, "num_attention_heads": 4, "num_key_value_heads": 1,
-          "sliding_window": 512, "max_position_embeddings": 32_768}  # fmt: skip
-_TINY_HIDDEN = 80  # hidden / heads = 20 equals no head_dim
-_LARGE: dict[str, Any] = {"sliding_window": 1024, "rope_scaling": _LINEAR_8}
+_SMALL: dict[str, Any] = {
+    "model_type": "gemma3_text", "vocab_size": 262_144, "num_attention_heads": 4,
+    "num_key_value_heads": 1, "sliding_window": 512, "max_position_embeddings": 32_768,
+}  # fmt: skip
+_LARGE: dict[str, Any] = {
+    "model_type": "gemma3_text", "sliding_window": 1024, "rope_scaling": _LINEAR_8,
+}  # fmt: skip
+# Gemma 4: the edge models with per-layer embeddings and shared K/V, and those without.
+_EDGE: dict[str, Any] = {
+    "model_type": "gemma4_text", "num_attention_heads": 8, "sliding_window": 512,
+    "final_logit_softcapping": 30.0,
+}  # fmt: skip
+_SERVER: dict[str, Any] = {
+    "model_type": "gemma4_text", "num_attention_heads": 16, "sliding_window": 1024,
+    "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0,
+    "max_position_embeddings": 262_144, "use_bidirectional_attention": "vision",
+}  # fmt: skip
+_PERIOD_5 = ["sliding_attention"] * 4 + ["full_attention"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "gemma-3-270m": _SMALL
@@ -33,7 +47,29 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {"hidden_size": 5376, "intermediate_size": 21_504, "num_hidden_layers": 62,
        "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128,
        "query_pre_attn_scalar": 168},
+    "gemma-4-e2b": _EDGE
+    | {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 35,
+       "num_key_value_heads": 1, "num_kv_shared_layers": 20, "use_double_wide_mlp": True,
+       "layer_types": _PERIOD_5 * 7},
+    "gemma-4-e4b": _EDGE
+    | {"hidden_size": 2560, "intermediate_size": 10_240, "num_hidden_layers": 42,
+       "num_key_value_heads": 2, "num_kv_shared_layers": 18},
+    "gemma-4-12b": {key: value for key, value in _SERVER.items()
+                    if key != "hidden_size_per_layer_input"}
+    | {"model_type": "gemma4_unified_text", "hidden_size": 3840, "intermediate_size": 15_360,
+       "num_hidden_layers": 48, "num_key_value_heads": 8, "num_global_key_value_heads": 1},
+    "gemma-4-26b-a4b": _SERVER
+    | {"hidden_size": 2816, "intermediate_size": 2112, "num_hidden_layers": 30,
+       "num_key_value_heads": 8, "num_global_key_value_heads": 2, "enable_moe_block": True,
+       "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
+    "gemma-4-31b": _SERVER
+    | {"hidden_size": 5376, "intermediate_size": 21_504, "num_hidden_layers": 60,
+       "num_attention_heads": 32, "num_key_value_heads": 16, "num_global_key_value_heads": 4},
 }  # fmt: skip
+
+_TINY_HIDDEN = 80  # hidden / heads = 20 equals no head_dim
+_TINY_WINDOW = 32
+_TINY_VOCAB = 512
 
 
 def preset(name: str) -> GemmaConfig:
@@ -44,40 +80,56 @@ def preset(name: str) -> GemmaConfig:
     """
     if name not in PRESETS:
         raise RequestError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-    return GemmaConfig.from_hf({"model_type": "gemma3_text"} | PRESETS[name])
+    return GemmaConfig.from_hf(PRESETS[name])
 
 
 def tiny(config: GemmaConfig, *, num_hidden_layers: int | None = None) -> GemmaConfig:
     """Return `config` at toy width: its layer pattern, head ratio, scale rule and rope are kept.
 
     Widths stay large enough for every part to matter: window 32, head_dim that is not
-    hidden / heads, at least as many K/V heads as the ratio allows, 512 tokens.
+    hidden / heads and differs between kinds where it did, K/V heads by the ratio, 512 tokens;
+    the number of experts and how many are active stay.
     """
     text = config.text
-    heads = min(text.num_attention_heads, 4)
-
-    def shrink(spec: LayerSpec) -> LayerSpec:
-        head_dim = max(spec.head_dim // 8, 16)
-        ratio = text.num_attention_heads // spec.num_key_value_heads
-        # Gemma 3 27B divides by hidden / heads, the others by head_dim.
-        own = text.query_pre_attn_scalar == spec.head_dim
-        return dataclasses.replace(
-            spec,
-            window=None if spec.window is None else 32,
-            num_key_value_heads=max(heads // ratio, 1),
-            head_dim=head_dim,
-            attention_scale=(head_dim if own else _TINY_HIDDEN / heads) ** -0.5,
-            intermediate_size=96,
-        )
-
-    layers = tuple(map(shrink, text.layers[:num_hidden_layers]))
+    layers = tuple(_shrink(text, spec) for spec in text.layers[:num_hidden_layers])
+    scalar = text.query_pre_attn_scalar
     small = dataclasses.replace(
         text,
-        vocab_size=512,
+        vocab_size=_TINY_VOCAB,
         hidden_size=_TINY_HIDDEN,
-        num_attention_heads=heads,
+        num_attention_heads=_tiny_heads(text),
         max_position_embeddings=min(text.max_position_embeddings, 65_536),
-        query_pre_attn_scalar=round(layers[0].attention_scale ** -2),
+        query_pre_attn_scalar=None if scalar is None else round(layers[0].attention_scale ** -2),
         layers=layers,
+        hidden_size_per_layer_input=min(text.hidden_size_per_layer_input, 16),
+        vocab_size_per_layer_input=min(text.vocab_size_per_layer_input, _TINY_VOCAB),
+        moe_intermediate_size=min(text.moe_intermediate_size, 24),
     )
-    return dataclasses.replace(config, text=small)
+    return dataclasses.replace(config, text=small, placeholder_ids=())
+
+
+def _tiny_heads(text: TextConfig) -> int:
+    """Return 4 query heads, or 8 where the kinds have different numbers of K/V heads."""
+    ratios = {text.num_attention_heads // spec.num_key_value_heads for spec in text.layers}
+    return min(text.num_attention_heads, 4 if len(ratios) == 1 else 8)
+
+
+def _shrink(text: TextConfig, spec: LayerSpec) -> LayerSpec:
+    heads = _tiny_heads(text)
+    head_dim = max(spec.head_dim // 8, 16)
+    ratio = text.num_attention_heads // spec.num_key_value_heads
+    scale = spec.attention_scale
+    if text.query_pre_attn_scalar is not None:
+        # Gemma 3 27B divides by hidden / heads, the others by head_dim.
+        own = text.query_pre_attn_scalar == spec.head_dim
+        scale = (head_dim if own else _TINY_HIDDEN / heads) ** -0.5
+    widest = max(other.intermediate_size for other in text.layers)
+    double = widest == 2 * text.layers[0].intermediate_size == spec.intermediate_size
+    return dataclasses.replace(
+        spec,
+        window=None if spec.window is None else _TINY_WINDOW,
+        num_key_value_heads=max(heads // ratio, 1),
+        head_dim=head_dim,
+        attention_scale=scale,
+        intermediate_size=192 if double else 96,
+    )

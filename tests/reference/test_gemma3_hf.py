@@ -77,8 +77,9 @@ def test_a_golden_file_is_what_transformers_computes_now(size):
 @pytest.mark.parametrize(
     ("size", "layers"), [("gemma-3-270m", "unroll"), *((size, "scan") for size in SIZES)]
 )
-def test_greedy_decoding_with_a_cache_gives_transformers_tokens(size, layers):
+def test_greedy_decoding_with_a_cache_gives_transformers_tokens(size, layers, monkeypatch):
     case = toy(size)
+    adapters.read_caches_in_blocks_of(32, monkeypatch)
     model = gemlax.Model(case.config, adapters.build(case.config, case.weights, layers))
     prompts = [row[:n].tolist() for row, n in zip(case.tokens, case.lengths, strict=True)]
     count = WINDOWS * case.hf_config["sliding_window"]
