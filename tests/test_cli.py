@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from adapters import build
 from disk import gguf_tensors, random_weights, write_gguf, write_hf
-from flax import nnx
-from vocabularies import toy
+from golden.conditioned import conditioned_weights
+from vocabularies import SPECIAL, toy
 
 import gemlax
 from gemlax import cli, cost
-from gemlax.checkpoints import Checkpoint
+from gemlax.checkpoints import Checkpoint, text_weights
 
 COMMAND = [sys.executable, "-m", "gemlax.cli"]
 MAIN = "import sys; from gemlax.cli import main; sys.exit(main())"
@@ -29,7 +30,7 @@ CONFIG = gemlax.tiny(gemlax.preset("gemma-3-270m"), num_hidden_layers=6)
 TIMEOUT = 300
 PROMPT = "hello world"
 COMMANDS = ("generate", "info", "perplexity")
-GENERATE = ["generate", "--model", "{model}", "--max-new-tokens", "12"]
+GENERATE = ["generate", "--model", "{model}", "--layers", "scan", "--max-new-tokens", "12"]
 SCORE = ["perplexity", "--model", "{model}"]
 
 # Run without an error: their output is looked at by the tests below.
@@ -38,7 +39,7 @@ GOOD = {
     "file": [*GENERATE, "--json", "--file", "{bad}/prompt.txt"],
     "plain": [*GENERATE, PROMPT],
     "nothing": ["generate", "--model", "{model}", "--max-new-tokens", "0", "--json", PROMPT],
-    "stop": [*GENERATE, "--json", "--stop", "5", PROMPT],
+    "stop": [*GENERATE, "--json", "--stop", "n", PROMPT],
     "seed 1": [*GENERATE, "--json", "--temperature", "1.5", "--seed", "1", PROMPT],
     "seed 1 again": [*GENERATE, "--json", "--temperature", "1.5", "--seed", "1", PROMPT],
     "seed 2": [*GENERATE, "--json", "--temperature", "1.5", "--seed", "2", PROMPT],
@@ -133,8 +134,10 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """Path of a toy checkpoint with random weights."""
-    decoder = gemlax.Decoder(CONFIG.text, rngs=nnx.Rngs(0))
+    """Path of a toy checkpoint. A special token is never the likeliest: no text ends by itself."""
+    weights = conditioned_weights("test_cli", text_weights(CONFIG.text))
+    weights["embed_tokens.weight"][: len(SPECIAL)] = 0
+    decoder = build(CONFIG, weights)
     folder = tmp_path_factory.mktemp("cli") / "toy"
     gemlax.save(gemlax.Model(CONFIG, decoder, toy()), folder)
     return folder
@@ -245,7 +248,7 @@ def test_nothing_to_generate_is_an_empty_text(outcomes):
 
 def test_settings_reach_the_model(outcomes):
     whole, stopped = outcomes["argument"].report, outcomes["stop"].report
-    assert whole["text"].partition("5")[0] == stopped["text"] != whole["text"]
+    assert whole["text"].partition("n")[0] == stopped["text"] != whole["text"]
     assert stopped["finish_reason"] == "stop"
     texts = [outcomes[name].report["text"] for name in ("seed 1", "seed 1 again", "seed 2")]
     assert texts[0] == texts[1] != texts[2]
@@ -371,7 +374,9 @@ def test_a_terminal_that_cannot_show_a_character_gets_another(outcomes, model):
 
 
 def test_a_reader_that_has_enough_ends_it_quietly(model):
-    with start("generate", "--model", model, "--max-new-tokens", "20000", PROMPT) as process:
+    with start(
+        "generate", "--model", model, "--layers", "scan", "--max-new-tokens", "20000", PROMPT
+    ) as process:
         assert len(os.read(process.stdout.fileno(), 5)) > 0
         process.stdout.close()
         begin = time.monotonic()
@@ -381,7 +386,9 @@ def test_a_reader_that_has_enough_ends_it_quietly(model):
 
 
 def test_ctrl_c_ends_it_soon_and_keeps_what_was_printed(outcomes, model):
-    with start("generate", "--model", model, "--max-new-tokens", "20000", PROMPT) as process:
+    with start(
+        "generate", "--model", model, "--layers", "scan", "--max-new-tokens", "20000", PROMPT
+    ) as process:
         out = b""
         while len(out) < 12:
             out += os.read(process.stdout.fileno(), 12)

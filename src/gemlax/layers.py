@@ -13,7 +13,17 @@ from jaxtyping import Array, Float, Int
 from gemlax import ops
 from gemlax.config import LayerSpec, TextConfig
 
-__all__ = ["MLP", "Attention", "DecoderLayer", "Embedder", "KV", "Linear", "RMSNorm"]
+__all__ = [
+    "MLP",
+    "Attention",
+    "DecoderLayer",
+    "Embedder",
+    "Experts",
+    "KV",
+    "Linear",
+    "RMSNorm",
+    "Router",
+]
 
 
 @runtime_checkable
@@ -47,7 +57,7 @@ class Linear(nnx.Module):
         self,
         in_features: int,
         out_features: int,
-        axes: tuple[str, str],
+        axes: tuple[str | None, str | None],
         *,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -75,14 +85,13 @@ class RMSNorm(nnx.Module):
 
 
 class Embedder(nnx.Module):
-    """The table that embeds tokens, scaled, and, unscaled, turns hidden states into logits."""
+    """A table whose rows embed tokens, times sqrt(width); or, unscaled, make logits."""
 
-    def __init__(self, config: TextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        shape = (config.vocab_size, config.hidden_size)
-        scale = jnp.asarray(config.hidden_size**-0.5, dtype)
-        value = jax.random.normal(rngs.params(), shape, dtype) * scale
+    def __init__(self, rows: int, width: int, scale: float, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.scale = scale
+        deviation = jnp.asarray(width**-0.5, dtype)
+        value = jax.random.normal(rngs.params(), (rows, width), dtype) * deviation
         self.weight = nnx.Param(value, axes=("vocab", "embed"), matrix=True)
-        self.scale = config.hidden_size**0.5
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Return the scaled embeddings."""
@@ -94,39 +103,50 @@ class Embedder(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention with normed queries and keys.
+    """Grouped-query self-attention with normed queries and keys, and values where Gemma 4 does.
 
-    Source: transformers modeling_gemma3.py, Gemma3Attention.
+    A layer that owns no K/V has only the query side; it attends to its donor's.
+    Sources: transformers modeling_gemma3.py, Gemma3Attention; modeling_gemma4.py,
+    Gemma4TextAttention.
     """
 
     def __init__(self, config: TextConfig, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         hidden, size = config.hidden_size, spec.head_dim
         heads, kv_heads = config.num_attention_heads, spec.num_key_value_heads
         make: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        self.spec = spec
+        self.spec, self.norms_values, self.eps = spec, config.v_norm, config.rms_norm_eps
         self.q_proj = Linear(hidden, heads * size, ("heads", "embed"), **make)
-        self.k_proj = Linear(hidden, kv_heads * size, ("kv_heads", "embed"), **make)
-        self.v_proj = Linear(hidden, kv_heads * size, ("kv_heads", "embed"), **make)
-        self.o_proj = Linear(heads * size, hidden, ("embed", "heads"), **make)
         self.q_norm = RMSNorm(size, config, dtype=dtype)
-        self.k_norm = RMSNorm(size, config, dtype=dtype)
+        if spec.owns_kv:
+            self.k_proj = Linear(hidden, kv_heads * size, ("kv_heads", "embed"), **make)
+            self.k_norm = RMSNorm(size, config, dtype=dtype)
+            if not spec.k_eq_v:
+                self.v_proj = Linear(hidden, kv_heads * size, ("kv_heads", "embed"), **make)
+        self.o_proj = Linear(heads * size, hidden, ("embed", "heads"), **make)
 
     def __call__(self, x: Float[Array, "B T D"], kv: View) -> tuple[Float[Array, "B T D"], View]:
         """Return what the layer attends to, and `kv` with this step taken in."""
         spec = self.spec
-        q = self.q_norm(self._heads(self.q_proj(x)))  # [B, T, N, H]
-        k = self.k_norm(self._heads(self.k_proj(x)))  # [B, T, K, H]
-        v = self._heads(self.v_proj(x))
-        kv = kv.update(self._rope(k, kv.positions), v)
-        out = kv.attend(self._rope(q, kv.positions), window=spec.window, scale=spec.attention_scale)
+        if spec.owns_kv:
+            kv = kv.update(*self._keys_and_values(x, kv.positions))
+        q = self._rope(self.q_norm(self._heads(self.q_proj(x))), kv.positions)  # [B, T, N, H]
+        out = kv.attend(q, window=spec.window, scale=spec.attention_scale)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), kv
+
+    def _keys_and_values(self, x: Array, positions: Array) -> tuple[Array, Array]:
+        """Return roped keys and values, [B, T, K, H]; k_eq_v makes both from one projection."""
+        raw = self._heads(self.k_proj(x))
+        v = raw if self.spec.k_eq_v else self._heads(self.v_proj(x))
+        if self.norms_values:
+            v = ops.rms_norm(v, None, eps=self.eps, offset=0.0)
+        return self._rope(self.k_norm(raw), positions), v
 
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1, self.spec.head_dim)
 
     def _rope(self, x: Array, positions: Array) -> Array:
         rope = self.spec.rope
-        return ops.rope(x, positions, theta=rope.theta, factor=rope.factor)
+        return ops.rope(x, positions, theta=rope.theta, factor=rope.factor, rotated=rope.rotated)
 
 
 class MLP(nnx.Module):
@@ -144,27 +164,118 @@ class MLP(nnx.Module):
         return self.down_proj(ops.geglu(self.gate_proj(x), self.up_proj(x)))
 
 
+class Router(nnx.Module):
+    """Chooses the experts of each row from the raw residual."""
+
+    def __init__(self, config: TextConfig, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.top_k, self.eps = config.top_k_experts, config.rms_norm_eps
+        axes = ("experts", "embed")
+        self.proj = Linear(config.hidden_size, spec.num_experts, axes, dtype=dtype, rngs=rngs)
+        self.scale = nnx.Param(jnp.ones((config.hidden_size,), dtype), axes=(None,))
+        self.per_expert_scale = nnx.Param(jnp.ones((spec.num_experts,), dtype), axes=(None,))
+
+    def __call__(self, x: Float[Array, "R D"]) -> tuple[Float[Array, "R k"], Int[Array, "R k"]]:
+        """Return the weights and the ids of the chosen experts."""
+        return ops.route(
+            x,
+            self.proj.weight.get_value(),
+            self.scale.get_value(),
+            self.per_expert_scale.get_value(),
+            top_k=self.top_k,
+            eps=self.eps,
+        )
+
+
+class Experts(nnx.Module):
+    """The experts of one layer, stacked: gate and up in one array, the gate's rows first."""
+
+    def __init__(self, config: TextConfig, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        hidden, inner, count = config.hidden_size, config.moe_intermediate_size, spec.num_experts
+
+        def draw(*shape: int) -> Array:
+            deviation = jnp.asarray(shape[-1] ** -0.5, dtype)
+            return jax.random.normal(rngs.params(), shape, dtype) * deviation
+
+        self.gate_up_proj = nnx.Param(
+            draw(count, 2 * inner, hidden), axes=("experts", "mlp", "embed"), matrix=True
+        )
+        self.down_proj = nnx.Param(
+            draw(count, hidden, inner), axes=("experts", "embed", "mlp"), matrix=True
+        )
+
+    def __call__(
+        self, x: Float[Array, "R D"], weights: Float[Array, "R k"], ids: Int[Array, "R k"]
+    ) -> Float[Array, "R D"]:
+        """Return the weighted sum of each row's experts."""
+        return ops.experts(
+            x, weights, ids, self.gate_up_proj.get_value(), self.down_proj.get_value()
+        )
+
+
 class DecoderLayer(nnx.Module):
     """Attention and MLP, each between a norm before and a norm after, around the residual.
 
-    Source: transformers modeling_gemma3.py, Gemma3DecoderLayer.
+    Gemma 4 adds, where its config has them: experts beside the MLP, a gated per-layer input, and
+    a scalar on the whole stream. Sources: transformers modeling_gemma3.py, Gemma3DecoderLayer;
+    modeling_gemma4.py, Gemma4TextDecoderLayer.
     """
 
     def __init__(self, config: TextConfig, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        hidden = config.hidden_size
-        self.self_attn = Attention(config, spec, dtype=dtype, rngs=rngs)
-        self.mlp = MLP(config, spec, dtype=dtype, rngs=rngs)
-        self.input_layernorm = RMSNorm(hidden, config, dtype=dtype)
-        self.post_attention_layernorm = RMSNorm(hidden, config, dtype=dtype)
-        self.pre_feedforward_layernorm = RMSNorm(hidden, config, dtype=dtype)
-        self.post_feedforward_layernorm = RMSNorm(hidden, config, dtype=dtype)
+        make: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
 
-    def __call__(self, x: Float[Array, "B T D"], kv: View) -> tuple[Float[Array, "B T D"], View]:
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, config, dtype=dtype)
+
+        self.self_attn = Attention(config, spec, **make)
+        self.mlp = MLP(config, spec, **make)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm()
+        self.post_feedforward_layernorm = norm()
+        self.has_experts = spec.num_experts > 0
+        if self.has_experts:
+            self.router = Router(config, spec, **make)
+            self.experts = Experts(config, spec, **make)
+            self.post_feedforward_layernorm_1 = norm()
+            self.pre_feedforward_layernorm_2 = norm()
+            self.post_feedforward_layernorm_2 = norm()
+        width, self.has_input = config.hidden_size_per_layer_input, False
+        if width:
+            self.has_input = True
+            self.per_layer_input_gate = Linear(config.hidden_size, width, (None, "embed"), **make)
+            self.per_layer_projection = Linear(width, config.hidden_size, ("embed", None), **make)
+            self.post_per_layer_input_norm = norm()
+        self.has_scalar = config.layer_scalar
+        if self.has_scalar:
+            self.layer_scalar = nnx.Param(jnp.ones((1,), dtype), axes=(None,))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        kv: View,
+        per_layer_input: Float[Array, "B T P"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], View]:
         """Return the residual stream after the layer, and `kv` with this step taken in."""
         with jax.named_scope("attention"):
             out, kv = self.self_attn(self.input_layernorm(x), kv)
             x = x + self.post_attention_layernorm(out)
         with jax.named_scope("mlp"):
             out = self.mlp(self.pre_feedforward_layernorm(x))
+            if self.has_experts:
+                out = self.post_feedforward_layernorm_1(out) + self._mix(x)
             x = x + self.post_feedforward_layernorm(out)
+        if self.has_input:
+            assert per_layer_input is not None
+            gate = self.per_layer_input_gate(x)
+            out = self.per_layer_projection(ops.geglu(gate, per_layer_input))
+            x = x + self.post_per_layer_input_norm(out)
+        if self.has_scalar:
+            # It scales the residual too.
+            x = x * self.layer_scalar.get_value().astype(x.dtype).reshape(1, 1, 1)
         return x, kv
+
+    def _mix(self, x: Array) -> Array:
+        """Run the experts on the residual; the router sees it raw, the experts normed."""
+        rows = x.reshape(-1, x.shape[-1])
+        out = self.experts(self.pre_feedforward_layernorm_2(rows), *self.router(rows))
+        return self.post_feedforward_layernorm_2(out).reshape(x.shape)

@@ -109,9 +109,10 @@ def tiny(config: GemmaConfig, *, num_hidden_layers: int | None = None) -> GemmaC
 
 
 def _tiny_heads(text: TextConfig) -> int:
-    """Return 4 query heads, or 8 where the kinds have different numbers of K/V heads."""
-    ratios = {text.num_attention_heads // spec.num_key_value_heads for spec in text.layers}
-    return min(text.num_attention_heads, 4 if len(ratios) == 1 else 8)
+    """Return 4 query heads, or more where a kind would be left with one K/V head of several."""
+    several = (spec for spec in text.layers if spec.num_key_value_heads > 1)
+    widest = max((text.num_attention_heads // s.num_key_value_heads for s in several), default=1)
+    return min(text.num_attention_heads, max(4, 2 * widest))
 
 
 def _shrink(text: TextConfig, spec: LayerSpec) -> LayerSpec:

@@ -9,7 +9,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-__all__ = ["At", "QTensor", "Weight", "dense", "pack_bfloat16", "shape_of"]
+__all__ = [
+    "At",
+    "QTensor",
+    "Weight",
+    "dense",
+    "num_rows",
+    "pack_bfloat16",
+    "shape_of",
+    "take",
+]
 
 Format = Literal["bfloat16"]
 
@@ -63,6 +72,20 @@ def dense(weight: Weight) -> jax.Array:
 def shape_of(weight: Weight) -> tuple[int, ...]:
     """Return the shape of one layer's weight, whatever holds it."""
     return weight.stack.shape[1:] if isinstance(weight, At) else weight.shape
+
+
+def num_rows(weight: Weight) -> int:
+    """Return the size of the first axis of one layer's weight."""
+    return shape_of(weight)[0]
+
+
+def take(weight: Weight, rows: jax.Array) -> jax.Array:
+    """Read entries of the first axis (rows of a table, experts of a layer) and nothing else."""
+    held: Any = weight
+    if isinstance(weight, At):
+        rows = rows + weight.index * num_rows(weight)
+        held = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), weight.stack)
+    return dense(jax.tree.map(lambda a: jnp.take(a, rows, axis=0), held))
 
 
 def pack_bfloat16(weight: Any) -> QTensor:

@@ -4,8 +4,9 @@ These are the reference versions. They know JAX and `qtensor`, and no layer, cac
 """
 
 from gemlax.ops.attention import attend, attend_blocks, causal_mask, fresh_attend
-from gemlax.ops.basic import EMPTY, geglu, rms_norm, rope
+from gemlax.ops.basic import EMPTY, geglu, rms_norm, rope, softcap
 from gemlax.ops.matmul import embed, linear, unembed
+from gemlax.ops.moe import experts, route
 
 __all__ = [
     "EMPTY",
@@ -13,10 +14,13 @@ __all__ = [
     "attend_blocks",
     "causal_mask",
     "embed",
+    "experts",
     "fresh_attend",
     "geglu",
     "linear",
     "rms_norm",
     "rope",
+    "route",
+    "softcap",
     "unembed",
 ]

@@ -1,0 +1,167 @@
+"""Mixture of experts: the router, and three ways to run the experts that it chose.
+
+Every way gives each row the weighted sum of its `top_k` experts; none drops a row. Cost grows
+with the experts that are active, but for the reference, which runs all of them.
+Source: transformers modeling_gemma4.py, Gemma4TextRouter and Gemma4TextExperts.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gemlax.ops.basic import geglu, rms_norm
+from gemlax.ops.matmul import product
+from gemlax.qtensor import Weight, dense, num_rows, take
+
+__all__ = ["Implementation", "experts", "route"]
+
+Implementation = Literal["dense", "gather", "sorted", "ragged"]
+
+# Up to this many (row, expert) pairs the experts' weights are gathered per pair: a decode step.
+_FEW_PAIRS = 64
+# Pairs of one expert that share a product in "sorted".
+_BLOCK = 32
+
+
+def route(
+    x: Float[Array, "R D"],
+    proj: Weight,
+    scale: Float[Array, " D"],
+    per_expert_scale: Float[Array, " E"],
+    *,
+    top_k: int,
+    eps: float,
+) -> tuple[Float[Array, "R k"], Int[Array, "R k"]]:
+    """Return the float32 weights and the ids of the `top_k` experts of each row.
+
+    `x` is the raw residual: it is normed here. The softmax runs over all experts, then the chosen
+    ones are scaled to sum to one, then by `per_expert_scale`, once.
+    """
+    normed = rms_norm(x, None, eps=eps, offset=0.0) * scale.astype(x.dtype)[None]
+    normed = normed * jnp.asarray(x.shape[-1] ** -0.5, x.dtype)
+    probabilities = jax.nn.softmax(product(normed, dense(proj)), axis=-1)
+    weights, ids = jax.lax.top_k(probabilities, top_k)
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    return weights * jnp.take(per_expert_scale.astype(jnp.float32), ids), ids
+
+
+def experts(
+    x: Float[Array, "R D"],
+    weights: Float[Array, "R k"],
+    ids: Int[Array, "R k"],
+    gate_up: Weight,
+    down: Weight,
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "R D"]:
+    """Return the weighted sum of each row's experts, accumulated in float32.
+
+    Args:
+        gate_up: [E, 2 * F, D], the gate's rows first.
+        down: [E, D, F].
+        implementation: None: "gather" for few rows; else "sorted" on CPU, "ragged" elsewhere.
+    """
+    ways = {"dense": _dense, "gather": _gather, "sorted": _sorted, "ragged": _ragged}
+    run = ways[implementation or _default(ids.size)]
+    return run(x, weights, ids, gate_up, down).astype(x.dtype)
+
+
+def _default(pairs: int) -> Implementation:
+    if pairs <= _FEW_PAIRS:
+        return "gather"
+    return "sorted" if jax.default_backend() == "cpu" else "ragged"
+
+
+def _expert(x: Array, gate_up: Array, down: Array) -> Array:
+    """Run one expert on rows [R, D]; float32."""
+    gate, up = jnp.split(product(x, gate_up), 2, axis=-1)
+    return product(geglu(gate, up).astype(x.dtype), down)
+
+
+def _dense(x: Array, weights: Array, ids: Array, gate_up: Weight, down: Weight) -> Array:
+    """The reference: every expert on every row."""
+
+    def step(total: Array, expert: Array) -> tuple[Array, None]:
+        out = _expert(x, take(gate_up, expert), take(down, expert))
+        share = jnp.where(ids == expert, weights, 0.0).sum(axis=-1)
+        return total + out * share[:, None], None
+
+    start = jnp.zeros(x.shape, jnp.float32)
+    return jax.lax.scan(step, start, jnp.arange(num_rows(gate_up), dtype=jnp.int32))[0]
+
+
+def _gather(x: Array, weights: Array, ids: Array, gate_up: Weight, down: Weight) -> Array:
+    """Read the weights of each (row, expert) pair, and nothing else."""
+    top_k = ids.shape[1]
+
+    def pair(total: Array, index: Array) -> tuple[Array, None]:
+        row, place = index // top_k, index % top_k
+        expert = ids[row, place]
+        out = _expert(x[row][None], take(gate_up, expert), take(down, expert))
+        return total.at[row].add(out[0] * weights[row, place]), None
+
+    start = jnp.zeros(x.shape, jnp.float32)
+    return jax.lax.scan(pair, start, jnp.arange(ids.size, dtype=jnp.int32))[0]
+
+
+def _sorted(x: Array, weights: Array, ids: Array, gate_up: Weight, down: Weight) -> Array:
+    """Sort the pairs by expert and run blocks that each belong to one expert.
+
+    There are at most pairs / block + experts blocks; those that stay empty are skipped.
+    """
+    count, pairs = num_rows(gate_up), ids.size
+    order, sizes = _by_expert(ids, count)
+    blocks = (sizes + _BLOCK - 1) // _BLOCK
+    ends, block_ends = jnp.cumsum(sizes), jnp.cumsum(blocks)
+    lanes = jnp.arange(_BLOCK, dtype=jnp.int32)
+
+    def block(total: Array, index: Array) -> tuple[Array, None]:
+        expert = jnp.searchsorted(block_ends, index, side="right").astype(jnp.int32)
+        expert = jnp.minimum(expert, count - 1)
+        done = (index - (block_ends[expert] - blocks[expert])) * _BLOCK
+        place = ends[expert] - sizes[expert] + done + lanes
+        inside = done + lanes < sizes[expert]
+        pair = order[jnp.where(inside, place, 0)]
+        row = pair // ids.shape[1]
+        share = jnp.where(inside, weights.reshape(-1)[pair], 0.0)
+
+        def run(total: Array) -> Array:
+            out = _expert(x[row], take(gate_up, expert), take(down, expert))
+            return total.at[row].add(out * share[:, None])
+
+        return jax.lax.cond(index < block_ends[-1], run, lambda total: total, total), None
+
+    most = pairs // _BLOCK + min(count, pairs)
+    start = jnp.zeros(x.shape, jnp.float32)
+    return jax.lax.scan(block, start, jnp.arange(most, dtype=jnp.int32))[0]
+
+
+def _ragged(x: Array, weights: Array, ids: Array, gate_up: Weight, down: Weight) -> Array:
+    """Two grouped products over all pairs, by `jax.lax.ragged_dot_general`."""
+    order, sizes = _by_expert(ids, num_rows(gate_up))
+    row = order // ids.shape[1]
+    gate, up = jnp.split(_grouped(x[row], dense(gate_up), sizes), 2, axis=-1)
+    out = _grouped(geglu(gate, up).astype(x.dtype), dense(down), sizes)
+    share = weights.reshape(-1)[order]
+    return jnp.zeros(x.shape, jnp.float32).at[row].add(out * share[:, None])
+
+
+def _grouped(x: Array, weight: Array, sizes: Array) -> Array:
+    """Multiply rows, grouped by expert, with [E, out, in]; float32."""
+    numbers = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (2,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0],
+    )
+    return jax.lax.ragged_dot_general(
+        x, weight.astype(x.dtype), sizes, numbers, preferred_element_type=jnp.float32
+    )
+
+
+def _by_expert(ids: Array, count: int) -> tuple[Array, Array]:
+    """Return the pairs in the order of their experts, and how many pairs each expert has."""
+    flat = ids.reshape(-1)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    return order, jnp.zeros(count, jnp.int32).at[flat].add(1)
