@@ -370,6 +370,22 @@ def test_a_terminal_that_cannot_show_a_character_gets_another(outcomes, model):
     assert done.out == text.encode("ascii", "replace").decode() + "\n"
 
 
+@pytest.mark.parametrize("error", [MemoryError, ValueError, RuntimeError])
+def test_a_lack_of_memory_is_an_error_and_a_bug_is_a_traceback(monkeypatch, capsys, error):
+    def fail(message):
+        def load(*_, **__):
+            raise error(message)
+
+        monkeypatch.setattr(gemlax, "load", load)
+        return cli.main(["generate", "--model", "m", PROMPT])
+
+    status = fail("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n more\n")
+    assert_one_line(Outcome(status, *capsys.readouterr()), 1, "may help: Out of memory allocating")
+    if error is not MemoryError:
+        with pytest.raises(error):
+            fail("a bug")
+
+
 # Signals.
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.extend import core as jex
 
 from gemlax import cache, ops
-from gemlax.config import TextConfig
+from gemlax.config import LayerSpec, TextConfig
 from gemlax.decoder import Decoder
 from gemlax.generate import DecodeState, Engine, Limits
 from gemlax.layers import DecoderLayer
@@ -332,13 +332,19 @@ def is_jaxpr(value) -> bool:
     return isinstance(value, (jex.Jaxpr, jex.ClosedJaxpr))
 
 
-@pytest.mark.parametrize(
-    ("name", "bodies"), [("gemma-3-270m", 2), ("gemma-3-4b", 3), ("gemma-3-27b", 3)]
-)
-def test_scanned_programs_hold_two_layer_bodies_per_segment_at_most(name, bodies):
+BODIES = {"gemma-3-270m": 2, "gemma-3-4b": 3, "gemma-3-27b": 3, "gemma-4-e2b": 4,
+          "gemma-4-e4b": 4, "gemma-4-31b": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_scanned_programs_hold_two_layer_bodies_per_segment_at_most(name):
     config = tiny(preset(name)).text
-    products = 7 + 2  # four projections, three of the MLP, two of attention
-    counts = {}
+    counts, expected = {}, {}
+    bodies = [run.spec for segment in config.plan.segments for run in segment.runs]
+    assert len(bodies) == BODIES[name]
+    once = config.hidden_size_per_layer_input > 0  # the projection of all per-layer inputs
+    expected["scan"] = once + sum(products(config, spec) for spec in bodies)
+    expected["unroll"] = once + sum(products(config, spec) for spec in config.layers)
     for layers in ("scan", "unroll"):
         decoder = nnx.eval_shape(lambda kind=layers: Decoder(config, layers=kind, rngs=nnx.Rngs(0)))
         graphdef, state = nnx.split(decoder)
@@ -347,7 +353,26 @@ def test_scanned_programs_hold_two_layer_bodies_per_segment_at_most(name, bodies
             jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state), ids
         )
         counts[layers] = count(jaxpr.jaxpr, "dot_general")
-    assert counts == {"scan": bodies * products, "unroll": config.num_hidden_layers * products}
+    assert counts == expected
+
+
+def products(config: TextConfig, spec: LayerSpec) -> int:
+    """Matrix products of one layer: MLP, attention, q and o, k and v where it makes them."""
+    own = 2 - spec.k_eq_v if spec.owns_kv else 0
+    return 3 + 2 + 2 + own + 2 * (config.hidden_size_per_layer_input > 0)
+
+
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_prefill_does_not_run_the_layers_that_share_their_k_v(layers):
+    """Nothing that a prompt needs comes out of them: XLA must drop the whole segment."""
+    config = tiny(preset("gemma-4-e2b")).text
+    program = compile_prefill(engine_of(config, layers), 64, 256)
+    weights = {spec.intermediate_size for spec in config.layers if not spec.owns_kv}
+    (wide,) = weights
+    assert wide == 192
+    assert f"f32[64,{wide}]" not in program.as_text()
+    assert f"f32[64,{config.layers[0].intermediate_size}]" in program.as_text()
+    assert copy_faults(program, caches_of(engine_of(config, layers), 256)) == []
 
 
 def test_one_program_serves_all_settings_of_a_bucket():

@@ -32,6 +32,7 @@ _EXAMPLES = {
 """,
 }
 
+_XLA_NO_MEMORY = "RESOURCE_EXHAUSTED:"  # a ValueError or a RuntimeError, as jax sees fit
 _CACHE_PROBE = 2**22  # bytes; more than the programs of a run take
 
 
@@ -48,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _drop_output()  # the reader has enough (`| head`)
         return 128 + signal.SIGPIPE
-    except (Error, OSError, UnicodeDecodeError, MemoryError) as error:
+    except Exception as error:
+        known = isinstance(error, (Error, OSError, UnicodeDecodeError, MemoryError))
+        if not known and _XLA_NO_MEMORY not in str(error):
+            raise
         # Without a standard error, print would take standard output.
         if sys.stderr is not None:
             print(f"gemlax: {_describe(error)}", file=sys.stderr)
@@ -74,8 +78,9 @@ def _drop_output() -> None:
 
 
 def _describe(error: Exception) -> str:
-    if isinstance(error, MemoryError):
-        return f"out of memory: {error}" if str(error) else "out of memory"
+    if isinstance(error, MemoryError) or _XLA_NO_MEMORY in str(error):
+        first = str(error).partition("\n")[0].removeprefix(_XLA_NO_MEMORY)
+        return f"out of memory; less --context or --dtype bfloat16 may help: {first.strip()}"
     if isinstance(error, UnicodeDecodeError):
         return f"the input is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
     if isinstance(error, OSError) and error.strerror and error.filename:

@@ -41,13 +41,13 @@ def rope(
     """
     half = x.shape[-1] // 2
     index = jnp.arange(half, dtype=jnp.float32)
-    frequencies = jnp.power(jnp.float32(theta), -index / half) / jnp.float32(factor)
-    frequencies = jnp.where(index < int(rotated * half), frequencies, 0.0)
+    turning = jnp.power(jnp.float32(theta), -index / half) / jnp.float32(factor)
+    frequencies: Array = jnp.where(index < int(rotated * half), turning, 0.0)
     angles = positions.astype(jnp.float32)[..., None, None] * _align(frequencies, 4)
     cos, sin = jnp.cos(angles), jnp.sin(angles)  # [B, T, 1, H/2]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return out.astype(x.dtype)
 
 
 def geglu(gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:
