@@ -1,6 +1,6 @@
 """From command to first token, and memory while loading: what a new user meets.
 
-Run: python benchmarks/first_token.py [--model demo] [--runs 3]
+Run: python benchmarks/first_token.py [--model demo] [--runs 3] [--write]
 Each run is a whole `gemlax generate` process: without a compilation cache, then with a filled
 one. Memory is the peak of anonymous memory (RssAnon, read every 10 ms; Linux) above that of the
 same command on a toy checkpoint, as a multiple of the weights. The last line is JSON.
@@ -15,6 +15,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import report
 
 import gemlax
 from gemlax import checkpoints, cost
@@ -67,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="into docs/performance.md")
     args = parser.parse_args()
     with checkpoints.open_checkpoint(checkpoints.find(args.model)) as opened:
         weight_bytes = 4 * cost.parameters(opened.config.text)
@@ -82,16 +85,25 @@ def main() -> None:
             toy_peaks.append(run(str(toy))[2])
             warm.append(run(args.model, "--compilation-cache", cache)[1])
     growth = statistics.median(peaks) - statistics.median(toy_peaks)
-    report = {
+    found = {
         "first_token_s": round(statistics.median(cold), 2),
         "first_token_cached_s": round(statistics.median(warm), 2),
         "load_memory_over_weights": round(growth / weight_bytes, 3),
         "runs": {"cold_s": cold, "cached_s": warm, "peak": peaks, "toy_peak": toy_peaks},
     }
-    print(f"first token {report['first_token_s']} s, with a compilation cache "
-          f"{report['first_token_cached_s']} s; memory {report['load_memory_over_weights']} x "
+    print(f"first token {found['first_token_s']} s, with a compilation cache "
+          f"{found['first_token_cached_s']} s; memory {found['load_memory_over_weights']} x "
           f"the weights ({weight_bytes / 1e6:.0f} MB)")  # fmt: skip
-    print(json.dumps(report))
+    print(json.dumps(found))
+    if args.write:
+        rows = [
+            ("process until the first token, s", found["first_token_s"]),
+            ("the same with a filled compilation cache, s", found["first_token_cached_s"]),
+            ("peak of anonymous memory over a toy's, x weights", found["load_memory_over_weights"]),
+        ]
+        report.write_section(
+            "first-token", f"{report.machine()}.\n\n{report.table(('what', 'median'), rows)}"
+        )
 
 
 if __name__ == "__main__":

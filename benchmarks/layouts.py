@@ -1,6 +1,6 @@
 """Scanned against unrolled layers: compile time, temporaries and step time of one decode step.
 
-Run: python benchmarks/layouts.py [--preset gemma-3-270m] [--capacity 512] [--steps 16]
+Run: python benchmarks/layouts.py [--preset gemma-3-270m] [--capacity 512] [--steps 16] [--write]
 Weights are random. The forms take turns, so that a change in the machine's speed meets all of
 them; the last line is JSON. `default_layers` follows these figures (docs/log.md).
 """
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
 from flax import nnx
 
 from gemlax import preset
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--capacity", type=int, default=512)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--write", action="store_true", help="into docs/performance.md")
     args = parser.parse_args()
     config = preset(args.preset).text
     forms = {form: Form(config, *form, args.capacity) for form in FORMS}
@@ -93,6 +95,11 @@ def main() -> None:
             "spread_ms": [round(min(times[form]), 1), round(max(times[form]), 1)],
         })  # fmt: skip
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
+    if args.write:
+        shown = [(r["dtype"], r["layers"], r["read"], r["compile_s"], r["temporary_mb"],
+                  r["step_ms"], " to ".join(map(str, r["spread_ms"]))) for r in rows]  # fmt: skip
+        head = ("dtype", "layers", "read", "compile s", "temporaries MB", "step ms", "spread ms")
+        report.write_section("layouts", f"{report.machine()}.\n\n{report.table(head, shown)}")
     print(json.dumps({"preset": args.preset, "jax": jax.__version__, "rows": rows}))
 
 

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from gemlax.checkpoints import Checkpoint, text_weights
 from gemlax.config import GemmaConfig
+from gemlax.presets import PRESETS, tiny
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Two K/V heads of four: a wrong order of axes shows. Seven layers: both kinds, and a remainder.
@@ -31,6 +32,20 @@ CONFIG = GemmaConfig.from_hf(
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     }
 )
+
+
+def gemma4(size: str, **changes: Any) -> GemmaConfig:
+    """Return a published Gemma 4 at toy width, with some keys of its config changed."""
+    return tiny(GemmaConfig.from_hf(PRESETS[f"gemma-4-{size}"] | changes))
+
+
+# Shared K/V, per-layer inputs and wide MLPs; values made of keys; experts.
+GEMMA4 = {
+    "e2b": gemma4("e2b", num_hidden_layers=10, num_kv_shared_layers=5,
+                  layer_types=PRESETS["gemma-4-e2b"]["layer_types"][:10]),
+    "12b": gemma4("12b", num_hidden_layers=6),
+    "26b-a4b": gemma4("26b-a4b", num_hidden_layers=6, num_experts=8, top_k_experts=2),
+}  # fmt: skip
 
 
 def random_weights(
@@ -76,9 +91,12 @@ def write_hf(
 
 
 def gguf_metadata(writer: gguf.GGUFWriter, config: GemmaConfig) -> None:
-    """Add the metadata that llama.cpp's converter writes for a Gemma 3."""
+    """Add the metadata that llama.cpp's converter writes."""
     text, spec = config.text, config.text.layers[0]
     full = text.first("full_attention")
+    if text.v_norm:
+        gguf_metadata_of_gemma4(writer, config)
+        return
     writer.add_context_length(text.max_position_embeddings)
     writer.add_embedding_length(text.hidden_size)
     writer.add_block_count(text.num_hidden_layers)
@@ -95,15 +113,55 @@ def gguf_metadata(writer: gguf.GGUFWriter, config: GemmaConfig) -> None:
         writer.add_rope_scaling_factor(full.rope.factor)
 
 
-def gguf_vocabulary(writer: gguf.GGUFWriter, num_tokens: int) -> None:
-    """Add a SentencePiece vocabulary: the named pieces, the bytes, and made-up words."""
+def gguf_metadata_of_gemma4(writer: gguf.GGUFWriter, config: GemmaConfig) -> None:
+    """Add what conversion/gemma.py, Gemma4Model.set_gguf_parameters, writes."""
+    text = config.text
+    sliding, full = text.first("sliding_attention"), text.first("full_attention")
+    assert sliding is not None and full is not None
+    widths = [spec.intermediate_size for spec in text.layers]
+    heads = [spec.num_key_value_heads for spec in text.layers]
+    writer.add_context_length(text.max_position_embeddings)
+    writer.add_embedding_length(text.hidden_size)
+    writer.add_block_count(text.num_hidden_layers)
+    writer.add_feed_forward_length(widths if len(set(widths)) > 1 else widths[0])
+    writer.add_head_count(text.num_attention_heads)
+    writer.add_head_count_kv(heads if len(set(heads)) > 1 else heads[0])
+    writer.add_layer_norm_rms_eps(text.rms_norm_eps)
+    writer.add_rope_freq_base(full.rope.theta)
+    writer.add_rope_freq_base_swa(sliding.rope.theta)
+    writer.add_final_logit_softcapping(text.final_logit_softcapping)
+    writer.add_sliding_window(sliding.window)
+    writer.add_sliding_window_pattern([spec.kind == "sliding_attention" for spec in text.layers])
+    writer.add_shared_kv_layers(sum(not spec.owns_kv for spec in text.layers))
+    writer.add_embedding_length_per_layer_input(text.hidden_size_per_layer_input)
+    writer.add_key_length(full.head_dim)
+    writer.add_value_length(full.head_dim)
+    writer.add_key_length_swa(sliding.head_dim)
+    writer.add_value_length_swa(sliding.head_dim)
+    writer.add_rope_dimension_count(full.head_dim)
+    writer.add_rope_dimension_count_swa(sliding.head_dim)
+    if full.num_experts:
+        writer.add_expert_count(full.num_experts)
+        writer.add_expert_used_count(text.top_k_experts)
+        writer.add_expert_feed_forward_length(text.moe_intermediate_size)
+
+
+def gguf_vocabulary(writer: gguf.GGUFWriter, num_tokens: int, model: str = "llama") -> None:
+    """Add a SentencePiece vocabulary: the named pieces, the bytes, and made-up words.
+
+    Of kind "gemma4" it has merges, and scores that say nothing.
+    """
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>"] + [f"<0x{i:02X}>" for i in range(256)]
     words = ["a", "b", "é", "ab", "\u2581", "\u2581a"]
     words += [f"w{i}" for i in range(num_tokens - len(pieces) - len(words))]
     types = [3, 3, 3, 2] + [6] * 256 + [1] * len(words)
-    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_model(model)
     writer.add_token_list(pieces + words)
-    writer.add_token_scores([-1000.0] * len(pieces) + [-float(i) for i in range(len(words))])
+    if model == "gemma4":
+        writer.add_token_scores([0.0] * num_tokens)
+        writer.add_token_merges(["a b", "\u2581 a"])
+    else:
+        writer.add_token_scores([-1000.0] * len(pieces) + [-float(i) for i in range(len(words))])
     writer.add_token_types(types)
     writer.add_bos_token_id(2)
     writer.add_eos_token_id(1)
@@ -127,20 +185,21 @@ def write_gguf(
         tensors: by GGUF name, an array, or bytes [rows, row bytes] and their quantised type.
         extra: more metadata, by key, or other values of it: str, list, or an integer (uint32).
     """
-    writer = gguf.GGUFWriter(path, "gemma3")
+    kind = "gemma4" if config.text.v_norm else "gemma3"
+    writer = gguf.GGUFWriter(path, kind)
     if alignment is not None:
         writer.add_custom_alignment(alignment)
     gguf_metadata(writer, config)
     if vocabulary:
-        gguf_vocabulary(writer, config.text.vocab_size)
+        gguf_vocabulary(writer, config.text.vocab_size, "gemma4" if kind == "gemma4" else "llama")
     for key, value in (extra or {}).items():
         writer.kv_data[0].pop(key, None)
         if isinstance(value, list):
             writer.add_array(key, value)
         else:
             (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
-    for name, (array, kind) in tensors.items():
-        writer.add_tensor(name, array, raw_dtype=kind)
+    for name, (array, dtype) in tensors.items():
+        writer.add_tensor(name, array, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -148,12 +207,37 @@ def write_gguf(
     return path
 
 
-def gguf_tensors(weights: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, None]]:
-    """Return float32 tensors under the gguf package's names, norms plus 1 as llama.cpp does."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, CONFIG.text.num_hidden_layers)
+def gguf_tensors(
+    weights: Mapping[str, np.ndarray], config: GemmaConfig = CONFIG
+) -> dict[str, tuple[np.ndarray, None]]:
+    """Return float32 tensors under the gguf package's names.
+
+    Norms are plus 1 for Gemma 3, as llama.cpp does; Gemma 4 has a tensor for its rope.
+    """
+    text = config.text
+    kind = gguf.MODEL_ARCH.GEMMA4 if text.v_norm else gguf.MODEL_ARCH.GEMMA3
+    names = gguf.get_tensor_name_map(kind, text.num_hidden_layers)
     found = {}
     for name, array in weights.items():
-        other = names.get_name(f"model.{name}", try_suffixes=(".weight",))
-        offset = 1 if name.endswith("norm.weight") else 0
-        found[other] = (array + np.float32(offset), None)
+        offset = 1 if name.endswith("norm.weight") and not text.v_norm else 0
+        found[_gguf_name(names, name)] = (array + np.float32(offset), None)
+    full = text.first("full_attention")
+    if full is not None and full.rope.rotated != 1:
+        pairs = full.head_dim // 2
+        divisors = np.full(pairs, 1e30, np.float32)
+        divisors[: pairs // 4] = 1
+        found["rope_freqs.weight"] = (divisors, None)
     return found
+
+
+def _gguf_name(names: gguf.TensorNameMap, name: str) -> str | None:
+    """Name a weight as conversion/gemma.py does."""
+    for ours, theirs in {
+        "router.scale": "ffn_gate_inp.scale",
+        "router.per_expert_scale": "ffn_down_exps.scale",
+    }.items():
+        if name.endswith(ours):
+            return f"blk.{name.split('.')[1]}.{theirs}"
+    if name.endswith("layer_scalar") or ".experts." in name:
+        name += ".weight"
+    return names.get_name(f"model.{name}", try_suffixes=(".weight",))

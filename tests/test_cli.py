@@ -25,11 +25,13 @@ from gemlax.checkpoints import Checkpoint, text_weights
 
 COMMAND = [sys.executable, "-m", "gemlax.cli"]
 MAIN = "import sys; from gemlax.cli import main; sys.exit(main())"
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+# What is written shall wait in a buffer, as it does for most users.
+INHERITED = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+ENVIRONMENT = INHERITED | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
 CONFIG = gemlax.tiny(gemlax.preset("gemma-3-270m"), num_hidden_layers=6)
 TIMEOUT = 300
 PROMPT = "hello world"
-COMMANDS = ("generate", "info", "perplexity")
+COMMANDS = ("generate", "chat", "info", "perplexity")
 GENERATE = ["generate", "--model", "{model}", "--layers", "scan", "--max-new-tokens", "12"]
 SCORE = ["perplexity", "--model", "{model}"]
 
@@ -39,7 +41,7 @@ GOOD = {
     "file": [*GENERATE, "--json", "--file", "{bad}/prompt.txt"],
     "plain": [*GENERATE, PROMPT],
     "nothing": ["generate", "--model", "{model}", "--max-new-tokens", "0", "--json", PROMPT],
-    "stop": [*GENERATE, "--json", "--stop", "n", PROMPT],
+    "stop": [*GENERATE, "--json", "--stop", "g", PROMPT],
     "seed 1": [*GENERATE, "--json", "--temperature", "1.5", "--seed", "1", PROMPT],
     "seed 1 again": [*GENERATE, "--json", "--temperature", "1.5", "--seed", "1", PROMPT],
     "seed 2": [*GENERATE, "--json", "--temperature", "1.5", "--seed", "2", PROMPT],
@@ -91,7 +93,8 @@ BAD: dict[str, tuple[list[str], int, str]] = {
                         "prompt.txt/x: Not a directory"),
     "zero info context": (["info", "gemma-3-1b", "--context", "0"], 1, "--context"),
     "unknown flag": (["generate", "--loud", PROMPT], 2, "--loud"),
-    "unknown command": (["chat"], 2, "chat"),
+    "unknown command": (["sing"], 2, "sing"),
+    "no tokenizer to chat": (["chat", "--model", "{bad}/mute"], 1, "no tokenizer"),
     "no command": ([], 2, "COMMAND"),
     "not a number": (["generate", "--top-k", "1.5", PROMPT], 2, "1.5"),
     "wrong dtype": (["generate", "--dtype", "float16", PROMPT], 2, "float16"),
@@ -135,7 +138,7 @@ class Outcome(NamedTuple):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """Path of a toy checkpoint. A special token is never the likeliest: no text ends by itself."""
-    weights = conditioned_weights("test_cli", text_weights(CONFIG.text))
+    weights = conditioned_weights("test_cli 4", text_weights(CONFIG.text))
     weights["embed_tokens.weight"][: len(SPECIAL)] = 0
     decoder = build(CONFIG, weights)
     folder = tmp_path_factory.mktemp("cli") / "toy"
@@ -239,6 +242,28 @@ def test_a_prompt_comes_from_the_argument_a_file_or_stdin(outcomes, model):
         assert done.report["prompt_tokens"] == expected["prompt_tokens"]
 
 
+def test_a_chat_takes_a_turn_per_line_and_keeps_its_cache(model):
+    command = ["chat", "--model", model, "--max-new-tokens", "8", "--temperature", "0", "--json"]
+    done = run([*COMMAND, *command], input=b"hello\nhello world\n/reset\nhello\n")
+    assert done.status == 0, done.error
+    first, second, third = done.report["turns"]
+    assert [turn["tokens"] for turn in (first, second, third)] == [8, 8, 8]
+    assert first["content"] == third["content"]
+    assert first["prefill_tokens"] == first["prompt_tokens"] - 1
+    assert second["prefill_tokens"] <= second["prompt_tokens"] - first["prompt_tokens"]
+    assert done.error.count("tok/s; prefilled") == 3
+    assert "the conversation is forgotten" in done.error
+
+
+def test_a_chat_says_when_the_context_is_full(model):
+    full = run(
+        [*COMMAND, "chat", "--model", model, "--context", "24"], input=b"hello\nhello world\n"
+    )
+    assert full.status == 1
+    assert "the context is full: /reset starts anew" in full.error
+    assert "more than the context of 24" in full.error
+
+
 def test_nothing_to_generate_is_an_empty_text(outcomes):
     report = outcomes["nothing"].report
     assert outcomes["nothing"].text == report["text"] == ""
@@ -248,7 +273,7 @@ def test_nothing_to_generate_is_an_empty_text(outcomes):
 
 def test_settings_reach_the_model(outcomes):
     whole, stopped = outcomes["argument"].report, outcomes["stop"].report
-    assert whole["text"].partition("n")[0] == stopped["text"] != whole["text"]
+    assert whole["text"].partition("g")[0] == stopped["text"] != whole["text"]
     assert stopped["finish_reason"] == "stop"
     texts = [outcomes[name].report["text"] for name in ("seed 1", "seed 1 again", "seed 2")]
     assert texts[0] == texts[1] != texts[2]

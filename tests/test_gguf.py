@@ -148,7 +148,7 @@ def test_a_tied_head_is_accepted_and_rope_frequencies_are_left_aside(tmp_path):
     weights = random_weights()
     tensors = gguf_tensors(weights)
     tensors["output.weight"] = (weights[TABLE].copy(), None)
-    tensors["rope_freqs.weight"] = (np.ones(16, np.float32), None)
+    tensors["rope_freqs.weight"] = (np.full(16, 3, np.float32), None)
     with open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors)) as checkpoint:
         checkpoint.check()
     tensors["output.weight"][0][-1, -1] += 1

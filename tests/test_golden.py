@@ -1,8 +1,8 @@
-"""Parity with transformers without torch: against files that tests/golden/make_gemma3.py wrote."""
+"""Parity with transformers without torch: against the files of tests/golden/make_gemma*.py."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import adapters
 import numpy as np
@@ -10,18 +10,29 @@ import pytest
 from golden.conditioned import conditioned_weights, valid_tokens, weight_shapes
 
 from gemlax.config import GemmaConfig
+from gemlax.decoder import Decoder
 from gemlax.presets import PRESETS, preset, tiny
 
 FOLDER = Path(__file__).resolve().parent / "golden"
 
 
+class Golden(NamedTuple):
+    """The name of a size, its golden data, its weights, and a decoder with them."""
+
+    size: str
+    data: dict[str, Any]
+    weights: dict[str, np.ndarray]
+    decoder: Decoder
+
+
 @pytest.fixture(scope="module", params=PRESETS)
-def toy(request) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
-    """The name of a size, its golden data, and its weights."""
+def toy(request) -> Golden:
     with np.load(FOLDER / f"{request.param}.npz") as file:
         data = dict(file)
     data["config"] = json.loads(str(data["config"]))
-    return request.param, data, conditioned_weights(request.param, weight_shapes(data["config"]))
+    weights = conditioned_weights(request.param, weight_shapes(data["config"]))
+    decoder = adapters.build(tiny(preset(request.param)), weights, "index")
+    return Golden(request.param, data, weights, decoder)
 
 
 def ratio(found: np.ndarray, expected: np.ndarray, std: float) -> float:
@@ -29,24 +40,27 @@ def ratio(found: np.ndarray, expected: np.ndarray, std: float) -> float:
 
 
 def test_the_golden_config_is_the_tiny_preset(toy):
-    size, data, _ = toy
-    assert GemmaConfig.from_hf(data["config"]).text == tiny(preset(size)).text
+    assert GemmaConfig.from_hf(toy.data["config"]).text == tiny(preset(toy.size)).text
 
 
 def test_the_weights_are_those_the_file_was_made_with(toy):
-    _, data, weights = toy
-    found = [float(np.abs(w).sum(dtype="f8")) for w in weights.values()]
-    np.testing.assert_allclose(found, data["weights_l1"], rtol=1e-6)
+    found = [float(np.abs(w).sum(dtype="f8")) for w in toy.weights.values()]
+    np.testing.assert_allclose(found, toy.data["weights_l1"], rtol=1e-6)
 
 
 def test_logits_equal_transformers_at_full_depth(toy):
-    size, data, weights = toy
-    decoder = adapters.build(tiny(preset(size)), weights)
+    size, data, _, decoder = toy
     logits = adapters.logits(decoder, data["tokens"], data["lengths"])
     valid, flat = valid_tokens(data["lengths"]), logits.reshape(-1, logits.shape[-1])
+    clear = np.ones_like(valid)
+    if "router_gap" in data:
+        clear = data["router_gap"].min(axis=0) >= adapters.ROUTER_GAP
+        assert clear[valid].mean() > 0.99
+    full = clear.reshape(-1)[data["full_at"]]
+    std = data["logits_std"]
     errors = [
-        ratio(logits[valid][:, data["vocab_ids"]], data["logits_slice"], data["logits_std"]),
-        ratio(flat[data["full_at"]], data["logits_full"], data["logits_std"]),
+        ratio(logits[valid & clear][:, data["vocab_ids"]], data["logits_slice"][clear[valid]], std),
+        ratio(flat[data["full_at"][full]], data["logits_full"][full], std),
     ]
     print(f"{size}: logits differ by {max(errors):.1e} std")
     assert max(errors) <= adapters.LOGITS
@@ -54,12 +68,18 @@ def test_logits_equal_transformers_at_full_depth(toy):
 
 
 def test_layers_equal_transformers_on_its_own_inputs(toy):
-    size, data, weights = toy
-    decoder = adapters.build(tiny(preset(size)), weights)
-    positions = np.arange(data["layer_inputs"].shape[1], dtype=np.int32)[None]
-    errors = {}
+    """A layer that owns no K/V gets those that the donor makes of transformers' inputs."""
+    size, data, _, decoder = toy
+    tokens = data["tokens"][data["row"]][None, : data["layer_inputs"].shape[1]]
+    positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
+    owns = None
+    if decoder.config.hidden_size_per_layer_input:
+        owns = adapters.per_layer_inputs(decoder, tokens)
+    made, errors = {}, {}
     for i, x, y in zip(data["layers"], data["layer_inputs"], data["layer_outputs"], strict=True):
-        found = adapters.layer_output(decoder, int(i), x[None], positions)[0, data["output_at"]]
-        errors[int(i)] = ratio(found, y, y.std())
+        own = None if owns is None else owns[i]
+        shared = made.get(decoder.config.plan.donor(i))
+        found, made[int(i)] = adapters.run_layer(decoder, int(i), x[None], positions, own, shared)
+        errors[int(i)] = ratio(found[0, data["output_at"]], y, y.std())
     print(f"{size}: layers differ by {max(errors.values()):.1e} std")
     assert max(errors.values()) <= adapters.LAYER, errors

@@ -5,19 +5,19 @@ import logging
 import random
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from disk import BFLOAT16, CONFIG, assert_same_bits, random_weights, read_all
+from disk import BFLOAT16, CONFIG, GEMMA4, assert_same_bits, random_weights, read_all
+from orbax_trees import flat_tree, flat_tree_of_gemma4, write
 
 from gemlax.checkpoints import open_checkpoint, text_weights
 from gemlax.checkpoints.names import from_orbax, resolve, to_orbax
 from gemlax.errors import CheckpointError, UnsupportedError
-from gemlax.presets import PRESETS
+from gemlax.presets import PRESETS, preset
 
-ocp = pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("orbax.checkpoint")
 
 TEXT = CONFIG.text
 D, N, K = TEXT.hidden_size, TEXT.num_attention_heads, TEXT.layers[0].num_key_value_heads
@@ -25,43 +25,11 @@ H, F = TEXT.layers[0].head_dim, TEXT.layers[0].intermediate_size
 # What the class defaults and CONFIG do not share, as a row of presets.PRESETS.
 ROW = {
     key: CONFIG.to_hf()[key]
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
-                "num_attention_heads", "num_key_value_heads", "query_pre_attn_scalar",
-                "sliding_window", "max_position_embeddings", "rope_scaling")
+    for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "head_dim",
+                "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                "query_pre_attn_scalar", "sliding_window", "max_position_embeddings",
+                "rope_scaling")
 }  # fmt: skip
-
-
-def flat_tree(weights: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Return the published layout: one dict of paths, each with one or two arrays."""
-    tree = {
-        "transformer/embedder": {"input_embedding": weights["embed_tokens.weight"]},
-        "transformer/final_norm": {"scale": weights["norm.weight"]},
-    }
-    for i in range(TEXT.num_hidden_layers):
-
-        def get(name: str, i: int = i) -> np.ndarray:
-            return weights[f"layers.{i}.{name}.weight"]
-
-        def heads(name: str, count: int, get=get) -> np.ndarray:
-            return get(name).reshape(count, H, D).transpose(0, 2, 1)
-
-        layer = {
-            "attn/q_einsum": {"w": heads("self_attn.q_proj", N)},
-            "attn/kv_einsum": {
-                "w": np.stack([heads("self_attn.k_proj", K), heads("self_attn.v_proj", K)])
-            },
-            "attn/attn_vec_einsum": {"w": get("self_attn.o_proj").T.reshape(N, H, D)},
-            "attn/_query_norm": {"scale": get("self_attn.q_norm")},
-            "attn/_key_norm": {"scale": get("self_attn.k_norm")},
-            "mlp/gating_einsum": {"w": np.stack([get("mlp.gate_proj"), get("mlp.up_proj")])},
-            "mlp/linear": {"w": get("mlp.down_proj").T},
-            "pre_attention_norm": {"scale": get("input_layernorm")},
-            "post_attention_norm": {"scale": get("post_attention_layernorm")},
-            "pre_ffw_norm": {"scale": get("pre_feedforward_layernorm")},
-            "post_ffw_norm": {"scale": get("post_feedforward_layernorm")},
-        }
-        tree |= {f"transformer/layer_{i}/{path}": leaf for path, leaf in layer.items()}
-    return tree
 
 
 def nested_tree(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -74,12 +42,6 @@ def nested_tree(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
             node = node.setdefault(key, {})
         node[last] = leaf["w"] if "mlp" in above else leaf
     return tree
-
-
-def write(folder: Path, tree: Mapping[str, Any]) -> Path:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(folder, tree)
-    return folder
 
 
 @pytest.fixture
@@ -102,6 +64,58 @@ def test_both_layouts_are_read(tmp_path, published, layout, dtype):
         other = BFLOAT16 if dtype == np.float32 else np.float32
         found = read_all(checkpoint, other)
     assert_same_bits(found, {name: array.astype(other) for name, array in weights.items()})
+
+
+@pytest.mark.parametrize("size", GEMMA4)
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16], ids=["float32", "bfloat16"])
+def test_gemma_4_is_read(tmp_path, size, dtype):
+    config = GEMMA4[size]
+    weights = random_weights(config, dtype)
+    folder = write(tmp_path / "m", flat_tree_of_gemma4(weights, config))
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    with open_checkpoint(folder) as checkpoint:
+        checkpoint.check()
+        assert checkpoint.config == config
+        assert_same_bits(read_all(checkpoint, dtype), weights)
+
+
+def test_kv_of_layers_that_share_it_and_other_parts_are_left_aside(tmp_path, caplog):
+    config = GEMMA4["e2b"]
+    weights = random_weights(config, BFLOAT16)
+    tree = flat_tree_of_gemma4(weights, config, stored_kv=True)
+    tree["PatchInputVariablePoolingEncoder_0/_model"] = {"a": np.zeros(2)}
+    tree["AudioEncoder/encoder"] = {"b": np.zeros(2)}
+    tree["transformer/embedder/audio_input_projection"] = {"w": np.zeros(2)}
+    folder = write(tmp_path / "m", tree)
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    with caplog.at_level(logging.INFO, "gemlax"), open_checkpoint(folder) as checkpoint:
+        checkpoint.check()
+        assert_same_bits(read_all(checkpoint, BFLOAT16), weights)
+    found = [r.getMessage().split(": ")[1] for r in caplog.records if r.name.startswith("gemlax")]
+    assert found == [
+        "left aside 3 tensors of other parts than the text decoder",
+        "left aside 10 tensors of layers that read the K/V of another",
+    ]
+
+
+@pytest.mark.parametrize("size", ["gemma-3-12b", "gemma-4-12b"])
+def test_sizes_as_wide_and_as_deep_are_told_apart_by_their_names(tmp_path, size):
+    config = preset(size)
+    names = {weight.orbax for weight in resolve(config.text).values()}
+    tree: dict[str, Any] = {f"transformer/{name}": {"w": np.zeros(1)} for name in names}
+    table = np.zeros((8, config.text.hidden_size), BFLOAT16)
+    tree["transformer/embedder/input_embedding"] = {"w": table}
+    with open_checkpoint(write(tmp_path / "m", tree)) as checkpoint:
+        assert checkpoint.config == config
+
+
+def test_stacked_layers_are_refused(tmp_path):
+    tree = {
+        "transformer/embedder": {"input_embedding": np.zeros((8, 4))},
+        "transformer/stacked_layers/attention_type_0/attn/q_einsum": {"w": np.zeros((2, 4))},
+    }
+    with pytest.raises(UnsupportedError, match=r"holds its layers stacked"):
+        open_checkpoint(write(tmp_path / "m", tree))
 
 
 def test_weights_are_read_in_any_order(tmp_path, published):

@@ -23,7 +23,8 @@ from gemlax.qtensor import QTensor
 from gemlax.sampling import make_sampling
 from gemlax.weights import build_decoder
 
-TINY = tiny(preset("gemma-3-4b"), num_hidden_layers=8).text  # (5 sliding, 1 full) and 2 sliding
+# (5 sliding, 1 full) twice, so that there is a scan in a scan, and 2 sliding.
+TINY = tiny(preset("gemma-3-4b"), num_hidden_layers=14).text
 
 
 def wide(layers: str = "scan") -> TextConfig:
@@ -157,8 +158,21 @@ def test_decode_writes_the_caches_in_place(scanned, decode_programs):
     assert copy_faults(decode_programs[1], caches_of(scanned, 8192)) == []
 
 
+@pytest.mark.parametrize("name", ["gemma-3-4b", "gemma-4-e2b"])
+@pytest.mark.parametrize("capacity", [16, 256])
+def test_small_caches_are_written_in_place_too(name, capacity):
+    engine = engine_of(tiny(preset(name)).text)
+    assert copy_faults(compile_decode(engine, 2, capacity), caches_of(engine, capacity, 2)) == []
+
+
+def test_twin_with_one_block_per_row_copies_the_caches(monkeypatch):
+    monkeypatch.setattr(cache, "min", lambda block, _: block, raising=False)
+    engine = engine_of(TINY)
+    assert copy_faults(compile_decode(engine, 1, cache.BLOCK), caches_of(engine, cache.BLOCK))
+
+
 def test_unrolled_layers_write_the_same_caches_in_place():
-    engine = engine_of(TINY, "unroll")
+    engine = engine_of(dataclasses.replace(TINY, layers=TINY.layers[:8]), "unroll")
     programs = [compile_decode(engine, 1, capacity) for capacity in CAPACITIES]
     assert growth_faults(*programs, cache_growth(engine)) == []
     assert copy_faults(programs[1], caches_of(engine, 8192)) == []

@@ -40,6 +40,33 @@ def toy(**changes: Any):
     return Tokenizer.from_vocabulary(**{**arguments, **changes})
 
 
+CHAT_MARKERS = {
+    "gemma3": ["<start_of_turn>", "<end_of_turn>"],
+    "gemma4": [
+        "<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>", '<|"|>', "<|tool>",
+        "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>",
+    ],
+}  # fmt: skip
+# Ids below are markers and bytes.
+FIRST_CHAT_WORD = 280
+
+
+@cache
+def chat_tokenizer(family: str, num_tokens: int = 512):
+    """Build a toy with the markers of a family, all bytes, characters and pairs of letters."""
+    from gemlax.tokenizer import Tokenizer
+
+    markers = ["<pad>", "<eos>", "<bos>", "<unk>", *CHAT_MARKERS.get(family, [])]
+    markers += [f"<unused{i}>" for i in range(FIRST_CHAT_WORD - 256 - len(markers))]
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["▁", *letters, *'0123456789<>|"{}:,', *(a + b for a in letters for b in letters)]
+    pieces = (markers + BYTES + words)[:num_tokens]
+    types = [3] * len(markers) + [6] * 256
+    types += [1] * (num_tokens - len(types))
+    scores = [-float(i) for i in range(num_tokens)]
+    return Tokenizer.from_vocabulary(pieces, scores, types, **TOY_IDS)
+
+
 @cache
 def sentencepiece_model(name: str) -> Path:
     """Path of the published model gemma3 or gemma4; fetched on first use."""

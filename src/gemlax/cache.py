@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from gemlax import ops
 from gemlax.config import Kind, TextConfig
 
-__all__ = ["Caches", "DenseCache", "Fresh", "LayerView", "new_caches", "round_capacity"]
+__all__ = ["Caches", "DenseCache", "Fresh", "LayerView", "new_caches", "resume", "round_capacity"]
 
 # Keys read at a time by attention over a cache.
 BLOCK = 256
@@ -62,6 +62,21 @@ def new_caches(config: TextConfig, batch: int, capacity: int, dtype: Any) -> Cac
     return caches
 
 
+def resume(caches: Caches, kept: Int[Any, "B"], capacity: int) -> Caches:
+    """Keep the first `kept` positions of each row, in a bucket of at least the old capacity."""
+
+    def one(cache: DenseCache) -> DenseCache:
+        more = capacity - cache.positions.shape[1]
+        wide = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
+        k, v = (jnp.pad(x, wide) if more else x for x in (cache.k, cache.v))
+        filled = ((0, 0), (0, more))
+        positions = jnp.pad(cache.positions, filled, constant_values=ops.EMPTY)
+        known = positions < jnp.asarray(kept)[:, None]
+        return DenseCache(k, v, jnp.where(known, positions, ops.EMPTY))
+
+    return {kind: one(cache) for kind, cache in caches.items()}
+
+
 def _stored_dtype(dtype: jnp.dtype) -> jnp.dtype:
     narrow = dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
     return jnp.dtype(jnp.uint16) if narrow else dtype
@@ -105,7 +120,9 @@ class LayerView(NamedTuple):
         """Attend to the row, block by block, without slicing the row out of the stack."""
         cache = self.cache
         _, batch, capacity, heads, size = cache.k.shape
-        block = min(BLOCK, capacity)
+        # Two blocks at least: XLA takes a block that is the whole row for loop-invariant, reads it
+        # before the write, and then copies the stack (docs/log.md, 2026-11-24).
+        block = min(BLOCK, capacity // 2)
 
         def read(index: Array) -> tuple[Array, Array, Array]:
             start = index * block

@@ -1,4 +1,4 @@
-"""The command line: generate, info, perplexity. Only this file prints."""
+"""The command line: generate, chat, convert, info, perplexity. Only this file prints."""
 
 import argparse
 import io
@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +22,20 @@ _EXAMPLES = {
   gemlax generate "The capital of France is"
   gemlax generate --model gemma-3-1b-pt/ --temperature 0.8 --top-k 64 --seed 7 "Once upon a time"
   cat story.txt | gemlax generate - --max-new-tokens 64 --json
+""",
+    "chat": """examples:
+  gemlax chat --model gemma-3-4b-it/ --system "Answer in one sentence."
+  printf 'Hello!\\nAnd in French?\\n' | gemlax chat --model gemma-3-1b-it/ --temperature 0
+
+/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer. When standard input
+is no terminal, each line of it is a turn.
+""",
+    "convert": """examples:
+  gemlax convert gemma-4-26b-a4b.gguf gemma-4-26b-a4b/ --dtype bfloat16
+  gemlax convert gemma-3-1b-orbax/ gemma-3-1b/ --json
+
+The source is a .gguf file, a folder or a name, as for --model; the target is a folder that
+transformers and gemlax read. The text decoder is written, encoders are left out.
 """,
     "info": """examples:
   gemlax info gemma-3-4b --context 32768
@@ -44,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise Error("standard output is closed")
         return args.run(args)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        _note("\ninterrupted")
         return 128 + signal.SIGINT
     except BrokenPipeError:
         _drop_output()  # the reader has enough (`| head`)
@@ -53,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = isinstance(error, (Error, OSError, UnicodeDecodeError, MemoryError))
         if not known and _XLA_NO_MEMORY not in str(error):
             raise
-        # Without a standard error, print would take standard output.
-        if sys.stderr is not None:
-            print(f"gemlax: {_describe(error)}", file=sys.stderr)
+        _note(f"gemlax: {_describe(error)}")
         return 1
 
 
@@ -98,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gemlax {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(_command(commands, "generate", "continue a text", _generate))
+    _add_chat(_command(commands, "chat", "talk to a model", _chat))
+    _add_convert(_command(commands, "convert", "write a model as a Hugging Face folder", _convert))
     _add_info(_command(commands, "info", "what a model is and costs, without loading it", _info))
     _add_perplexity(_command(commands, "perplexity", "score a text file", _perplexity))
     return parser
@@ -132,7 +146,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="the text; '-' or nothing: read stdin")
     parser.add_argument("--file", type=Path, metavar="F", help="read the prompt from a file")
     _add_model(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    _add_sampling(parser, max_new_tokens=256)
+
+
+def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
     parser.add_argument("--context", type=int, metavar="N", help="most tokens, prompt included")
     parser.add_argument("--temperature", type=float, metavar="T", help="0: take the likeliest")
     parser.add_argument("--top-k", type=int, metavar="K")
@@ -143,6 +161,26 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may repeat")
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    parser.add_argument("--thinking", action="store_true", help="let it reason first (Gemma 4)")
+    _add_sampling(parser, max_new_tokens=1024)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="folder, .gguf file or name")
+    parser.add_argument("target", type=Path, help="a new folder, in one that exists")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of the weights; default: as stored, and float32 for float16 and quantised ones",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the model at the target")
+    parser.add_argument("--json", action="store_true", help="one JSON line on stdout")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
@@ -217,6 +255,89 @@ def _read_prompt(args: argparse.Namespace) -> str:
     return sys.stdin.buffer.read().decode("utf-8")
 
 
+# --- chat --------------------------------------------------------------------------------------
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from gemlax.completion import DEFAULTS
+    from gemlax.terminal import HELP, Terminal
+
+    if sys.stdin is None:
+        raise Error("standard input is closed")
+    model = _load(args)
+    settings = {k: v for k, v in vars(args).items() if k in DEFAULTS}
+    session = model.session(system=args.system, thinking=args.thinking or None, **settings)
+    terminal = Terminal(session, model.engine.counters, _write, _dim if _on_terminal() else _note)
+    if sys.stdin.isatty():
+        _note(f"{_model_name(args)}\n{HELP}")
+        terminal.run(_ask)
+    else:
+        lines = (line.decode("utf-8") for line in sys.stdin.buffer)
+        terminal.run(lambda: _next_line(lines))
+    if args.json:
+        _write(json.dumps({"turns": terminal.turns}))
+    return int(terminal.failed and not sys.stdin.isatty())
+
+
+def _ask() -> str:
+    """Read a turn from the terminal; Ctrl-C gives up the line."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  # the line can be edited
+    try:
+        return input("> ")
+    except KeyboardInterrupt:
+        _note("")
+        return ""
+
+
+def _next_line(lines: Iterator[str]) -> str:
+    line = next(lines, None)
+    if line is None:
+        raise EOFError
+    return line
+
+
+def _on_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _note(text: str, end: str = "\n") -> None:
+    """Print on stderr, if there is one: without, print would take stdout."""
+    if sys.stderr is not None:
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
+def _dim(text: str, end: str = "\n") -> None:
+    _note(f"\x1b[2m{text}\x1b[0m", end=end)
+
+
+# --- convert -----------------------------------------------------------------------------------
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from gemlax import checkpoints
+
+    begin = time.perf_counter()
+    with (
+        checkpoints.open_checkpoint(checkpoints.find(args.source)) as source,
+        _bar(args, f"converting {args.source}") as progress,
+    ):
+        try:
+            done = checkpoints.convert(
+                source, args.target, dtype=args.dtype, overwrite=args.overwrite, progress=progress
+            )
+        except FileExistsError as error:
+            raise Error(str(error).replace("pass overwrite=True", "pass --overwrite")) from error
+    seconds = round(time.perf_counter() - begin, 3)
+    found = {"source": args.source, "target": str(args.target), **done._asdict()}
+    if args.json:
+        _write(json.dumps({**found, "seconds": seconds}))
+    else:
+        missing = "" if done.tokenizer else ", no tokenizer"
+        _write(f"{args.target}: {done.parameters:,} parameters in {done.dtype}{missing}")
+    return 0
+
+
 # --- info --------------------------------------------------------------------------------------
 
 
@@ -288,6 +409,8 @@ def _pattern(text: Any) -> str:
 
 def _perplexity(args: argparse.Namespace) -> int:
     if str(args.file) == "-":
+        if sys.stdin is None:
+            raise Error("standard input is closed")
         text = sys.stdin.buffer.read().decode("utf-8")
     else:
         text = args.file.read_text(encoding="utf-8")
@@ -352,7 +475,7 @@ def _use_compilation_cache(folder: Path) -> None:
 
 
 def _shows_progress(args: argparse.Namespace) -> bool:
-    return sys.stderr.isatty() and not args.quiet
+    return _on_terminal() and not args.quiet
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 
 from gemlax.config import GemmaConfig
 from gemlax.errors import RequestError
-from gemlax.generate import STOP_PLACES, Engine, Rows, bucket
+from gemlax.generate import STOP_PLACES, DecodeState, Engine, Rows, bucket
 from gemlax.sampling import TOP_LOGPROBS, Sampling, make_sampling
 from gemlax.tokenizer import TextStream, Tokenizer
 
@@ -42,7 +42,7 @@ class Completion:
 DEFAULTS: dict[str, Any] = {
     "max_new_tokens": 256, "context": None, "temperature": None, "top_k": None, "top_p": None,
     "min_p": None, "repetition_penalty": None, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-    "logit_bias": None, "seed": 0, "stop": (), "logprobs": None,
+    "logit_bias": None, "seed": 0, "stop": (), "stop_ids": (), "logprobs": None,
 }  # fmt: skip
 _FROM_CONFIG = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
                 "repetition_penalty": 1.0}  # fmt: skip
@@ -72,18 +72,25 @@ class Request:
         self.stop_ids = self._stop_ids(generation_config)
         self.num_logprobs = self._num_logprobs()
         self.settings = self._settings(generation_config)
-        self.streams = [TextStream(tokenizer, self.stop) if tokenizer else None for _ in prompts]
+        # Per row what says that a stop string was met; a chat puts its own parser here.
+        self.streams: list[Any] = [
+            TextStream(tokenizer, self.stop) if tokenizer else None for _ in prompts
+        ]
         self.texts = ["" for _ in prompts]
         self.seen = [len(ids) for ids in prompts]
 
-    def run(self, sizes: Iterator[int]) -> Iterator[Rows]:
-        """Prefill, then decode in blocks; a row whose stop string was met ends."""
+    def run(self, sizes: Iterator[int], before: DecodeState | None = None) -> Iterator[Rows]:
+        """Prefill, then decode in blocks; a row whose stop string was met ends.
+
+        `before`: see `Engine.start`.
+        """
         state, limits = self.engine.start(
             self.prompts,
             self.options["max_new_tokens"],
             self.context,
             self.stop_ids,
             logprobs=self.num_logprobs is not None,
+            before=before,
         )
         steps = self.engine.steps(state, limits, self.settings, sizes)
         ended: np.ndarray | None = None
@@ -186,11 +193,14 @@ class Request:
         )
 
     def _stop_ids(self, generation_config: Mapping[str, Any]) -> tuple[int, ...]:
-        """Merge the stop ids of generation_config, config and tokenizer."""
+        """Merge the stop ids of generation_config, config, tokenizer and the caller."""
         found = generation_config.get("eos_token_id")
         found = [] if found is None else [found] if isinstance(found, int) else list(found)
         own = [self.tokenizer.eos_id] if self.tokenizer else []
-        ids = tuple(dict.fromkeys([*found, *self.config.eos_token_id, *own]))
+        extra = list(self.options["stop_ids"] or ())
+        if any(isinstance(id, bool) or not isinstance(id, (int, np.integer)) for id in extra):
+            raise RequestError(f"stop_ids must be token ids, got {extra!r}")
+        ids = tuple(dict.fromkeys([*found, *self.config.eos_token_id, *own, *extra]))
         if len(ids) > STOP_PLACES:
             raise RequestError(f"at most {STOP_PLACES} stop ids are supported, got {len(ids)}")
         return ids

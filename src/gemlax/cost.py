@@ -2,20 +2,48 @@
 
 from gemlax.config import LayerSpec, TextConfig
 
-__all__ = ["decode_flops", "kv_bytes", "kv_bytes_per_token", "layer_parameters", "parameters"]
+__all__ = [
+    "decode_flops",
+    "kv_bytes",
+    "kv_bytes_per_token",
+    "layer_matrices",
+    "layer_parameters",
+    "parameters",
+]
+
+
+def layer_matrices(config: TextConfig, spec: LayerSpec) -> dict[str, int]:
+    """Count the weights of the matrices of one layer, by part."""
+    hidden, size = config.hidden_size, spec.head_dim
+    made = (2 - spec.k_eq_v) if spec.owns_kv else 0
+    return {
+        "attention": hidden
+        * size
+        * (2 * config.num_attention_heads + made * spec.num_key_value_heads),
+        "mlp": 3 * hidden * spec.intermediate_size,
+        "router": hidden * spec.num_experts,
+        "experts": 3 * hidden * config.moe_intermediate_size * spec.num_experts,
+        "per_layer_input": 2 * hidden * config.hidden_size_per_layer_input,
+    }
 
 
 def layer_parameters(config: TextConfig, spec: LayerSpec) -> int:
-    """Count the weights of one layer: projections, MLP and norms."""
-    hidden, size = config.hidden_size, spec.head_dim
-    attention = 2 * hidden * size * (config.num_attention_heads + spec.num_key_value_heads)
-    return attention + 3 * hidden * spec.intermediate_size + 4 * hidden + 2 * size
+    """Count the weights of one layer: matrices, norms and scales."""
+    hidden = config.hidden_size
+    has_experts = spec.num_experts > 0
+    norms = 4 + 3 * has_experts + (config.hidden_size_per_layer_input > 0)
+    heads = spec.head_dim * (2 if spec.owns_kv else 1)
+    scales = (hidden + spec.num_experts) * has_experts + config.layer_scalar
+    return sum(layer_matrices(config, spec).values()) + norms * hidden + heads + scales
 
 
 def parameters(config: TextConfig) -> int:
     """Count the weights of the text model. The table is tied: it counts once."""
     layers = sum(layer_parameters(config, spec) for spec in config.layers)
-    return config.vocab_size * config.hidden_size + layers + config.hidden_size
+    width = config.hidden_size_per_layer_input
+    packed = config.num_hidden_layers * width
+    per_layer = packed * (config.vocab_size_per_layer_input + config.hidden_size) + width
+    return (config.vocab_size + 1) * config.hidden_size + layers + per_layer
 
 
 def kv_bytes_per_token(config: TextConfig, itemsize: int) -> int:
@@ -33,12 +61,17 @@ def kv_bytes(config: TextConfig, tokens: int, itemsize: int) -> int:
 def decode_flops(config: TextConfig, context: int) -> int:
     """Return the floating-point operations of one decode step that sees `context` tokens.
 
-    Two per weight of the matrices and the head, four per query head, dimension and key seen.
+    Two per weight of the matrices that a token meets (the active experts and the head, no
+    embedding table), four per query head, dimension and key seen.
     """
-    matrices = parameters(config) - config.hidden_size
+    packed = config.num_hidden_layers * config.hidden_size_per_layer_input
+    weights = config.hidden_size * (config.vocab_size + packed)
     attention = 0
     for spec in config.layers:
-        matrices -= 4 * config.hidden_size + 2 * spec.head_dim
+        parts = layer_matrices(config, spec)
+        if spec.num_experts:
+            parts["experts"] = parts["experts"] * config.top_k_experts // spec.num_experts
+        weights += sum(parts.values())
         seen = context if spec.window is None else min(context, spec.window)
         attention += 4 * config.num_attention_heads * spec.head_dim * seen
-    return 2 * matrices + attention
+    return 2 * weights + attention

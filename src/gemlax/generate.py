@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from gemlax import ops, sampling
-from gemlax.cache import Caches, new_caches, round_capacity
+from gemlax.cache import Caches, new_caches, resume, round_capacity
 from gemlax.decoder import Decoder
 from gemlax.sampling import Sampling
 
@@ -57,12 +57,13 @@ class Limits(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A host copy of what has been decoded so far."""
+    """A host copy of what has been decoded so far, and the state it is of until the next step."""
 
     tokens: np.ndarray  # [B, S]
     lengths: np.ndarray  # [B]
     done: np.ndarray  # [B]
     logprobs: tuple[np.ndarray, ...] | None
+    state: DecodeState
 
 
 @dataclass
@@ -103,21 +104,33 @@ class Engine:
         stop_ids: Sequence[int],
         *,
         logprobs: bool = False,
+        before: DecodeState | None = None,
     ) -> tuple[DecodeState, Limits]:
         """Prefill the prompts (each with at least one id) and return what `steps` needs.
 
         Rows beyond the prompts fill the batch up to its bucket; they are done from the start.
+        `before` is a state of as many rows, which is used up: what its caches hold of the same
+        beginning of each prompt is not prefilled again.
         """
         batch = bucket(len(prompts))
         lengths = np.ones(batch, np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
         ends = np.minimum(lengths + max_new_tokens, context).astype(np.int32)
         capacity = round_capacity(int(ends.max()))
+        if before is not None:
+            capacity = max(capacity, before.tokens.shape[1])
         tokens = np.full((batch, capacity), self.num_tokens, np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt)] = prompt
         done = np.arange(batch) >= len(prompts)
-        caches = self._fill(tokens, np.where(done, 0, lengths - 1), capacity)
+        filled = np.where(done, 0, lengths - 1)
+        if before is None:
+            caches, kept = new_caches(self.config, batch, capacity, self.dtype), 0 * filled
+        else:
+            assert len(before.tokens) == batch
+            kept = np.minimum(_same_start(before, tokens), filled)
+            caches = resume(before.caches, kept, capacity)
+        caches = self._fill(caches, tokens, kept, filled)
         state = DecodeState(
             caches=caches,
             tokens=jnp.asarray(tokens),
@@ -129,23 +142,28 @@ class Engine:
         stops[: len(stop_ids)] = list(stop_ids)
         return state, Limits(jnp.asarray(lengths), jnp.asarray(ends), jnp.asarray(stops))
 
-    def _fill(self, tokens: np.ndarray, lengths: np.ndarray, capacity: int) -> Caches:
-        """Prefill the first `lengths` tokens of each row, in chunks."""
-        caches = new_caches(self.config, len(tokens), capacity, self.dtype)
+    def _fill(
+        self, caches: Caches, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray
+    ) -> Caches:
+        """Prefill the tokens from `starts` up to `lengths` of each row, in chunks."""
+        capacity = tokens.shape[1]
+        new = starts < lengths
         longest = int(lengths.max())
         begin = time.perf_counter()
         spent = self.counters.compile_s
-        for start in range(0, longest, CHUNK):
-            width = min(bucket(min(longest - start, CHUNK), 16), capacity - start)
+        for start in range(int(starts[new].min(initial=longest)), longest, CHUNK):
+            width = bucket(min(longest - start, CHUNK), 16)
             columns = np.arange(start, start + width, dtype=np.int32)
-            valid = columns[None] < lengths[:, None]
-            chunk = np.where(valid, tokens[:, columns], 0).astype(np.int32)
+            valid = (columns[None] >= starts[:, None]) & (columns[None] < lengths[:, None])
+            # A resumed chunk may reach beyond the buffer; nothing is valid there.
+            chunk = np.where(valid, tokens[:, np.minimum(columns, capacity - 1)], 0)
+            chunk = chunk.astype(np.int32)
             positions = np.where(valid, columns[None], ops.EMPTY).astype(np.int32)
             args = (self._weights, jnp.asarray(chunk), jnp.asarray(positions), caches)
             program = self._program("prefill", self._prefill, (*chunk.shape, capacity), args)
             caches = program(*args)
             self.counters.prefill_calls += 1
-        self.counters.prefill_tokens += int(lengths.sum())
+        self.counters.prefill_tokens += int((lengths - starts).sum())
         jax.block_until_ready(caches)
         compiled = self.counters.compile_s - spent
         self.counters.prefill_s += time.perf_counter() - begin - compiled
@@ -190,6 +208,16 @@ class Engine:
         return self._compiled[key]
 
 
+def _same_start(before: DecodeState, tokens: np.ndarray) -> np.ndarray:
+    """Return per row how many tokens agree with what the caches of `before` hold."""
+    old = np.asarray(before.tokens)
+    width = min(old.shape[1], tokens.shape[1])
+    differ = np.ones((len(tokens), width + 1), bool)
+    differ[:, :width] = old[:, :width] != tokens[:, :width]
+    # A row's last token has not been through the decoder yet.
+    return np.minimum(differ.argmax(axis=1), np.asarray(before.lengths) - 1)
+
+
 def _logprob_buffers(batch: int, capacity: int, num_tokens: int) -> tuple[Array, ...]:
     best = min(sampling.TOP_LOGPROBS, num_tokens)
     return (
@@ -207,6 +235,7 @@ def _to_host(state: DecodeState) -> Rows:
         lengths=np.array(state.lengths),
         done=np.array(state.done),
         logprobs=None if logprobs is None else tuple(np.array(x) for x in logprobs),
+        state=state,
     )
 
 

@@ -1,8 +1,9 @@
 """The model a user holds: config, tokenizer, decoder; load, save, score, generate, stream."""
 
+import functools
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +15,14 @@ from jaxtyping import Array, Float, Int
 
 from gemlax import checkpoints, ops
 from gemlax import tokenizer as tokenizers
+from gemlax.chat import ChatFormat, Message
 from gemlax.checkpoints import gguf
 from gemlax.completion import Completion, Request, Stream
 from gemlax.config import GemmaConfig
 from gemlax.decoder import Decoder, Layers
 from gemlax.errors import RequestError
-from gemlax.generate import Engine, bucket
+from gemlax.generate import DecodeState, Engine, bucket
+from gemlax.session import Reply, Session
 from gemlax.tokenizer import Tokenizer
 from gemlax.weights import build_decoder, named_weights
 
@@ -55,6 +58,7 @@ class Model:
         tokenizer: a `Tokenizer`, or None when the checkpoint has none (ids in, ids out).
         decoder: the NNX module with the weights. They are read at load; do not change them.
         generation_config: the checkpoint's defaults for `generate`, by Hugging Face's names.
+        chat_template: the checkpoint's own Jinja template; None: the built-in format is used.
     """
 
     def __init__(
@@ -63,8 +67,10 @@ class Model:
         decoder: Decoder,
         tokenizer: Tokenizer | None = None,
         generation_config: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
     ):
         self.config, self.decoder, self.tokenizer = config, decoder, tokenizer
+        self.chat_template = chat_template
         self.generation_config = dict(generation_config or {})
         self.dtype = decoder.norm.weight.get_value().dtype
         known = tokenizer.num_tokens if tokenizer else config.text.vocab_size
@@ -156,6 +162,7 @@ class Model:
         logit_bias: Mapping[int, float] | None = None,
         seed: int | Sequence[int] = 0,
         stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
         logprobs: int | None = None,
     ) -> Completion | list[Completion]:
         """Continue a prompt, or several at once.
@@ -171,6 +178,7 @@ class Model:
             logit_bias: added to the logits of these ids; -inf forbids one.
             seed: row r draws with seed + r; a list gives each row its own.
             stop: strings that end the text; they are not part of it.
+            stop_ids: ids that end a row, besides those of the checkpoint.
             logprobs: also return the log-probability of each token and the n (0 to 20) likeliest.
 
         Raises:
@@ -188,6 +196,75 @@ class Model:
         """Generate for one prompt and yield the text piece by piece; settings as for `generate`."""
         one = prompt if isinstance(prompt, str) else [list(prompt)]
         return Stream(self._request(one, settings))
+
+    def chat(
+        self,
+        messages: Iterable[Mapping[str, Any] | Message],
+        *,
+        tools: Iterable[Any] | None = None,
+        thinking: bool | None = None,
+        stream: bool = False,
+        **sampling: Any,
+    ) -> Message | Reply:
+        """Answer a conversation.
+
+        Args:
+            messages: {"role", "content", ...} as in OpenAI and transformers; roles system,
+                developer, user, assistant, model and tool. An answer is appended as it is. No
+                text in them is read as a control token.
+            tools: function declarations with a JSON schema (Gemma 4).
+            thinking: let the model reason first (Gemma 4); None: the format's default, off.
+            stream: return a `Reply`, which yields deltas and then has `.message`.
+            **sampling: settings of `generate`, but `logprobs`; `stop` is looked for in the
+                content alone.
+
+        Raises:
+            RequestError: malformed messages, roles out of order, what the format cannot say, a
+                template that fails, a model that cannot chat.
+        """
+        reply = self._reply(messages, tools=tools, thinking=thinking, options=sampling)
+        return reply if stream else reply.finish(itertools.repeat(_BLOCK))
+
+    def session(
+        self,
+        *,
+        system: str | None = None,
+        tools: Iterable[Any] | None = None,
+        thinking: bool | None = None,
+        **sampling: Any,
+    ) -> Session:
+        """Start a conversation that keeps its cache: each turn prefills only what is new."""
+        _ = self.chat_format  # a model that has no tokenizer says so now
+        told = None if tools is None else list(tools)
+        ask = functools.partial(self._reply, tools=told, thinking=thinking, options=sampling)
+        context = sampling.get("context") or self.config.text.max_position_embeddings
+        return Session(ask, context, system)
+
+    def _reply(
+        self,
+        messages: Iterable[Mapping[str, Any] | Message],
+        *,
+        tools: Iterable[Any] | None,
+        thinking: bool | None,
+        options: Mapping[str, Any],
+        before: DecodeState | None = None,
+    ) -> Reply:
+        if options.get("logprobs") is not None:
+            raise RequestError("a chat gives no logprobs; use generate")
+        ids = self.chat_format.encode(messages, tools, thinking)
+        stops = (*self.chat_format.stop_ids, *(options.get("stop_ids") or ()))
+        request = self._request([ids], {**options, "stop_ids": stops})
+        return Reply(request, self.chat_format.parser(ids, request.stop), before)
+
+    @functools.cached_property
+    def chat_format(self) -> ChatFormat:
+        """How this model is talked to: its own template, or the built-in format of its family."""
+        if self.tokenizer is None:
+            raise RequestError("this model has no tokenizer, which a chat needs")
+        # Google's E2B and E4B templates write no empty thought, those of 12B to 31B do; only the
+        # former have per-layer inputs.
+        empty_thought = not self.config.text.hidden_size_per_layer_input
+        return ChatFormat(self.tokenizer, self.chat_template, empty_thought=empty_thought)
 
     def _request(self, prompt: Prompt, options: Mapping[str, Any]) -> Request:
         prompts = self._ids(prompt)
@@ -281,7 +358,8 @@ def load(
         tokenizer = source.tokenizer()
         if tokenizer is None:
             _log.info("%s has no tokenizer: ids in, ids out", source.source)
-        return Model(source.config, decoder, tokenizer, source.generation_config)
+        template = source.chat_template
+        return Model(source.config, decoder, tokenizer, source.generation_config, template)
 
 
 def _default_dtype() -> Any:
@@ -305,13 +383,21 @@ def save(model: Model, path: str | Path, *, overwrite: bool = False) -> None:
         FileExistsError: `path` exists and is not an empty folder, unless `overwrite`.
         OSError: it cannot be written; nothing is left behind.
     """
-    tokenizer = model.tokenizer
+    tokenizer, template = model.tokenizer, model.chat_template
+
+    def write_tokenizer(folder: Path) -> None:
+        assert tokenizer is not None
+        tokenizer.save(folder)
+        # A GGUF file has its template inside.
+        if template is not None and tokenizers.find_chat_template(folder) is None:
+            (folder / "chat_template.jinja").write_text(template, "utf-8")
+
     checkpoints.save_safetensors(
         Path(path),
         model.config,
         named_weights(model.decoder),
         generation_config=_generation_config(model),
-        write_tokenizer=tokenizer.save if tokenizer else None,
+        write_tokenizer=write_tokenizer if tokenizer else None,
         overwrite=overwrite,
     )
 

@@ -6,7 +6,7 @@ import adapters
 import numpy as np
 import pytest
 import torch
-from golden import make_gemma3
+from golden import hf
 from reference.toys import toy
 from safetensors.torch import save_file
 from transformers import (
@@ -32,7 +32,7 @@ KEPT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "
 def reference_copy(size: str, dtype: str = "float32"):
     """Return a transformers model of its own, so that the shared one stays in float32."""
     case = toy(size)
-    return make_gemma3.build(case.hf_config, case.weights).to(DTYPES[dtype])
+    return hf.build(case.hf_config, case.weights).to(DTYPES[dtype])
 
 
 def multimodal(size: str) -> Gemma3ForConditionalGeneration:
@@ -119,7 +119,7 @@ def test_a_saved_folder_loads_in_transformers(size, dtype, tmp_path):
     assert not any(info.values()), info
     check_same_weights(model, reference)
     if dtype == "float32":  # the same weights through the same code
-        logits = make_gemma3.run(reference.eval(), case.tokens, case.lengths).logits
+        logits = hf.run(reference.eval(), case.tokens, case.lengths).logits
         np.testing.assert_array_equal(logits, case.logits)
 
 
@@ -154,7 +154,7 @@ def test_a_multimodal_folder_saved_again_is_a_text_model_for_transformers(tmp_pa
     )
     assert type(reference).__name__ == "Gemma3ForCausalLM"
     case = toy(size)
-    logits = make_gemma3.run(reference.eval(), case.tokens, case.lengths).logits
+    logits = hf.run(reference.eval(), case.tokens, case.lengths).logits
     np.testing.assert_array_equal(logits, case.logits)
 
 

@@ -7,6 +7,7 @@ one table they share. Nothing here knows jax, flax or how the decoder lays its w
 from pathlib import Path
 
 from gemlax.checkpoints.base import Checkpoint
+from gemlax.checkpoints.convert import Converted, convert
 from gemlax.checkpoints.find import DEMO, find, has_demo
 from gemlax.checkpoints.gguf import MAGIC, GGUFCheckpoint
 from gemlax.checkpoints.names import text_weights
@@ -17,6 +18,8 @@ from gemlax.errors import CheckpointError
 __all__ = [
     "DEMO",
     "Checkpoint",
+    "Converted",
+    "convert",
     "find",
     "has_demo",
     "open_checkpoint",

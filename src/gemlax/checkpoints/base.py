@@ -23,8 +23,8 @@ import numpy as np
 
 from gemlax.checkpoints.names import Weight, resolve
 from gemlax.config import GemmaConfig
-from gemlax.errors import CheckpointError, Error
-from gemlax.tokenizer import Tokenizer
+from gemlax.errors import CheckpointError, Error, UnsupportedError
+from gemlax.tokenizer import Tokenizer, find_chat_template
 
 __all__ = [
     "BFLOAT16",
@@ -36,6 +36,7 @@ __all__ = [
     "fit_vocab",
     "log_left_aside",
     "read_json",
+    "refuse_drafter",
     "resolve_config",
     "same_bytes",
     "show",
@@ -113,6 +114,11 @@ class Checkpoint(abc.ABC):
     @abc.abstractmethod
     def tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer that comes with the checkpoint, or None."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja chat template that comes with the checkpoint, or None."""
+        return find_chat_template(self.source) if self.source.is_dir() else None
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -208,6 +214,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object")
     return value
+
+
+def refuse_drafter(kind: object, source: Path) -> None:
+    """Raise UnsupportedError if `kind`, a model type or an architecture, is a drafter's."""
+    if "assistant" in str(kind):
+        raise UnsupportedError(
+            f"{source} is a drafter ({show(str(kind))}): it proposes tokens to the model that it "
+            "was made for and is none by itself; give that model"
+        )
 
 
 def resolve_config(

@@ -7,6 +7,7 @@ quantised types is `gguf.quants`'. Source: https://github.com/ggml-org/ggml, doc
 """
 
 import contextlib
+import dataclasses
 import logging
 import math
 import mmap
@@ -26,11 +27,12 @@ from gemlax.checkpoints.base import (
     fill,
     fit_vocab,
     log_left_aside,
+    refuse_drafter,
     resolve_config,
     same_bytes,
     show,
 )
-from gemlax.checkpoints.names import Weight
+from gemlax.checkpoints.names import Weight, unused
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.tokenizer import Tokenizer
@@ -61,8 +63,12 @@ SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4",
            10: "<u8", 11: "<i8", 12: "<f8"}  # fmt: skip
 
 TABLE, HEAD = "token_embd.weight", "output.weight"
-# llama.cpp's Gemma 3 does not read it.
-LEFT_ASIDE = {"rope_freqs.weight"}
+# llama.cpp's Gemma 3 does not read it; Gemma 4's must say what the config says.
+ROPE = "rope_freqs.weight"
+# What the frequencies that stand still are divided by. Source: llama.cpp conversion/gemma.py.
+STILL = 1e30
+# Kinds of vocabulary that are SentencePiece's. Source: llama.cpp conversion/gemma.py.
+VOCABULARIES = ("llama", "gemma4")
 
 
 class Tensor(NamedTuple):
@@ -117,6 +123,7 @@ class GGUFCheckpoint(Checkpoint):
                 f"{self.source} is one of several parts; join them with llama-gguf-split --merge"
             )
         architecture = self.metadata.get("general.architecture")
+        refuse_drafter(architecture, self.source)
         config = resolve_config(
             lambda: GemmaConfig.from_gguf(self.metadata),
             layers=self.metadata.get(f"{architecture}.block_count"),
@@ -124,14 +131,35 @@ class GGUFCheckpoint(Checkpoint):
             source=self.source,
         )
         table = self._tensors.get(TABLE)
-        self.config = fit_vocab(config, table.shape[0] if table else None)
-        aside = [name for name in self._tensors if name in LEFT_ASIDE]
-        log_left_aside(logger, self.source, aside, "rope frequencies")
+        config = fit_vocab(config, table.shape[0] if table else None)
+        self.config = self._find_k_eq_v(config)
+        self._unused = {weight.gguf for weight in unused(self.config.text)}
+        idle = sorted(self._unused & self._tensors.keys())
+        log_left_aside(logger, self.source, idle, "layers that read the K/V of another")
+
+    def _find_k_eq_v(self, config: GemmaConfig) -> GemmaConfig:
+        """Tell from the tensors whether full layers make values of keys: the header does not."""
+        specs = config.text.layers
+        owners = {i for i, s in enumerate(specs) if s.kind == "full_attention" and s.owns_kv}
+        stored = any(f"blk.{i}.attn_v.weight" in self._tensors for i in owners)
+        if stored or not config.text.v_norm:
+            return config
+        layers = tuple(
+            dataclasses.replace(spec, k_eq_v=i in owners) for i, spec in enumerate(specs)
+        )
+        text = dataclasses.replace(config.text, layers=layers)
+        return dataclasses.replace(config, text=text)
 
     def tokenizer(self) -> Tokenizer | None:
         """Build the tokenizer from the vocabulary in the file; None if it has none of that kind."""
         vocabulary = read_vocabulary(self.metadata, self.source)
         return Tokenizer.from_vocabulary(**vocabulary._asdict()) if vocabulary else None
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template in the file's metadata, or None."""
+        found = self.metadata.get("tokenizer.chat_template")
+        return found if isinstance(found, str) and found.strip() else None
 
     def close(self) -> None:
         """Close the file. Arrays that were read stay valid."""
@@ -146,7 +174,7 @@ class GGUFCheckpoint(Checkpoint):
         return {
             name: tensor.shape
             for name, tensor in self._tensors.items()
-            if name not in LEFT_ASIDE and name != HEAD
+            if name not in (ROPE, HEAD) and name not in self._unused
         }
 
     def _check_types(self) -> None:
@@ -163,6 +191,23 @@ class GGUFCheckpoint(Checkpoint):
         if head is not None and not self._same_bytes(table, head):
             raise UnsupportedError(
                 f"{self.source}: {HEAD} differs from {TABLE}; only a tied head is supported"
+            )
+
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        """Compare the divisors of the frequencies with the config, which is made without them."""
+        spec = self.config.text.first("full_attention")
+        if ROPE not in self._tensors or spec is None or spec.rope.rotated == 1.0:
+            return
+        tensor, pairs = self._tensors[ROPE], spec.head_dim // 2
+        turning = round(pairs * spec.rope.rotated)
+        expected = np.repeat([1.0, STILL], [turning, pairs - turning]).astype(np.float32)
+        stored = tensor.type == T.F32 and tensor.shape == expected.shape
+        if not stored or not np.array_equal(self._decoder(ROPE, tensor)(0, pairs), expected):
+            raise UnsupportedError(
+                f"{self.source}: {ROPE} must be {turning} ones and {pairs - turning} times "
+                f"{STILL}; another rope is not supported"
             )
 
     def _same_bytes(self, a: Tensor, b: Tensor) -> bool:
@@ -237,19 +282,21 @@ def read_vocabulary(metadata: Mapping[str, Any], path: Path) -> Vocabulary | Non
     """
     own = {k[15:]: v for k, v in metadata.items() if k.startswith("tokenizer.ggml.")}
     model = own.get("model")
-    if model != "llama":
+    if model not in VOCABULARIES:
         logger.warning("%s: no tokenizer: its vocabulary is of kind %r", path, model)
         return None
+    merges = _list(own, "merges", str, path) if "merges" in own else None
+    unscored = merges is not None and "scores" not in own
     return Vocabulary(
         pieces=_list(own, "tokens", str, path),
-        scores=_list(own, "scores", float, path),
+        scores=[] if unscored else _list(own, "scores", float, path),
         token_types=_list(own, "token_type", int, path),
         bos_id=_id(own, "bos_token_id", 2, path),
         eos_id=_id(own, "eos_token_id", 1, path),
         unk_id=_id(own, "unknown_token_id", 3, path),
         pad_id=_id(own, "padding_token_id", 0, path),
         add_bos=bool(own.get("add_bos_token", True)),
-        merges=_list(own, "merges", str, path) if "merges" in own else None,
+        merges=merges,
     )
 
 

@@ -24,7 +24,7 @@ from gemlax.checkpoints.base import (
     resolve_config,
     show,
 )
-from gemlax.checkpoints.names import Weight, from_orbax
+from gemlax.checkpoints.names import Weight, from_orbax, resolve, unused
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.presets import PRESETS, preset
@@ -38,7 +38,12 @@ MARKERS = {"_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"}
 TABLE = "embedder/input_embedding"
 # What may stand before the names of the table. Source: transformers convert_gemma3_weights.py.
 PREFIXES = ("rlx_networks/policy_network/", "transformer/")
-VISION = ("SigLiPFromPatches_", "vision_encoder/", "embedder/mm_")
+# Source: the same, and convert_gemma4_weights.py.
+OTHER_PARTS = (
+    "SigLiPFromPatches_", "PatchInputVariablePoolingEncoder_", "vision_encoder/", "embedder/mm_",
+    "AudioEncoder/", "audio_encoder/", "embedder/audio_",
+)  # fmt: skip
+STACKED = "stacked_layers/"
 
 KeyPath = tuple[str, ...]
 
@@ -52,8 +57,8 @@ class OrbaxCheckpoint(Checkpoint):
         self._orbax, self._checkpointer = _import_orbax()
         self._kept: tuple[str, np.ndarray] | None = None
         leaves = list(_leaves(self._metadata()))
-        aside = [name for name, _, _ in leaves if name.startswith(VISION)]
-        log_left_aside(logger, folder, aside, "the vision tower and its projector")
+        aside = [name for name, _, _ in leaves if name.startswith(OTHER_PARTS)]
+        log_left_aside(logger, folder, aside, "other parts than the text decoder")
         leaves = [leaf for leaf in leaves if leaf[0] not in set(aside)]
         self._paths: dict[str, KeyPath] = {name: path for name, path, _ in leaves}
         if len(self._paths) != len(leaves):
@@ -61,6 +66,9 @@ class OrbaxCheckpoint(Checkpoint):
         self._shapes = {name: tuple(info.shape) for name, _, info in leaves}
         self._dtypes = {name: np.dtype(info.dtype) for name, _, info in leaves}
         self.config = self._find_config()
+        self._unused = {weight.orbax for weight in unused(self.config.text)}
+        idle = sorted(self._unused & self._shapes.keys())
+        log_left_aside(logger, folder, idle, "layers that read the K/V of another")
         self.stored_dtype = self._dtypes[TABLE].name
 
     def _metadata(self) -> Mapping[str, Any]:
@@ -79,6 +87,11 @@ class OrbaxCheckpoint(Checkpoint):
                 f"{self.source} has no [vocabulary, hidden] {TABLE}; it holds "
                 f"{', '.join(map(show, list(self._shapes)[:5])) or 'no arrays'}"
             )
+        if any(name.startswith(STACKED) for name in self._shapes):
+            raise UnsupportedError(
+                f"{self.source} holds its layers stacked ({STACKED}...); only layouts with one "
+                "tree for each layer (layer_0, layer_1, ...) are read"
+            )
         rows, hidden = table
         numbers = [re.match(r"layer_(\d+)/", name) for name in self._shapes]
         layers = max((int(number[1]) + 1 for number in numbers if number), default=0)
@@ -92,14 +105,20 @@ class OrbaxCheckpoint(Checkpoint):
                 source=path,
             )
             return fit_vocab(resolved, rows)
-        for name in PRESETS:
-            text = preset(name).text
-            if (text.hidden_size, text.num_hidden_layers) == (hidden, layers):
-                return fit_vocab(preset(name), rows)
+        fitting = [
+            config
+            for config in map(preset, PRESETS)
+            if (config.text.hidden_size, config.text.num_hidden_layers) == (hidden, layers)
+        ]
+        if fitting:  # 12B is as wide and as deep in both families
+            return fit_vocab(max(fitting, key=self._count_known), rows)
         raise UnsupportedError(
             f"{self.source}: {layers} layers over a table of {list(table)} are no published size "
             f"({', '.join(PRESETS)}); put the model's Hugging Face config.json into the folder"
         )
+
+    def _count_known(self, config: GemmaConfig) -> int:
+        return sum(weight.orbax in self._shapes for weight in resolve(config.text).values())
 
     def tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer of the folder or, as Kaggle lays it out, of the folder above."""
@@ -114,10 +133,14 @@ class OrbaxCheckpoint(Checkpoint):
         return {w.orbax: w.orbax_shape for w in self._weights.values()}
 
     def _found(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
+        return {name: shape for name, shape in self._shapes.items() if name not in self._unused}
 
     def _check_types(self) -> None:
-        wrong = [f"{n} ({dtype})" for n, dtype in self._dtypes.items() if dtype not in READABLE]
+        wrong = [
+            f"{name} ({self._dtypes[name]})"
+            for name in self._found()
+            if self._dtypes[name] not in READABLE
+        ]
         if wrong:
             raise UnsupportedError(
                 f"{self.source} holds arrays of types that are not read: {', '.join(wrong)}"
@@ -185,4 +208,5 @@ def _leaves(tree: Mapping[str, Any], above: KeyPath = ()) -> Iterator[tuple[str,
             name = "/".join(path)
             for prefix in PREFIXES:
                 name = name.removeprefix(prefix)
-            yield name.removesuffix("/w"), path, value
+            # Gemma 3 has `_query_norm`, Gemma 4 `query_norm`.
+            yield name.removesuffix("/w").replace("/attn/_", "/attn/"), path, value

@@ -27,11 +27,12 @@ from gemlax.checkpoints.base import (
     fit_vocab,
     log_left_aside,
     read_json,
+    refuse_drafter,
     resolve_config,
     same_bytes,
     show,
 )
-from gemlax.checkpoints.names import Weight, text_weights
+from gemlax.checkpoints.names import Weight, text_weights, unused
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.tokenizer import Tokenizer, find_tokenizer
@@ -55,7 +56,12 @@ BITS = {
 # writes it, and bare.
 PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
 LM_HEADS = ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight")
-VISION = ("vision_tower.", "multi_modal_projector.")
+# Encoders, what joins them to the decoder, and a drafter.
+# Source: transformers 5.23.0, modeling_gemma3.py, modeling_gemma4.py, modeling_gemma4_unified.py.
+OTHER_PARTS = (
+    "vision_tower.", "multi_modal_projector.", "embed_vision.", "vision_embedder.",
+    "audio_tower.", "embed_audio.", "assistant.",
+)  # fmt: skip
 
 
 class Tensor(NamedTuple):
@@ -83,9 +89,10 @@ class SafetensorsCheckpoint(Checkpoint):
     def _open(self) -> None:
         path = self.source / "config.json"
         config = read_json(path)
+        refuse_drafter(config.get("model_type"), self.source)
         self._tensors = self._read_headers()
-        aside = [name for name in self._tensors if _is_vision(name)]
-        log_left_aside(logger, self.source, aside, "the vision tower and its projector")
+        aside = [name for name in self._tensors if _is_other_part(name)]
+        log_left_aside(logger, self.source, aside, "other parts than the text decoder")
         self._heads = [name for name in LM_HEADS if name in self._tensors]
         text = config.get("text_config", config)
         resolved = resolve_config(
@@ -96,6 +103,9 @@ class SafetensorsCheckpoint(Checkpoint):
         )
         names = text_weights(resolved.text)
         self._prefix = max(PREFIXES, key=lambda p: sum(p + n in self._tensors for n in names))
+        self._unused = {self._prefix + weight.name for weight in unused(resolved.text)}
+        idle = sorted(self._unused & self._tensors.keys())
+        log_left_aside(logger, self.source, idle, "layers that read the K/V of another")
         table = self._table()
         self.config = fit_vocab(resolved, table.shape[0] if table and table.shape else None)
         generation = self.source / "generation_config.json"
@@ -164,7 +174,7 @@ class SafetensorsCheckpoint(Checkpoint):
         return {
             name: tensor
             for name, tensor in self._tensors.items()
-            if name not in self._heads and not _is_vision(name)
+            if name not in self._heads and name not in self._unused and not _is_other_part(name)
         }
 
     def _table(self) -> Tensor | None:
@@ -214,8 +224,8 @@ class SafetensorsCheckpoint(Checkpoint):
         fill(out, lambda start, stop: values[start:stop], name)
 
 
-def _is_vision(name: str) -> bool:
-    return name.removeprefix("model.").startswith(VISION)
+def _is_other_part(name: str) -> bool:
+    return name.removeprefix("model.").startswith(OTHER_PARTS)
 
 
 def _main_dtype(tensors: Iterable[Tensor]) -> str:

@@ -32,6 +32,13 @@ _KEYS = {
     },
 }  # fmt: skip
 
+# Sizes of a head that must be those of its keys.
+_SAME_SIZES = {
+    "attention.value_length_swa": "sliding_attention",
+    "rope.dimension_count_swa": "sliding_attention",
+    "rope.dimension_count": "full_attention",
+}
+
 
 def read(metadata: Mapping[str, Any]) -> GemmaConfig:
     """Resolve the metadata; see `GemmaConfig.from_gguf`."""
@@ -54,7 +61,7 @@ def read(metadata: Mapping[str, Any]) -> GemmaConfig:
     convert: Callable[[Mapping[str, Any]], dict[str, Any]] = (
         _gemma3 if architecture == "gemma3" else _gemma4
     )
-    found = _common(own, int(vocab)) | convert(own)
+    found = _common(own, int(vocab)) | convert(own | {"vocab_size": int(vocab)})
     text = hf.read_text(found, "GGUF metadata")
     return GemmaConfig(
         text,
@@ -115,7 +122,7 @@ def _gemma4(own: Mapping[str, Any]) -> dict[str, Any]:
     pattern = own.get("attention.sliding_window_pattern")
     if pattern is None or isinstance(pattern, int):
         raise UnsupportedError("GGUF metadata: gemma4 needs sliding_window_pattern, one per layer")
-    kinds = _kinds(pattern)
+    kinds = _kinds(_per_layer(pattern, count, "sliding_window_pattern"))
     heads = _per_layer(own["attention.head_count_kv"], count, "head_count_kv")
     inner = _per_layer(own["feed_forward_length"], count, "feed_forward_length")
     shared = own.get("attention.shared_kv_layers", 0)
@@ -129,6 +136,13 @@ def _gemma4(own: Mapping[str, Any]) -> dict[str, Any]:
         for i, kind in enumerate(kinds)
         if kind == "full_attention"
     }
+    # All of a head is handed to the rope; which part of it turns is in `rope_freqs.weight`.
+    for key, kind in _SAME_SIZES.items():
+        if own.get(key, sizes[kind]) != sizes[kind]:
+            raise UnsupportedError(
+                f"GGUF metadata: gemma4.{key} is {own[key]}, but keys of {kind} have {sizes[kind]}"
+            )
+    inputs = own.get("embedding_length_per_layer_input", 0)
     bases = own.get("rope.freq_base_swa", 1e4), own.get("rope.freq_base", 1e6)
     wide = len(set(inner)) > 1
     if wide and inner != [inner[0]] * (count - shared) + [2 * inner[0]] * shared:
@@ -153,7 +167,10 @@ def _gemma4(own: Mapping[str, Any]) -> dict[str, Any]:
                 "partial_rotary_factor": 0.25,
             },
         },
-        "hidden_size_per_layer_input": own.get("embedding_length_per_layer_input", 0),
+        "hidden_size_per_layer_input": inputs,
+        "vocab_size_per_layer_input": own["vocab_size"],
+        # The file does not say it; llama.cpp's gemma4.cpp goes by the model.
+        "use_bidirectional_attention": None if inputs else "vision",
         "enable_moe_block": "expert_count" in own and own["expert_count"] > 0,
         "num_experts": own.get("expert_count"),
         "top_k_experts": own.get("expert_used_count"),

@@ -6,7 +6,13 @@
 """
 
 from gemlax.tokenizer.core import Tokenizer
-from gemlax.tokenizer.load import find_tokenizer, load_tokenizer
+from gemlax.tokenizer.load import find_chat_template, find_tokenizer, load_tokenizer
 from gemlax.tokenizer.stream import TextStream
 
-__all__ = ["TextStream", "Tokenizer", "find_tokenizer", "load_tokenizer"]
+__all__ = [
+    "TextStream",
+    "Tokenizer",
+    "find_chat_template",
+    "find_tokenizer",
+    "load_tokenizer",
+]

@@ -122,7 +122,7 @@ class Tokenizer:
             at = f"{text[error.start]!r} at {error.start}"
             raise RequestError(f"the text holds a lone surrogate, {at}") from error
         ids: list[int] = []
-        for part in self._split(text) if parse_special else (text,):
+        for part in self.split_special(text) if parse_special else (text,):
             if isinstance(part, int):
                 ids.append(part)
             else:
@@ -181,7 +181,7 @@ class Tokenizer:
         starts = "".join(sorted({piece[0] for piece in ids}))
         return re.compile(f"[{re.escape(starts)}]"), sorted(set(map(len, ids)), reverse=True), ids
 
-    def _split(self, text: str) -> Iterator[str | int]:
+    def split_special(self, text: str) -> Iterator[str | int]:
         """Yield the ids of the markers in a text and the text between them."""
         starts, lengths, ids = self._markers
         done = 0

@@ -9,9 +9,10 @@ from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.tokenizer import fast, spm
 from gemlax.tokenizer.core import Tokenizer
 
-__all__ = ["find_tokenizer", "load_tokenizer"]
+__all__ = ["find_chat_template", "find_tokenizer", "load_tokenizer"]
 
 SETTINGS = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
 # What a tokenizer's folder may hold; `Tokenizer.save` copies these.
 NAMES = (
     "tokenizer.json",
@@ -19,7 +20,7 @@ NAMES = (
     SETTINGS,
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    TEMPLATE,
 )
 
 
@@ -92,3 +93,24 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} holds {type(settings).__name__}, expected an object")
     return settings
+
+
+def find_chat_template(folder: str | Path) -> str | None:
+    """Return the chat template of a folder: of its own file, or in `tokenizer_config.json`.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path, settings = Path(folder) / TEMPLATE, Path(folder) / SETTINGS
+    if path.is_file():
+        try:
+            return path.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path} is not UTF-8: {error}") from error
+    found = read_settings(settings).get("chat_template") if settings.is_file() else None
+    if isinstance(found, list):  # several by name
+        named = {e.get("name"): e.get("template") for e in found if isinstance(e, dict)}
+        found = named.get("default")
+    if found is not None and not isinstance(found, str):
+        raise CheckpointError(f"{settings}: chat_template must be a string")
+    return found

@@ -1,0 +1,33 @@
+"""Writes generated sections of docs/performance.md; the other scripts of this folder use it."""
+
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Format a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def machine() -> str:
+    """Name the machine and the versions in one line."""
+    cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    name = cpus[0].split(":")[1].strip() if cpus else platform.processor()
+    return f"{len(cpus)} cores of {name}, Python {platform.python_version()}, jax {jax.__version__}"
+
+
+def write_section(name: str, text: str) -> None:
+    """Replace what stands between the markers of section `name`."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    page = PAGE.read_text("utf-8")
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if not pattern.search(page):
+        raise SystemExit(f"{PAGE.name} has no section {name!r} (markers {begin} ... {end})")
+    PAGE.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", page), "utf-8")

@@ -1,0 +1,183 @@
+"""From the ids a model gives to content, reasoning and tool calls, token by token.
+
+Structure comes from token ids alone: text that spells a control token is text. Nothing that a
+model can write raises an error here; a call that cannot be read stays in the content as written.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+from gemlax.chat.tools import QUOTE, read_call
+from gemlax.tokenizer import TextStream, Tokenizer
+
+__all__ = ["Delta", "OutputParser"]
+
+THOUGHT = "thought\n"
+OPEN_CALL, CLOSE_CALL = "<|tool_call>", "<tool_call|>"
+OPEN_CHANNEL, CLOSE_CHANNEL = "<|channel>", "<channel|>"
+MARKERS = (OPEN_CALL, CLOSE_CALL, OPEN_CHANNEL, CLOSE_CHANNEL, QUOTE)
+
+
+class Delta(NamedTuple):
+    """What was added: text of the content or the reasoning, or one whole call as JSON."""
+
+    kind: Literal["content", "reasoning", "tool_calls"]
+    text: str
+
+
+class OutputParser:
+    """Takes ids as they come; `content`, `reasoning` and `tool_calls` hold what was found.
+
+    Attributes:
+        content_ids: the ids of the content, None when it is not one run of plain tokens.
+        stopped: a stop string has appeared in the content; further ids are ignored.
+        num_tokens: ids taken, the one that completed a stop string included.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, in_thought: bool = False):
+        """`in_thought`: the prompt ends inside a thought channel, after its name."""
+        self.content, self.reasoning = "", ""
+        self.tool_calls: list[dict[str, Any]] = []
+        self.content_ids: list[int] | None = []
+        self.num_tokens = 0
+        self._stopped = False
+        self._special = tokenizer.special_ids
+        ids = ((tokenizer.id_of(piece), piece) for piece in MARKERS)
+        self._markers = {id: piece for id, piece in ids if id in self._special}
+        self._text = TextStream(tokenizer, stop)
+        self._inner = TextStream(tokenizer)  # of reasoning and calls
+        self._state: Literal["content", "thought", "call"] = "content"
+        self._parts: list[str | None] = []  # of a call
+        self._held = ""  # of a thought
+        self._named, self._begun = True, False
+        if in_thought:
+            self._state = "thought"
+
+    @property
+    def stopped(self) -> bool:
+        """Whether further ids are ignored."""
+        return self._stopped or self._text.stopped
+
+    def stop(self) -> None:
+        """Ignore what comes from now on."""
+        self._stopped = True
+
+    def push(self, ids: Iterable[int]) -> list[Delta]:
+        """Take ids; return what is now certain."""
+        found: list[Delta] = []
+        for id in ids:
+            if self.stopped:
+                break
+            self.num_tokens += 1
+            found += self._push(id)
+        return _joined(found)
+
+    def flush(self) -> list[Delta]:
+        """Return what was held back: there are no more ids."""
+        return _joined(self._leave())
+
+    def _push(self, id: int) -> Iterator[Delta]:
+        marker = self._markers.get(id)
+        if marker is not None:
+            yield from self._marker(marker)
+        elif id in self._special:
+            if self._state == "call":  # no call holds one: turn ends, media
+                yield from self._leave()
+        elif self._state == "content":
+            if self.content_ids is not None:
+                self.content_ids.append(id)
+            yield from self._say("content", self._text.push([id]))
+        elif self._state == "thought":
+            yield from self._think(self._inner.push([id]))
+        else:
+            self._parts.append(self._inner.push([id]))
+
+    def _marker(self, marker: str) -> Iterator[Delta]:
+        if marker == QUOTE:
+            if self._state == "call":
+                self._parts += [self._inner.flush(), None]
+        elif marker == CLOSE_CALL and self._state == "call":
+            yield from self._end_call()
+        elif marker == OPEN_CALL:
+            yield from self._leave()
+            self._state = "call"
+        elif marker == OPEN_CHANNEL and self._state != "thought":
+            yield from self._leave()
+            self._state, self._named, self._begun = "thought", False, False
+        elif marker == CLOSE_CHANNEL and self._state != "content":
+            yield from self._leave()
+
+    def _leave(self) -> Iterator[Delta]:
+        """End what is going on, complete or not, and go back to content."""
+        state, self._state = self._state, "content"
+        if state == "content":
+            yield from self._say("content", self._text.flush())
+        elif state == "thought":
+            yield from self._end_thought()
+        else:
+            self._parts.append(self._inner.flush())
+            yield from self._raw(OPEN_CALL, "")
+
+    def _end_call(self) -> Iterator[Delta]:
+        self._parts.append(self._inner.flush())
+        call = read_call(self._parts)
+        self._state = "content"
+        if call is None:
+            yield from self._raw(OPEN_CALL, CLOSE_CALL)
+            return
+        self._parts = []
+        self.content_ids = None if self.content_ids else self.content_ids
+        self.tool_calls.append(call)
+        yield Delta("tool_calls", json.dumps(call, ensure_ascii=False))
+
+    def _raw(self, before: str, after: str) -> Iterator[Delta]:
+        """Give a call that cannot be read as the text it is."""
+        text = "".join(QUOTE if part is None else part for part in self._parts)
+        self._parts, self.content_ids = [], None
+        yield from self._say("content", before + text + after)
+
+    def _think(self, text: str) -> Iterator[Delta]:
+        """Take text of a thought; its name and the white space around it are left out."""
+        self._held += text
+        if not self._named:
+            if len(self._held) < len(THOUGHT) and THOUGHT.startswith(self._held):
+                return
+            self._held, self._named = self._held.removeprefix(THOUGHT), True
+        if not self._begun:
+            self._held = self._held.lstrip()
+            if self._held and self.reasoning:
+                self._held = "\n\n" + self._held
+        certain = self._held.rstrip()
+        if certain:
+            self._begun = True
+            self._held = self._held[len(certain) :]
+            yield from self._say("reasoning", certain)
+
+    def _end_thought(self) -> Iterator[Delta]:
+        rest = self._inner.flush()
+        if not self._named and (self._held + rest).strip() == THOUGHT.strip():
+            self._held, rest = "", ""
+        self._named = True
+        yield from self._think(rest)
+        self._held = ""
+
+    def _say(self, kind: Literal["content", "reasoning"], text: str) -> Iterator[Delta]:
+        if not text:
+            return
+        if kind == "content":
+            self.content += text
+        else:
+            self.reasoning += text
+        yield Delta(kind, text)
+
+
+def _joined(deltas: Iterable[Delta]) -> list[Delta]:
+    """Put neighbours of one kind together; calls stay apart."""
+    found: list[Delta] = []
+    for delta in deltas:
+        if found and found[-1].kind == delta.kind != "tool_calls":
+            found[-1] = Delta(delta.kind, found[-1].text + delta.text)
+        else:
+            found.append(delta)
+    return found

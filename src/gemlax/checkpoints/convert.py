@@ -1,0 +1,104 @@
+"""Any checkpoint into a Hugging Face folder: one weight at a time, from disk to disk.
+
+No decoder is built. The text decoder, its config, tokenizer and chat template are written.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gemlax.checkpoints.base import BFLOAT16, Checkpoint
+from gemlax.checkpoints.names import text_weights
+from gemlax.checkpoints.safetensors import save_safetensors
+from gemlax.errors import RequestError
+from gemlax.tokenizer import Tokenizer, find_chat_template
+
+__all__ = ["Converted", "convert"]
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
+
+Progress = Callable[[int, int], None]
+
+
+class Converted(NamedTuple):
+    """What was written; `nbytes` are those of the weights."""
+
+    dtype: str
+    tensors: int
+    parameters: int
+    nbytes: int
+    tokenizer: bool
+
+
+def convert(
+    source: Checkpoint,
+    target: str | Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """Write `source` as a folder that transformers and gemlax read; all of it or nothing.
+
+    Args:
+        source: an open checkpoint; it may be the one at `target`.
+        target: a new or empty folder whose parent exists.
+        dtype: "float32" or "bfloat16". None keeps the one that most of the source is in, and makes
+            float16 and quantised weights float32, which holds them exactly.
+        overwrite: replace a folder that holds a model.
+        progress: told (bytes written, bytes in all) after each weight.
+
+    Raises:
+        CheckpointError: the tensors of `source` do not fit its config.
+        FileExistsError: `target` is there and not empty, or is no folder that may be replaced.
+        RequestError: another dtype.
+        OSError: the disk is full, or `target` cannot be written.
+    """
+    name = dtype or (source.stored_dtype if source.stored_dtype in DTYPES else "float32")
+    if name not in DTYPES:
+        raise RequestError(f"dtype must be float32 or bfloat16, got {dtype!r}")
+    source.check()
+    tokenizer, template = source.tokenizer(), source.chat_template
+    config, shapes = source.config, text_weights(source.config.text)
+    eos = config.eos_token_id
+    ids = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(eos) if len(eos) != 1 else eos[0],
+        "pad_token_id": config.pad_token_id,
+    }
+    count = sum(int(np.prod(shape)) for shape in shapes.values())
+    nbytes = count * DTYPES[name].itemsize
+    save_safetensors(
+        target,
+        config,
+        _weights(source, DTYPES[name], nbytes, progress),
+        generation_config=ids | source.generation_config,
+        write_tokenizer=functools.partial(_write_tokenizer, tokenizer, template),
+        overwrite=overwrite,
+    )
+    return Converted(name, len(shapes), count, nbytes, tokenizer is not None)
+
+
+def _write_tokenizer(tokenizer: Tokenizer | None, template: str | None, folder: Path) -> None:
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    # A GGUF file has its template inside.
+    if template is not None and find_chat_template(folder) is None:
+        (folder / "chat_template.jinja").write_text(template, "utf-8")
+
+
+def _weights(
+    source: Checkpoint, dtype: np.dtype, nbytes: int, progress: Progress | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    done = 0
+    for name, shape in text_weights(source.config.text).items():
+        array = np.empty(shape, dtype)
+        source.read(name, array)
+        done += array.nbytes
+        yield name, array
+        del array  # before the next one is made
+        if progress is not None:
+            progress(done, nbytes)

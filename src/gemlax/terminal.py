@@ -1,0 +1,139 @@
+"""The terminal chat: turns read, answers streamed, what it cost said after each.
+
+It prints through what it is given, and knows no model, only a session and the engine's counters.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Protocol
+
+from gemlax.chat import Message
+from gemlax.errors import RequestError
+from gemlax.generate import Counters
+from gemlax.session import Reply, Session
+
+__all__ = ["HELP", "Terminal"]
+
+HELP = """/reset  forget the conversation
+/exit   end (or Ctrl-D)
+/help   show this
+Ctrl-C stops an answer."""
+
+
+class Write(Protocol):
+    """Prints text as it is."""
+
+    def __call__(self, text: str, end: str = "\n") -> None: ...
+
+
+class Terminal:
+    """One chat. `turns` lists what was said and what it cost; `failed`, whether a turn did."""
+
+    def __init__(self, session: Session, counters: Counters, write: Write, note: Write):
+        """`write` takes what the model says, `note` what is said about it."""
+        self.turns: list[dict[str, Any]] = []
+        self.failed = False
+        self._session, self._counters = session, counters
+        self._write, self._note = write, note
+
+    def run(self, read: Callable[[], str]) -> None:
+        """Answer what `read` returns until it raises EOFError or /exit is read."""
+        while True:
+            try:
+                text = read().strip()
+            except EOFError:
+                return
+            if text == "/exit":
+                return
+            if text == "/reset":
+                self._session.reset()
+                self._note("the conversation is forgotten")
+            elif text == "/help":
+                self._note(HELP)
+            elif text.startswith("/") and " " not in text:
+                self._note(f"unknown command {text}; /help lists them")
+            elif text:
+                self._answer(text)
+
+    def _answer(self, text: str) -> None:
+        try:
+            reply = self._session.send(text)
+        except RequestError as error:
+            self.failed = True
+            full = "; /reset starts anew" if "context" in str(error) else ""
+            self._note(f"{error}{full}")
+            return
+        before = (self._counters.decode_tokens, self._counters.decode_s)
+        prefilled = self._counters.prefill_tokens
+        begin = time.perf_counter()
+        with _interrupts(reply) as interrupted:
+            self._show(reply)
+        message = reply.message
+        assert message is not None
+        tokens = self._counters.decode_tokens - before[0]
+        seconds = self._counters.decode_s - before[1]
+        turn = {
+            "content": message.content,
+            "reasoning": message.reasoning,
+            "tool_calls": message.tool_calls,
+            "finish_reason": message.finish_reason,
+            "prompt_tokens": reply.num_prompt_tokens,
+            "prefill_tokens": self._counters.prefill_tokens - prefilled,
+            "tokens": tokens,
+            "decode_tok_s": round(tokens / seconds, 2) if tokens and seconds > 0 else None,
+            "seconds": round(time.perf_counter() - begin, 3),
+            "context_used": self._session.num_tokens,
+        }
+        self.turns.append(turn)
+        self._note(self._summary(turn, message, bool(interrupted)))
+
+    def _show(self, reply: Reply) -> None:
+        kind = "content"
+        for delta in reply:
+            if delta.kind != kind and kind == "reasoning":
+                self._note("")
+            kind = delta.kind
+            if kind == "content":
+                self._write(delta.text, end="")
+            else:
+                self._note(delta.text, end="" if kind == "reasoning" else "\n")
+        if kind == "reasoning":
+            self._note("")
+        self._write("")
+
+    def _summary(self, turn: dict[str, Any], message: Message, interrupted: bool) -> str:
+        session = self._session
+        speed = f", {turn['decode_tok_s']:.1f} tok/s" if turn["decode_tok_s"] else ""
+        parts = [
+            f"{turn['tokens']} tokens{speed}",
+            f"prefilled {turn['prefill_tokens']}",
+            f"context {session.num_tokens}/{session.context}",
+        ]
+        if interrupted:
+            parts.append("stopped")
+        elif message.finish_reason == "length":
+            full = session.num_tokens >= session.context
+            parts.append(
+                "the context is full: /reset starts anew" if full else "cut at --max-new-tokens"
+            )
+        return f"[{'; '.join(parts)}]"
+
+
+@contextmanager
+def _interrupts(reply: Reply) -> Iterator[list[int]]:
+    """Let the first Ctrl-C end the answer only; a second one is a KeyboardInterrupt."""
+    caught: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        reply.stop()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    old = signal.signal(signal.SIGINT, stop)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, old)

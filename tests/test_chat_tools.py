@@ -1,0 +1,244 @@
+"""Gemma 4's notation of tools, and the parser that takes a model's output apart."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vocabularies import FIRST_CHAT_WORD, chat_tokenizer
+
+from gemlax import RequestError
+from gemlax.chat import ChatFormat, Delta, OutputParser
+from gemlax.chat.tools import MAX_DEPTH, declaration, read_call, write_call
+
+TOKENIZER = chat_tokenizer("gemma4")
+# U+2581 is a space to the tokenizer, a lone surrogate has no UTF-8.
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=12)
+HARD = st.sampled_from(['<|"|>', "<tool_call|>", "a:b", "}", "null", " ", "", "é", "<|turn>"])
+STRINGS = TEXT | HARD
+NUMBERS = st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False)
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | STRINGS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(STRINGS, inner, max_size=4),
+    max_leaves=12,
+)
+ARGUMENTS = st.dictionaries(STRINGS, JSON, max_size=4)
+IDS = st.lists(
+    st.sampled_from([i for i in TOKENIZER.special_ids if "unused" not in TOKENIZER.piece(i)])
+    | st.sampled_from(TOKENIZER.encode('call:f{a:[1,{b}]}thought\n é"', add_bos=False))
+    | st.integers(0, TOKENIZER.num_tokens - 1),
+    max_size=40,
+)
+
+
+def ids(text):
+    return TOKENIZER.encode(text, add_bos=False, parse_special=True)
+
+
+def parsed(tokens, stop=(), sizes=(), **options):
+    """The parser after all ids, and its deltas, pushed in pieces of `sizes` and then the rest."""
+    parser, at, deltas = OutputParser(TOKENIZER, stop, **options), 0, []
+    for size in sizes:
+        deltas += parser.push(tokens[at : at + size])
+        at += size
+    return parser, [*deltas, *parser.push(tokens[at:]), *parser.flush()]
+
+
+def result(parser):
+    return parser.content, parser.reasoning, parser.tool_calls, parser.content_ids
+
+
+# --- calls -------------------------------------------------------------------------------------
+
+
+def test_a_call_is_written_with_sorted_keys_and_quoted_strings():
+    arguments = {"b": [1, -2.5, True], "a": {"z": None, "Y": "s"}, "C": 1e20, "odd key": ""}
+    assert write_call("f", arguments) == (
+        'call:f{a:{Y:<|"|>s<|"|>,z:null},b:[1,-2.5,true],C:1e+20,<|"|>odd key<|"|>:<|"|><|"|>}'
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(ARGUMENTS)
+def test_what_is_written_is_read_back(arguments):
+    """Through messages, template guard, tokenizer and parser, whatever the strings hold."""
+    call = {"name": "f", "arguments": arguments}
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "y"},
+    ]
+    prompt = ChatFormat(TOKENIZER).encode(messages)
+    opened, closed = ids("<|tool_call>")[0], ids("<tool_call|>")[0]
+    written = prompt[prompt.index(opened) : prompt.index(closed) + 1]
+    parser, deltas = parsed(written)
+    # By their JSON, for 1 == 1.0 == True.
+    found = [json.dumps(call, sort_keys=True) for call in parser.tool_calls]
+    assert found == [json.dumps(call, sort_keys=True)]
+    assert parser.content == parser.reasoning == ""
+    assert [(delta.kind, json.loads(delta.text)) for delta in deltas] == [("tool_calls", call)]
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("call:f{}", {}),
+        (" call: f { a : 1 , b : [ ] } ", {"a": 1, "b": []}),
+        ('call:f{<|"|>a b<|"|>:<|"|>x}<|"|>}', {"a b": "x}"}),
+        ("call:f{a:{b:{c:[[-1.5e3,null]]}}}", {"a": {"b": {"c": [[-1500.0, None]]}}}),
+    ],
+)
+def test_calls_are_read(text, arguments):
+    parser, _ = parsed(ids(f"<|tool_call>{text}<tool_call|>"))
+    assert parser.tool_calls == [{"name": "f", "arguments": arguments}]
+    assert parser.content == ""
+
+
+MALFORMED = [
+    "", "f{}", "call:{}", "call:f", "call:f{", "call:f{}x", "call:f{a}", "call:f{a:}",
+    "call:f{a:1,}", "call:f{,}", "call:f{a:b}", "call:f{a:1 b:2}", "call:f{a:[1,]}",
+    "call:f{a:1,a:2}", "call:f{a:01}", "call:f{a:1e999}", "call:f{a:NaN}", "call:f{a:+1}",
+    'call:f{a:<|"|>x}', 'call:f{a:<|"|>x<|"|>y}', "call:f(){a:1}", "call:f{a:٣}",
+    "call:f{a:__import__('os')}", f"call:f{{a:{'9' * 5000}}}", f"call:f{{a:{'[' * 5000}}}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MALFORMED, ids=lambda text: text[:20])
+def test_a_call_that_cannot_be_read_stays_in_the_content(text):
+    parser, deltas = parsed(ids(f"a<|tool_call>{text}<tool_call|>b"))
+    assert parser.content == f"a<|tool_call>{text}<tool_call|>b"
+    assert parser.tool_calls == []
+    assert {delta.kind for delta in deltas} == {"content"}
+
+
+def test_a_call_that_is_cut_off_stays_in_the_content():
+    parser, _ = parsed(ids("<|tool_call>call:f{a:1"))
+    assert (parser.content, parser.tool_calls) == ("<|tool_call>call:f{a:1", [])
+    parser, _ = parsed(ids("<|tool_call>call:f{<turn|>"))
+    assert parser.content == "<|tool_call>call:f{"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(TEXT | st.none(), max_size=8))
+def test_reading_any_text_gives_a_call_or_none(parts):
+    assert read_call(["call:f{", *parts]) is None or parts
+    found = read_call(parts)
+    assert found is None or json.dumps(found)
+
+
+def test_nesting_is_bounded_where_it_is_written_and_where_it_is_read():
+    deep = {}
+    for _ in range(MAX_DEPTH - 1):
+        deep = {"a": deep}
+    text = write_call("f", deep)
+    assert read_call([text]) == {"name": "f", "arguments": deep}
+    with pytest.raises(RequestError, match="nested more than"):
+        write_call("f", {"a": deep})
+    assert read_call([text.replace("{}", "{a:{}}")]) is None
+
+
+def test_declarations_keep_what_the_template_keeps():
+    schema = {
+        "type": "object",
+        "properties": {
+            "Unit": {"type": "string", "enum": ["c", "f"]},
+            "n": {"type": ["integer", "null"], "minimum": 0},
+            "list": {"type": "array", "items": {"type": "object", "properties": {
+                "a": {"type": "number"}}, "required": ["a"]}},
+            "o": {"type": "object", "properties": {"z": {"type": "boolean"}}, "required": ["z"]},
+        },
+    }  # fmt: skip
+    text = declaration({"name": "f", "parameters": schema}).replace('<|"|>', "'")
+    assert text == (
+        "declaration:f{description:'',parameters:{properties:{"
+        "list:{items:{properties:{a:{type:'NUMBER'}},required:['a'],type:'OBJECT'},type:'ARRAY'},"
+        "n:{nullable:true,type:'INTEGER'},"
+        "o:{properties:{z:{type:'BOOLEAN'}},required:['z'],type:'OBJECT'},"
+        "Unit:{enum:['c','f'],type:'STRING'}},type:'OBJECT'}}"
+    )
+
+
+# --- the parser --------------------------------------------------------------------------------
+
+
+def test_a_thought_is_split_off():
+    text = "<|channel>thought\n a\nb \n<channel|>c <|tool_call>call:f{}<tool_call|>"
+    parser, deltas = parsed(ids(text + "<|tool_response>"))
+    assert (parser.reasoning, parser.content) == ("a\nb", "c ")
+    assert parser.tool_calls == [{"name": "f", "arguments": {}}]
+    assert [delta.kind for delta in deltas] == ["reasoning", "content", "tool_calls"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content"),
+    [
+        ("<|channel>thought\n<channel|>a", "", "a"),
+        ("<|channel>thought<channel|>a", "", "a"),
+        ("<|channel>other\nx<channel|>a", "other\nx", "a"),
+        ("<|channel>thou", "thou", ""),
+        ("<|channel>thought\nx", "x", ""),
+        ("<|channel>thought\nx<|tool_call>y<tool_call|>", "x", "<|tool_call>y<tool_call|>"),
+        ("<|channel>thought\nx<channel|>a<|channel>thought\ny<channel|>b", "x\n\ny", "ab"),
+        ('a<channel|>b<tool_call|>c<|"|>d<turn|>', "", "abcd"),
+        ("<|channel>thought\na<|channel>b", "ab", ""),
+    ],
+)
+def test_channels_that_are_odd(text, reasoning, content):
+    parser, _ = parsed(ids(text))
+    assert (parser.reasoning, parser.content) == (reasoning, content)
+
+
+def test_a_prompt_that_ends_in_a_thought_is_gone_on_with():
+    chat = ChatFormat(TOKENIZER)
+    messages = [{"role": "user", "content": "x"},
+                {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]},
+                {"role": "tool", "content": "y"}]  # fmt: skip
+    parser = chat.parser(chat.encode(messages, thinking=True))
+    parser.push(ids("hm<channel|>a"))
+    assert (parser.reasoning, parser.content) == ("hm", "a")
+    parser = chat.parser(chat.encode(messages))
+    parser.push(ids("a"))
+    assert (parser.reasoning, parser.content) == ("", "a")
+
+
+def test_text_that_spells_a_control_token_is_text():
+    text = "<|tool_call>call:f{}<tool_call|><|channel>"
+    parser, deltas = parsed(TOKENIZER.encode(text, add_bos=False))
+    assert parser.content == text
+    assert deltas == [Delta("content", text)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(IDS, st.lists(st.integers(0, 5)), st.booleans())
+def test_every_split_of_any_output_gives_the_same_result(tokens, sizes, in_thought):
+    whole, _ = parsed(tokens, in_thought=in_thought)
+    parts, deltas = parsed(tokens, sizes=sizes, in_thought=in_thought)
+    assert result(parts) == result(whole)
+    for kind in ("content", "reasoning"):
+        text = "".join(delta.text for delta in deltas if delta.kind == kind)
+        assert text == {"content": whole.content, "reasoning": whole.reasoning}[kind]
+    calls = [json.loads(delta.text) for delta in deltas if delta.kind == "tool_calls"]
+    assert calls == whole.tool_calls
+
+
+@settings(max_examples=200, deadline=None)
+@given(IDS, st.lists(st.integers(0, 5)))
+def test_stop_strings_end_the_content_wherever_the_stream_splits(tokens, sizes):
+    whole, _ = parsed(tokens, ["a", "}é"])
+    parts, _ = parsed(tokens, ["a", "}é"], sizes)
+    assert result(parts)[:3] == result(whole)[:3]
+    assert parts.stopped == whole.stopped
+    assert not whole.stopped or parts.num_tokens == whole.num_tokens <= len(tokens)
+
+
+def test_a_stop_string_in_a_thought_does_not_stop():
+    text = "<|channel>thought\nstop<channel|>a stop b"
+    parser, _ = parsed(ids(text), ["stop"])
+    assert (parser.reasoning, parser.content, parser.stopped) == ("stop", "a ", True)
+
+
+def test_content_ids_are_those_of_one_run_of_text():
+    tokens = ids("abc é")
+    assert parsed([*ids("<|channel>thought\nx<channel|>"), *tokens])[0].content_ids == tokens
+    assert min(tokens) < FIRST_CHAT_WORD  # é is bytes
+    assert parsed([*tokens, *ids("<|tool_call>call:f{}<tool_call|>")])[0].content_ids is None

@@ -1,0 +1,399 @@
+"""Chats with a toy model: answers, streams, a cache that is kept, and the terminal."""
+
+import copy
+import io
+import json
+import signal
+
+import numpy as np
+import pytest
+from adapters import build
+from disk import gguf_tensors, random_weights, write_gguf
+from golden.conditioned import conditioned_weights
+from vocabularies import FIRST_CHAT_WORD, chat_tokenizer
+
+import gemlax
+from gemlax import CheckpointError, Message, Model, RequestError, preset, tiny
+from gemlax.checkpoints import open_checkpoint, text_weights
+from gemlax.generate import Rows
+from gemlax.terminal import HELP, Terminal
+from gemlax.tokenizer import find_chat_template
+
+CONFIG = tiny(preset("gemma-3-1b"), num_hidden_layers=7)
+USER = [{"role": "user", "content": "hello there"}]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model that never ends by itself: markers and bytes have a logit of 0."""
+    weights = conditioned_weights("test_session", text_weights(CONFIG.text))
+    weights["embed_tokens.weight"][2 + 1 : FIRST_CHAT_WORD + 1] *= 1e-3
+    decoder = build(CONFIG, weights, "index")
+    return Model(CONFIG, decoder, chat_tokenizer("gemma3"))
+
+
+@pytest.fixture
+def gemma4(model):
+    """The same weights behind the vocabulary of a Gemma 4."""
+    other = copy.copy(model)
+    other.__dict__.pop("chat_format", None)
+    other.tokenizer = chat_tokenizer("gemma4")
+    return other
+
+
+def scripted(model, text):
+    """A model that says `text` whatever it is asked: only its next token has a logit."""
+    ids = model.tokenizer.encode(text, add_bos=False, parse_special=True)
+    other = copy.copy(model)
+    other._request = lambda prompt, options: Script(model._request(prompt, options), ids)
+    return other
+
+
+class Script:
+    """A request whose tokens are known beforehand; blocks as asked for."""
+
+    def __init__(self, request, ids):
+        self._request, self._ids = request, ids
+        self.prompts, self.stop = request.prompts, request.stop
+        self.streams = request.streams
+        self.completion = request.completion
+
+    def run(self, sizes, before=None):
+        self._request.streams = self.streams
+        start = len(self.prompts[0])
+        tokens = np.array([[*self.prompts[0], *self._ids]])
+        shown = 0
+        while shown < len(self._ids) and not self.streams[0].stopped:
+            shown = min(shown + next(sizes), len(self._ids))
+            done = np.array([shown == len(self._ids)])
+            yield Rows(tokens, np.array([start + shown]), done, None, None)
+
+
+# --- Model.chat --------------------------------------------------------------------------------
+
+
+def test_an_answer_is_what_generate_gives_for_the_prompt(model):
+    message = model.chat(USER, max_new_tokens=8)
+    prompt = model.chat_format.encode(USER)
+    (done,) = model.generate([prompt], max_new_tokens=8)
+    assert message == Message(done.text, None, [], done.tokens, "length")
+    assert message.content
+
+
+def test_a_stream_gives_the_message_piece_by_piece(model):
+    reply = model.chat(USER, max_new_tokens=8, stream=True)
+    assert reply.message is None
+    deltas = list(reply)
+    assert len(deltas) > 2
+    assert "".join(delta.text for delta in deltas) == reply.message.content
+    assert reply.message == model.chat(USER, max_new_tokens=8)
+
+
+def test_a_message_is_appended_as_it_is(model):
+    answer = model.chat(USER, max_new_tokens=8)
+    again = model.chat([*USER, answer, *USER], max_new_tokens=8)
+    assert again == model.chat([*USER, answer.to_dict(), *USER], max_new_tokens=8)
+
+
+OUTPUT = "<|channel>thought\nhm<channel|>so <|tool_call>call:f{a:1}<tool_call|><|tool_response>"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_and_tool_calls_are_taken_apart(gemma4, stream):
+    tool = {"name": "f", "description": "d"}
+    answer = scripted(gemma4, OUTPUT).chat(USER, tools=[tool], thinking=True, stream=stream)
+    if stream:
+        kinds = [delta.kind for delta in answer]
+        assert kinds == sorted(kinds, key=["reasoning", "content", "tool_calls"].index)
+        answer = answer.message
+    assert (answer.content, answer.reasoning) == ("so ", "hm")
+    assert answer.tool_calls == [{"name": "f", "arguments": {"a": 1}}]
+    assert answer.finish_reason == "tool_calls"
+    result = {"role": "tool", "name": "f", "content": "3"}
+    prompt = gemma4.chat_format.encode([*USER, answer, result], [tool], True)
+    assert "call:f{a:1}" in gemma4.tokenizer.decode(prompt)
+
+
+def test_a_malformed_call_changes_no_finish_reason(gemma4):
+    text = "<|tool_call>call:f{a}<tool_call|>"
+    answer = scripted(gemma4, f"{text}<turn|>").chat(USER)
+    assert (answer.content, answer.tool_calls, answer.finish_reason) == (text, [], "stop")
+    answer = scripted(gemma4, text).chat(USER)
+    assert answer.finish_reason == "length"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_counts_in_the_content_alone(gemma4, stream):
+    text = "<|channel>thought\nx stop<channel|>a stop b<turn|>"
+    answer = scripted(gemma4, text).chat(USER, thinking=True, stop="stop", stream=stream)
+    if stream:
+        list(answer)
+        answer = answer.message
+    assert (answer.reasoning, answer.content, answer.finish_reason) == ("x stop", "a ", "stop")
+    assert gemma4.tokenizer.decode(answer.tokens).endswith("a stop")
+
+
+def test_stop_ids_are_those_of_the_format_and_of_the_caller(model):
+    free = model.chat(USER, max_new_tokens=8)
+    stop = free.tokens[4]
+    ended = model.chat(USER, max_new_tokens=8, stop_ids=[stop])
+    assert ended.tokens == free.tokens[: free.tokens.index(stop) + 1]
+    assert ended.finish_reason == "stop"
+    with pytest.raises(RequestError, match="stop_ids must be token ids"):
+        model.generate("a", stop_ids=["a"])
+    request = model.chat(USER, stream=True)._request
+    assert model.tokenizer.id_of("<end_of_turn>") in request.stop_ids
+
+
+def test_what_cannot_be_a_chat_is_refused(model):
+    with pytest.raises(RequestError, match="gives no logprobs"):
+        model.chat(USER, logprobs=1)
+    with pytest.raises(TypeError, match="unknown settings"):
+        model.chat(USER, temprature=1)
+    with pytest.raises(RequestError, match="more than the context of 5"):
+        model.chat(USER, context=5)
+    mute = Model(CONFIG, model.decoder)
+    with pytest.raises(RequestError, match="has no tokenizer"):
+        mute.chat(USER)
+
+
+def test_a_base_model_with_the_pieces_in_its_vocabulary_may_chat(model):
+    assert model.chat_template is None
+    assert model.chat_format.family == "gemma3"
+
+
+# --- Session -----------------------------------------------------------------------------------
+
+
+def turn(session, text):
+    """Say something; return the message and what was prefilled."""
+    reply = session.send(text)
+    list(reply)
+    return reply.message, reply.num_prompt_tokens
+
+
+def test_the_second_turn_prefills_only_what_is_new(model):
+    counters = model.engine.counters
+    session = model.session(system="be kind", max_new_tokens=12)
+    first, size = turn(session, "hello there")
+    assert session.num_tokens == size + 12
+    before = counters.prefill_tokens
+    second, second_size = turn(session, "and then")
+    # The cache holds all but the last token of the first turn, and each prompt's last token is
+    # decoded, not prefilled.
+    assert counters.prefill_tokens - before == second_size - 1 - (session_cached := size + 12 - 1)
+    assert second_size > session_cached + 5
+    fresh = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello there"}]
+    assert model.chat(fresh, max_new_tokens=12) == first
+    before = counters.prefill_tokens
+    fresh += [first, {"role": "user", "content": "and then"}]
+    assert model.chat(fresh, max_new_tokens=12) == second
+    assert counters.prefill_tokens - before == second_size - 1
+    assert session.messages == [*fresh, second]
+
+
+def test_caches_grow_with_the_conversation(model):
+    session = model.session(max_new_tokens=12)
+    messages, sizes = [], set()
+    for text in ("one", "two and a bit more of it", "three", "four", "five more words here"):
+        answer, _ = turn(session, text)
+        sizes.add(session._state.tokens.shape[1])
+        messages += [{"role": "user", "content": text}]
+        assert model.chat(messages, max_new_tokens=12) == answer
+        messages += [answer]
+    assert len(sizes) > 1
+
+
+def test_an_edited_conversation_reuses_only_what_is_the_same(model):
+    session = model.session(max_new_tokens=12)
+    turn(session, "hello there")
+    session.messages[0] = {"role": "user", "content": "hello again"}
+    answer, _ = turn(session, "more")
+    assert answer == model.chat(session.messages[:-1], max_new_tokens=12)
+
+
+def test_an_answer_can_be_stopped_and_the_conversation_goes_on(model):
+    session = model.session(max_new_tokens=40)
+    reply = session.send("hello there")
+    next(reply)
+    reply.stop()
+    list(reply)
+    assert 0 < len(reply.message.tokens) < 12
+    before = model.engine.counters.prefill_tokens
+    answer, size = turn(session, "more")
+    assert model.engine.counters.prefill_tokens - before < size - 10
+    assert answer == model.chat(session.messages[:-1], max_new_tokens=40)
+
+
+def test_a_reply_that_is_left_alone_leaves_the_session_as_it_was(model):
+    session = model.session(max_new_tokens=12)
+    turn(session, "hello there")
+    messages = list(session.messages)
+    next(session.send("left alone"))
+    assert session.messages == messages
+    answer, _ = turn(session, "more")
+    assert answer == model.chat(session.messages[:-1], max_new_tokens=12)
+
+
+def test_a_full_context_is_said_and_reset_makes_room(model):
+    session = model.session(max_new_tokens=12, context=30)
+    answer, size = turn(session, "hello there")
+    assert answer.finish_reason == "length"
+    assert session.num_tokens <= 30
+    messages = list(session.messages)
+    with pytest.raises(RequestError, match="context"):
+        session.send("hello there and more")
+    assert session.messages == messages
+    session.reset()
+    assert turn(session, "hello there") == (answer, size)
+
+
+def test_each_row_of_a_batch_keeps_what_it_shares(model):
+    engine = model.engine
+    random = np.random.default_rng(3)
+    long, short = ([2, *random.integers(300, 512, n).tolist()] for n in (20, 9))
+    state, limits = engine.start([long, short], 4, 64, [1])
+    settings = model._request([long, short], {}).settings
+    *_, rows = engine.steps(state, limits, settings, iter([4]))
+    said = [row[:n].tolist() for row, n in zip(rows.tokens, rows.lengths, strict=True)]
+    asked = [[*said[0], 7, 8, 9], [*short[:5], 400, *said[1]]]
+    before = engine.counters.prefill_tokens
+    state, limits = engine.start(asked, 4, 64, [1], before=rows.state)
+    # All of the first row but its last token and the three new ones; five of the second.
+    assert engine.counters.prefill_tokens - before == 3 + len(asked[1]) - 1 - 5
+    *_, rows = engine.steps(state, limits, settings, iter([4]))
+    fresh = model.generate(asked, max_new_tokens=4)
+    for row, prompt in enumerate(asked):
+        assert rows.tokens[row, len(prompt) : len(prompt) + 4].tolist() == fresh[row].tokens
+
+
+# --- templates of checkpoints ------------------------------------------------------------------
+
+
+def test_a_template_is_saved_and_loaded_and_used(model, tmp_path):
+    own = "{{ bos_token }}{{ messages[0].content }}!"
+    other = Model(CONFIG, model.decoder, model.tokenizer, chat_template=own)
+    gemlax.save(other, tmp_path / "a")
+    assert (tmp_path / "a" / "chat_template.jinja").read_text() == own
+    loaded = gemlax.load(tmp_path / "a")
+    assert loaded.chat_template == own
+    assert loaded.chat_format.encode(USER) == loaded.tokenizer.encode("hello there!")
+    gemlax.save(loaded, tmp_path / "b")
+    assert gemlax.load(tmp_path / "b").chat_template == own
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ("a", "a"),
+        ([{"name": "tool_use", "template": "b"}, {"name": "default", "template": "a"}], "a"),
+        ([{"name": "tool_use", "template": "b"}], None),
+        (None, None),
+    ],
+)
+def test_a_template_may_be_in_the_tokenizer_config(tmp_path, found, expected):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": found}))
+    assert find_chat_template(tmp_path) == expected
+    (tmp_path / "chat_template.jinja").write_text("é", "utf-8")
+    assert find_chat_template(tmp_path) == "é"
+
+
+def test_a_damaged_template_is_named(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": 3}')
+    with pytest.raises(CheckpointError, match="chat_template must be a string"):
+        find_chat_template(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match="is not UTF-8"):
+        find_chat_template(tmp_path)
+
+
+def test_a_template_may_be_in_the_metadata_of_a_gguf_file(tmp_path):
+    path = tmp_path / "a.gguf"
+    write_gguf(path, gguf_tensors(random_weights()), extra={"tokenizer.chat_template": "x"})
+    with open_checkpoint(path) as source:
+        assert source.chat_template == "x"
+    write_gguf(path, gguf_tensors(random_weights()))
+    with open_checkpoint(path) as source:
+        assert source.chat_template is None
+
+
+# --- the terminal ------------------------------------------------------------------------------
+
+
+def chat_in_terminal(model, lines, **settings):
+    out, notes = io.StringIO(), io.StringIO()
+
+    def printer(file):
+        return lambda text, end="\n": print(text, end=end, file=file)
+
+    terminal = Terminal(
+        model.session(**settings), model.engine.counters, printer(out), printer(notes)
+    )
+    read = iter(lines)
+
+    def next_line():
+        try:
+            line = next(read)
+        except StopIteration:
+            raise EOFError from None
+        return line() if callable(line) else line
+
+    terminal.run(next_line)
+    return terminal, out.getvalue(), notes.getvalue()
+
+
+def test_a_terminal_chat_streams_and_says_what_each_turn_cost(model):
+    lines = ["hello there", "", "and then", "/help", "/what", "/reset", "hello there", "/exit", "x"]
+    terminal, out, notes = chat_in_terminal(model, lines, max_new_tokens=12)
+    first, second, third = terminal.turns
+    assert out == "".join(f"{turn['content']}\n" for turn in terminal.turns)
+    assert first["content"] == third["content"]
+    assert first["prefill_tokens"] == third["prefill_tokens"] == first["prompt_tokens"] - 1
+    assert second["prefill_tokens"] == second["prompt_tokens"] - first["context_used"]
+    assert notes.count("tok/s; prefilled ") == 3
+    assert f"context {second['context_used']}/32768" in notes
+    assert HELP in notes
+    assert "unknown command /what" in notes
+    assert not terminal.failed
+
+
+def test_a_terminal_chat_says_that_the_context_is_full(model):
+    lines = ["hello there", "hello there and more", "/reset", "hello there"]
+    terminal, _, notes = chat_in_terminal(model, lines, max_new_tokens=40, context=30)
+    assert notes.count("the context is full: /reset starts anew]") == 2
+    assert "more than the context of 30" in notes
+    assert "; /reset starts anew\n" in notes
+    assert len(terminal.turns) == 2
+    assert terminal.failed
+
+
+def test_ctrl_c_stops_the_answer_only(model, monkeypatch):
+    session_send = type(model.session()).send
+
+    def send(self, text):
+        reply = session_send(self, text)
+        if text == "stop me":
+            deltas = reply._deltas
+
+            def interrupted():
+                yield next(deltas)
+                signal.raise_signal(signal.SIGINT)
+                yield from deltas
+
+            reply._deltas = interrupted()
+        return reply
+
+    monkeypatch.setattr(type(model.session()), "send", send)
+    old = signal.getsignal(signal.SIGINT)
+    terminal, _, notes = chat_in_terminal(model, ["stop me", "hello"], max_new_tokens=40)
+    assert signal.getsignal(signal.SIGINT) is old
+    assert terminal.turns[0]["tokens"] < 12
+    assert "; stopped]" in notes
+    assert terminal.turns[1]["tokens"] == 40
+
+
+def test_reasoning_goes_where_notes_go(gemma4):
+    terminal, out, notes = chat_in_terminal(scripted(gemma4, OUTPUT), ["hi"], thinking=True)
+    assert out == "so \n"
+    assert notes.startswith('hm\n{"name": "f", "arguments": {"a": 1}}\n[')
+    assert terminal.turns[0]["tool_calls"]
