@@ -31,7 +31,7 @@ ENVIRONMENT = INHERITED | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
 CONFIG = gemlax.tiny(gemlax.preset("gemma-3-270m"), num_hidden_layers=6)
 TIMEOUT = 300
 PROMPT = "hello world"
-COMMANDS = ("generate", "chat", "info", "perplexity")
+COMMANDS = ("generate", "chat", "convert", "info", "perplexity")
 GENERATE = ["generate", "--model", "{model}", "--layers", "scan", "--max-new-tokens", "12"]
 SCORE = ["perplexity", "--model", "{model}"]
 
@@ -361,12 +361,21 @@ def test_bytes_on_stdin_that_are_not_utf8_are_named(model):
     assert_one_line(done, 1, "not UTF-8: byte 3 is 0xe9")
 
 
-def test_closed_streams_end_in_an_error_or_in_silence(model):
-    close = ["sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, "info", model]
-    assert_one_line(run(close), 1, "standard output is closed")
-    close[2] = 'exec "$@" 2>&-'
-    done = run([*close[:-2], "generate", "--model", model, "--context", "0", PROMPT])
-    assert (done.status, done.out, done.error) == (1, "", "")
+def test_a_closed_standard_output_or_input_is_an_error(model):
+    def closed(stream, *command):
+        return run(["sh", "-c", f'exec "$@" {stream}&-', "sh", *COMMAND, *command])
+
+    assert_one_line(closed("1>", "info", model), 1, "standard output is closed")
+    assert_one_line(closed("0<", "generate", "--model", model), 1, "no prompt")
+    done = closed("0<", "perplexity", "--model", model, "-")
+    assert_one_line(done, 1, "standard input is closed")
+
+
+def test_without_a_standard_error_the_output_is_the_same(outcomes, model):
+    command = [part.format(model=model) for part in GENERATE]
+    close = ["sh", "-c", 'exec "$@" 2>&-', "sh", *COMMAND]
+    assert run([*close, *command, PROMPT]) == (0, outcomes["plain"].out, "")
+    assert run([*close, *command, "--context", "2", PROMPT]) == (1, "", "")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -1,16 +1,21 @@
 """Checkpoints to and from transformers: its folders load here, ours load there, bit for bit."""
 
-import json
 
-import adapters
 import numpy as np
 import pytest
 import torch
 from golden import hf
+from reference.interop import (
+    DTYPES,
+    check_same_logits,
+    check_same_weights,
+    check_saved_folder_loads,
+    check_three_round_trips,
+    reference_copy,
+)
 from reference.toys import toy
 from safetensors.torch import save_file
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -18,21 +23,13 @@ from transformers import (
 )
 
 import gemlax
-from gemlax.weights import named_weights
 
 # One pattern that ends on a full layer and one that does not; without and with a rope factor.
 TEXT = ("gemma-3-270m", "gemma-3-4b")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KEPT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
         "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
         "query_pre_attn_scalar", "sliding_window", "layer_types", "rope_parameters",
         "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
-
-
-def reference_copy(size: str, dtype: str = "float32"):
-    """Return a transformers model of its own, so that the shared one stays in float32."""
-    case = toy(size)
-    return hf.build(case.hf_config, case.weights).to(DTYPES[dtype])
 
 
 def multimodal(size: str) -> Gemma3ForConditionalGeneration:
@@ -52,33 +49,6 @@ def multimodal(size: str) -> Gemma3ForConditionalGeneration:
     assert not unexpected and not [name for name in missing if "language_model" in name]
     model.tie_weights()
     return model
-
-
-def text_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return transformers' text weights by canonical name."""
-    state = model.state_dict()
-    prefix = next(p for p in ("model.language_model.", "model.") if p + "norm.weight" in state)
-    return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-
-
-def bits(array) -> np.ndarray:
-    if isinstance(array, torch.Tensor):
-        return array.contiguous().view(torch.uint8).numpy()
-    return np.ascontiguousarray(array).view(np.uint8)
-
-
-def check_same_weights(model: gemlax.Model, reference: torch.nn.Module) -> None:
-    found, expected = dict(named_weights(model.decoder)), text_state(reference)
-    assert set(found) == set(expected)
-    for name, value in expected.items():
-        assert str(found[name].dtype) == str(value.dtype).removeprefix("torch."), name
-        assert found[name].shape == tuple(value.shape), name
-        np.testing.assert_array_equal(bits(found[name]), bits(value), err_msg=name)
-
-
-def check_same_logits(model: gemlax.Model, size: str) -> None:
-    case = toy(size)
-    assert case.error(np.asarray(model.logits(case.tokens, case.lengths))) <= adapters.LOGITS
 
 
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
@@ -108,19 +78,7 @@ def test_a_sharded_folder_of_transformers_loads(tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", TEXT)
 def test_a_saved_folder_loads_in_transformers(size, dtype, tmp_path):
-    case = toy(size)
-    reference_copy(size, dtype).save_pretrained(tmp_path / "theirs")
-    model = gemlax.load(tmp_path / "theirs", dtype=dtype)
-    gemlax.save(model, tmp_path / "ours")
-    reference, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", dtype=DTYPES[dtype], attn_implementation="eager",
-        output_loading_info=True,
-    )  # fmt: skip
-    assert not any(info.values()), info
-    check_same_weights(model, reference)
-    if dtype == "float32":  # the same weights through the same code
-        logits = hf.run(reference.eval(), case.tokens, case.lengths).logits
-        np.testing.assert_array_equal(logits, case.logits)
+    check_saved_folder_loads(size, dtype, tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["saved", "published", "in memory"])
@@ -160,19 +118,4 @@ def test_a_multimodal_folder_saved_again_is_a_text_model_for_transformers(tmp_pa
 
 @pytest.mark.parametrize("size", ["gemma-3-270m", "gemma-3-27b"])
 def test_a_config_survives_three_round_trips(size, tmp_path):
-    """transformers once halved the window on every save (transformers #47940)."""
-    case = toy(size)
-    start = reference_copy(size)
-    start.save_pretrained(tmp_path / "0")
-    expected = start.config.to_dict()
-    configs = []
-    for i in range(3):
-        model = gemlax.load(tmp_path / str(i), dtype="float32")
-        gemlax.save(model, tmp_path / f"ours-{i}")
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / f"ours-{i}")
-        theirs.save_pretrained(tmp_path / str(i + 1))
-        found = AutoConfig.from_pretrained(tmp_path / str(i + 1)).to_dict()
-        assert {key: found[key] for key in KEPT} == {key: expected[key] for key in KEPT}
-        configs.append(json.loads((tmp_path / f"ours-{i}" / "config.json").read_text()))
-        assert model.config == case.config
-    assert configs[0] == configs[1] == configs[2]
+    check_three_round_trips(size, KEPT, tmp_path)

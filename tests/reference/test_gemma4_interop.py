@@ -1,67 +1,72 @@
-"""Gemma 4 checkpoints to and from transformers, of every model type, bit for bit."""
+"""Gemma 4 to and from transformers: its folders load here, ours load there, bit for bit."""
 
-import numpy as np
+import json
+
 import pytest
-import torch
-from disk import BFLOAT16, GEMMA4, assert_same_bits, random_weights, read_all
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma4Config,
-    Gemma4ForConditionalGeneration,
-    Gemma4UnifiedConfig,
-    Gemma4UnifiedForConditionalGeneration,
+from golden.conditioned import conditioned_weights, weight_shapes
+from reference.interop import (
+    check_same_logits,
+    check_same_weights,
+    check_saved_folder_loads,
+    check_three_round_trips,
+    reference_copy,
 )
+from reference.toys import GEMMA_4, toy
+from safetensors.numpy import load_file, save_file
 
-from gemlax.checkpoints import open_checkpoint, save_safetensors
+import gemlax
 
-DTYPES = {np.dtype(np.float32): torch.float32, BFLOAT16: torch.bfloat16}
-VISION = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8,
-}  # fmt: skip
-UNIFIED_VISION = {"mm_embed_dim": 80, "mm_posemb_size": 16, "output_proj_dims": 80}
-
-
-def saved(folder, size: str, dtype: np.dtype) -> dict[str, np.ndarray]:
-    weights = random_weights(GEMMA4[size], dtype)
-    save_safetensors(folder, GEMMA4[size], weights.items(), generation_config={})
-    return weights
-
-
-def same(found: torch.Tensor, expected: np.ndarray) -> bool:
-    return found.contiguous().view(torch.uint8).numpy().tobytes() == expected.tobytes()
+EDGE = ("gemma-4-e2b", "gemma-4-e4b")
+UNIFIED = "gemma-4-12b"
+KEPT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "head_dim", "per_layer_config",
+        "max_position_embeddings", "rms_norm_eps", "sliding_window", "layer_types",
+        "rope_parameters", "attention_k_eq_v", "num_kv_shared_layers", "use_double_wide_mlp",
+        "final_logit_softcapping", "use_bidirectional_attention", "bos_token_id", "eos_token_id",
+        "pad_token_id")  # fmt: skip
+KEPT_TEXT = ("hidden_size_per_layer_input", "vocab_size_per_layer_input", "enable_moe_block",
+             "num_experts", "top_k_experts", "moe_intermediate_size")  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", GEMMA4)
+@pytest.mark.parametrize("size", GEMMA_4)
+def test_a_folder_of_transformers_loads(size, tmp_path):
+    reference = reference_copy(size)
+    reference.save_pretrained(tmp_path / "theirs")
+    model = gemlax.load(tmp_path / "theirs", dtype="float32", layers="scan")
+    check_same_weights(model, reference)
+    check_same_logits(model, size)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", GEMMA_4)
 def test_a_saved_folder_loads_in_transformers(size, dtype, tmp_path):
-    weights = saved(tmp_path / "ours", size, dtype)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", dtype=DTYPES[dtype], output_loading_info=True
-    )
-    assert not any(info.values()), info
-    state = model.state_dict()  # `layer_scalar` is a buffer
-    assert [n for n, w in weights.items() if not same(state[f"model.{n}"], w)] == []
-    model.save_pretrained(tmp_path / "theirs")
-    with open_checkpoint(tmp_path / "theirs") as checkpoint:
-        checkpoint.check()
-        assert checkpoint.config.text == GEMMA4[size].text
-        assert_same_bits(read_all(checkpoint, dtype), weights)
+    check_saved_folder_loads(size, dtype, tmp_path)
 
 
-@pytest.mark.parametrize("size", GEMMA4)
-def test_a_multimodal_folder_of_transformers_is_read(size, tmp_path):
-    weights = saved(tmp_path / "ours", size, np.dtype(np.float32))
-    text = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    if text.config.model_type == "gemma4_unified_text":
-        config = Gemma4UnifiedConfig(text_config=text.config, vision_config=UNIFIED_VISION)
-        model = Gemma4UnifiedForConditionalGeneration(config)
-    else:
-        config = Gemma4Config(text_config=text.config, vision_config=VISION, audio_config=None)
-        model = Gemma4ForConditionalGeneration(config)
-    model.model.language_model.load_state_dict(text.model.state_dict())
-    model.save_pretrained(tmp_path / "theirs")
-    with open_checkpoint(tmp_path / "theirs") as checkpoint:
-        checkpoint.check()
-        assert checkpoint.config.text == GEMMA4[size].text
-        assert_same_bits(read_all(checkpoint), weights)
+@pytest.mark.parametrize("size", GEMMA_4)
+def test_a_config_survives_three_round_trips(size, tmp_path):
+    kept = KEPT if size == UNIFIED else KEPT + KEPT_TEXT
+    check_three_round_trips(size, kept, tmp_path)
+
+
+@pytest.mark.parametrize("size", EDGE)
+def test_unused_keys_of_shared_layers_change_nothing(size, tmp_path):
+    """Published files hold K/V weights of the layers that share; transformers saves none."""
+    reference = reference_copy(size)
+    reference.save_pretrained(tmp_path)
+    shapes = weight_shapes({**toy(size).hf_config, "num_kv_shared_layers": 0})
+    stored = load_file(tmp_path / "model.safetensors")
+    more = {f"model.{n}": w for n, w in conditioned_weights(size, shapes).items()}
+    assert len(more.keys() - stored.keys()) == 3 * reference.config.num_kv_shared_layers
+    save_file(more | stored, tmp_path / "model.safetensors", {"format": "pt"})
+    check_same_weights(gemlax.load(tmp_path, dtype="float32"), reference)
+
+
+@pytest.mark.parametrize("size", GEMMA_4)
+def test_both_layouts_of_the_config_are_read(size, tmp_path):
+    """Published files have flat global fields, transformers writes a per-layer view."""
+    reference_copy(size).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert "per_layer_config" in written
+    assert "global_head_dim" not in written
+    assert gemlax.load(tmp_path, dtype="float32").config == toy(size).config
