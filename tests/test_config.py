@@ -125,7 +125,8 @@ def test_three_round_trips_through_config_json_change_nothing(name):
 
 def test_layers_follow_the_published_tables():
     window = {"gemma-3-270m": 512, "gemma-3-1b": 512}
-    for name in PRESETS:
+    gemma3 = [name for name in PRESETS if name.startswith("gemma-3")]
+    for name in gemma3:
         text = preset(name).text
         for i, spec in enumerate(text.layers):
             full = (i + 1) % 6 == 0
@@ -134,9 +135,83 @@ def test_layers_follow_the_published_tables():
             factor = 8.0 if full and name not in window else 1.0
             assert spec.rope == RopeSpec(1e6 if full else 1e4, factor)
     # Gemma 3 does not force its last layer to be full.
-    last = {name: preset(name).text.layers[-1].kind.split("_")[0] for name in PRESETS}
+    last = {name: preset(name).text.layers[-1].kind.split("_")[0] for name in gemma3}
     assert list(last.values()) == ["full", "sliding", "sliding", "full", "sliding"]
     assert preset("gemma-3-27b").text.layers[0].attention_scale == 168**-0.5
+
+
+# Per size: window, period, K/V heads local and global, MLP width, layers that share K/V.
+GEMMA_4 = {
+    "gemma-4-e2b": (512, 5, 1, 1, 6144, 20),
+    "gemma-4-e4b": (512, 6, 2, 2, 10_240, 18),
+    "gemma-4-12b": (1024, 6, 8, 1, 15_360, 0),
+    "gemma-4-26b-a4b": (1024, 6, 8, 2, 2112, 0),
+    "gemma-4-31b": (1024, 6, 16, 4, 21_504, 0),
+}
+
+
+@pytest.mark.parametrize("name", GEMMA_4)
+def test_gemma_4_layers_follow_the_published_tables(name):
+    window, period, local, heads, inner, shared = GEMMA_4[name]
+    text = preset(name).text
+    edge = shared > 0
+    for i, spec in enumerate(text.layers):
+        full = (i + 1) % period == 0
+        owns = i < text.num_hidden_layers - shared
+        wide = 2 if name == "gemma-4-e2b" and not owns else 1
+        rope = RopeSpec(1e6, 1.0, 0.25) if full else RopeSpec(1e4)
+        assert spec == LayerSpec(
+            kind="full_attention" if full else "sliding_attention",
+            window=None if full else window,
+            num_key_value_heads=heads if full else local,
+            head_dim=512 if full else 256,
+            rope=rope,
+            attention_scale=1.0,
+            intermediate_size=inner * wide,
+            owns_kv=owns,
+            k_eq_v=full and not edge,
+            num_experts=128 if "a4b" in name else 0,
+        )
+    assert text.layers[-1].kind == "full_attention"
+    facts = (text.norm_offset, text.v_norm, text.layer_scalar, text.final_logit_softcapping)
+    assert facts == (0.0, True, True, 30.0)
+    assert text.hidden_size_per_layer_input == (256 if edge else 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"global_head_dims": 1}, "global_head_dims = 1 (not known)"),
+        ({"layer_types": ["sliding_attention"] * 30}, "the last of layer_types must be"),
+        ({"num_kv_shared_layers": 30}, "num_kv_shared_layers must be in [0, 30), got 30"),
+        ({"num_kv_shared_layers": 25}, "owns K/V to be shared"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all'"),
+        ({"enable_moe_block": True}, "num_experts must be a positive integer"),
+        (
+            {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 8,
+             "moe_intermediate_size": 8},
+            "top_k_experts 8 > num_experts 4",
+        ),
+        ({"per_layer_config": {"5": {"window": 3}}}, "per_layer_config['5']"),
+        ({"per_layer_config": {"0": {"head_dim": 64}}}, "layers of one kind differ"),
+        ({"final_logit_softcapping": -1.0}, "final_logit_softcapping must be a positive"),
+        ({"num_global_key_value_heads": 3, "attention_k_eq_v": True}, "is not a multiple of"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_gemma_4_config_that_is_not_supported_is_named(change, said):
+    with pytest.raises(UnsupportedError) as error:
+        GemmaConfig.from_hf({"model_type": "gemma4_text"} | change)
+    assert said in str(error.value)
+
+
+def test_flat_fields_and_the_per_layer_view_give_one_config():
+    flat = {"model_type": "gemma4_text", "attention_k_eq_v": True, "global_head_dim": 512,
+            "num_global_key_value_heads": 2}  # fmt: skip
+    sizes = {"head_dim": 512, "num_key_value_heads": 2}
+    view = {"model_type": "gemma4_text", "attention_k_eq_v": True,
+            "per_layer_config": {str(i): sizes for i in range(5, 30, 6)}}  # fmt: skip
+    assert GemmaConfig.from_hf(flat) == GemmaConfig.from_hf(view)
 
 
 @pytest.mark.parametrize(
@@ -217,8 +292,18 @@ def test_tiny_keeps_what_makes_a_size_itself(name):
     assert spec.head_dim != toy.hidden_size // toy.num_attention_heads
     own_scale = real.query_pre_attn_scalar == real.layers[0].head_dim
     assert (toy.query_pre_attn_scalar == spec.head_dim) == own_scale
-    real_ratio = real.num_attention_heads // real.layers[0].num_key_value_heads
-    assert toy.num_attention_heads // spec.num_key_value_heads == real_ratio
+    for small, large in zip(toy.layers, real.layers, strict=True):
+        ratio = real.num_attention_heads // large.num_key_value_heads
+        if large.num_key_value_heads > 1:
+            assert small.num_key_value_heads > 1
+            assert toy.num_attention_heads // small.num_key_value_heads == ratio
+        same = [(s.owns_kv, s.k_eq_v, s.num_experts) for s in (small, large)]
+        assert same[0] == same[1]
+        wide = [s.intermediate_size // c.layers[0].intermediate_size
+                for s, c in ((small, toy), (large, real))]  # fmt: skip
+        assert wide[0] == wide[1]
+    sizes = {s.kind: s.head_dim for s in toy.layers}
+    assert (len(set(sizes.values())) == 2) == ("gemma-4" in name)
 
 
 # --- plans -------------------------------------------------------------------------------------

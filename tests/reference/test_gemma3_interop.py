@@ -1,6 +1,5 @@
 """Checkpoints to and from transformers: its folders load here, ours load there, bit for bit."""
 
-
 import numpy as np
 import pytest
 import torch
