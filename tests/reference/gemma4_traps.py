@@ -185,10 +185,12 @@ TRAPS: dict[str, Trap] = {
     "window one short": Trap(ALL, every(SLIDING, window=31)),
     "window one long": Trap(ALL, every(SLIDING, window=33)),
     **operations(ALL, GROUPED),
+    # Norms follow both of these scales: behind them, only an epsilon sees the factor.
     "per-layer inputs not times 2 ** -0.5": Trap(
-        EDGE, patch=(Decoder, "_per_layer_inputs", times(2**0.5))
+        EDGE,
+        patch=(Decoder, "_per_layer_inputs", times(2**0.5)),
+        measure=per_layer_input_error,
     ),
-    # A norm follows: only its epsilon sees the factor, and only here.
     "per-layer projection not times H ** -0.5": Trap(
         EDGE,
         weights=changed("per_layer_model_projection.weight", lambda w: w * w.shape[1] ** 0.5),
