@@ -215,6 +215,8 @@ def test_output_ends_at_the_context(ids_model):
     assert (len(out.tokens), out.finish_reason) == (7, "length")
     (full,) = ids_model.generate([prompt], max_new_tokens=50, context=20)
     assert (full.tokens, full.text, full.finish_reason) == ([], "", "length")
+    (huge,) = ids_model.generate([prompt], max_new_tokens=2**40, context=27)
+    assert huge == out
     (none,) = ids_model.generate([prompt], max_new_tokens=0)
     assert none.tokens == []
 
@@ -245,13 +247,13 @@ def test_a_long_text_is_scored_in_windows_each_token_once(ids_model):
     score = ids_model.score([prompt], window=64)[0]
     total, scored = 0.0, 1
     while scored < len(prompt):
-        start = max(0, scored - 32) if scored > 1 else 0
-        piece = prompt[start : start + 64]
+        start = max(1, scored - 32)
+        piece = [2, *prompt[start : start + 63]]  # each window starts with BOS
         logits = ids_model.logits([piece])[0, :-1]
         want = np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64)
         own = want[np.arange(len(piece) - 1), piece[1:]]
-        total += own[scored - start - 1 :].sum()
-        scored = start + len(piece)
+        total += own[scored - start :].sum()
+        scored = start + len(piece) - 1
     assert score.num_tokens == 149
     assert score.log_likelihood == pytest.approx(total, rel=1e-5)
 

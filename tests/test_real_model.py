@@ -203,7 +203,6 @@ def test_perplexity_is_llama_cpps(model, golden):
 # Against itself.
 
 
-@pytest.mark.xfail(reason="Model.score: windows after the first lack BOS, and lose 56%")
 def test_score_in_windows_loses_little(model, golden, text_logprobs):
     (score,) = model.score([golden["text"]["ids"]], window=512)
     full = float(np.exp(-text_logprobs.mean()))

@@ -175,6 +175,7 @@ def test_top_logprobs_are_those_of_the_softmax():
         ({"temperature": -0.1}, "temperature must be a finite number in [0, inf), got -0.1"),
         ({"temperature": float("nan")}, "temperature must be a finite number"),
         ({"temperature": float("inf")}, "temperature must be a finite number"),
+        ({"temperature": 1e300}, "temperature must be a finite number"),
         ({"top_p": 0.0}, "top_p must be a finite number in (0, 1], got 0.0"),
         ({"top_p": 1.1}, "top_p"),
         ({"top_p": float("nan")}, "top_p"),

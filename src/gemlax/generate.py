@@ -113,6 +113,7 @@ class Engine:
         beginning of each prompt is not prefilled again.
         """
         batch = bucket(len(prompts))
+        max_new_tokens = min(max_new_tokens, context)
         lengths = np.ones(batch, np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
         ends = np.minimum(lengths + max_new_tokens, context).astype(np.int32)

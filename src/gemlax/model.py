@@ -122,7 +122,8 @@ class Model:
         """Return the log-likelihood of each text, given its first token (BOS for a str).
 
         A text longer than `window` tokens is scored in windows that overlap by half, so every
-        token beyond the first window sees at least window / 2 tokens before it.
+        token beyond the first window sees about window / 2 tokens before it. Each window starts
+        with the text's BOS: without it Gemma's likelihoods are far off (docs/log.md).
         """
         prompts = self._ids(texts)
         window = min(window, self.config.text.max_position_embeddings)
@@ -133,15 +134,18 @@ class Model:
 
     def _score_one(self, ids: np.ndarray, window: int) -> Score:
         total, count, scored = 0.0, 0, 1
+        bos = ids[:1] if ids[0] == self.config.bos_token_id else ids[:0]
         while scored < len(ids):
-            start = max(0, scored - window // 2) if scored > 1 else 0
-            end = min(start + window, len(ids))
-            width = bucket(end - start, 16)
+            start = max(len(bos), scored - window // 2)
+            piece = np.concatenate([bos, ids[start : start + window - len(bos)]])
+            end = start + len(piece) - len(bos)
+            width = bucket(len(piece), 16)
             row = np.zeros((1, width), np.int32)
-            row[0, : end - start] = ids[start:end]
-            tokens, positions = self._padded(row, [end - start])
+            row[0, : len(piece)] = piece
+            tokens, positions = self._padded(row, [len(piece)])
             logprobs = np.asarray(self._score(self._state, tokens, positions), np.float64)[0]
-            total += float(logprobs[scored - start - 1 : end - start - 1].sum())
+            new = end - scored
+            total += float(logprobs[len(piece) - 1 - new : len(piece) - 1].sum())
             count += end - scored
             scored = end
         return Score(total, count)

@@ -29,6 +29,7 @@ __all__ = [
 CANDIDATES = 64  # Gemma's own default top_k
 TOP_LOGPROBS = 20
 _OFF = -jnp.inf
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Sampling(NamedTuple):
@@ -95,7 +96,7 @@ def make_sampling(
 
 def _check(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
     number = isinstance(value, (int, float, np.integer, np.floating))
-    inside = number and math.isfinite(value) and low <= value <= high
+    inside = number and abs(value) <= _LARGEST and low <= value <= high
     if not inside or (open_low and value == low):
         brackets = ("(" if open_low or low == -math.inf else "[") + f"{low}, {high}"
         raise RequestError(
