@@ -294,7 +294,9 @@ def test_twin_that_rewrites_whole_layers_fails_the_growth_gate():
 
 def test_twin_with_a_bfloat16_cache_fails_the_growth_gate():
     """XLA:CPU widens the whole buffer for one row; this is why the bits are kept as uint16."""
-    assert twin_growth(write_one_row, jnp.bfloat16)
+    # Measured: jax 0.10.2 does, 0.12.0.1 no longer.
+    widens = jax.__version_info__ < (0, 11)
+    assert bool(twin_growth(write_one_row, jnp.bfloat16)) == widens
     assert twin_growth(write_one_row, jnp.uint16) == []
 
 
