@@ -183,6 +183,25 @@ def test_logprobs_are_those_of_the_model_before_any_setting(ids_model):
     assert [entry.top for entry in zero.logprobs] == [{}, {}]
 
 
+def test_presence_counts_the_output_alone(ids_model):
+    (prompt,) = prompts(20)
+    inside, outside = prompt[5], next(i for i in range(300, 512) if i not in prompt)
+    settings = {"logit_bias": {inside: 2e6, outside: 1.5e6}, "presence_penalty": 1e6}
+    (out,) = ids_model.generate([prompt], max_new_tokens=3, **settings)
+    # The prompt's own is free until it has been said; then each in turn has the penalty.
+    assert out.tokens == [inside, outside, inside]
+
+
+def test_repetition_counts_the_prompt_too(ids_model):
+    (prompt,) = prompts(20)
+    logits = np.asarray(ids_model.logits([prompt]))[0, -1]
+    worst = min(prompt, key=lambda token: logits[token])
+    assert logits[worst] < -0.1
+    lifted = {"max_new_tokens": 1, "logit_bias": {worst: 1e4}}
+    assert ids_model.generate([prompt], **lifted)[0].tokens == [worst]
+    assert ids_model.generate([prompt], repetition_penalty=1e6, **lifted)[0].tokens != [worst]
+
+
 def test_defaults_come_from_generation_config(ids_model):
     (prompt,) = prompts(20)
     config = {"do_sample": True, "temperature": 0.9, "top_k": 30, "top_p": 0.95}
@@ -286,6 +305,7 @@ def test_a_text_of_one_token_has_nothing_to_score(ids_model):
         ("abc", {"stop": ""}, "stop must be non-empty strings"),
         ("abc", {"stop": ["a", 3]}, "stop must be non-empty strings, got ['a', 3]"),
         ("abc", {"logprobs": 21}, "logprobs must be None or in [0, 20], got 21"),
+        ("abc", {"logprobs": "3"}, "logprobs must be None or in [0, 20], got '3'"),
         ("abc\ud800", {}, "surrogate"),
     ],
     ids=str,

@@ -129,9 +129,12 @@ def penalised(history, is_output, **chosen):
 
 
 def test_repetition_penalty_divides_or_multiplies_once_in_prompt_and_output():
-    out = penalised([4, 9, 4, VOCAB], [False, True, True, False], repetition_penalty=1.5)
+    up, down = int(LOGITS.argmax()), int(LOGITS.argmin())  # one is divided, one multiplied
+    history = [up, down, up, VOCAB]
+    out = penalised(history, [False, True, True, False], repetition_penalty=1.5)
     want = LOGITS.copy()
-    for token in (4, 9):
+    assert want[up] > 0 > want[down]
+    for token in (up, down):
         want[token] = want[token] / 1.5 if want[token] > 0 else want[token] * 1.5
     np.testing.assert_allclose(out, want, rtol=1e-6)
 

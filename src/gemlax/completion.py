@@ -172,7 +172,8 @@ class Request:
 
     def _num_logprobs(self) -> int | None:
         n = self.options["logprobs"]
-        if n is not None and (isinstance(n, bool) or not 0 <= n <= TOP_LOGPROBS):
+        number = isinstance(n, (int, np.integer)) and not isinstance(n, bool)
+        if n is not None and not (number and 0 <= n <= TOP_LOGPROBS):
             raise RequestError(f"logprobs must be None or in [0, {TOP_LOGPROBS}], got {n!r}")
         return n
 

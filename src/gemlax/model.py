@@ -387,30 +387,13 @@ def save(model: Model, path: str | Path, *, overwrite: bool = False) -> None:
         FileExistsError: `path` exists and is not an empty folder, unless `overwrite`.
         OSError: it cannot be written; nothing is left behind.
     """
-    tokenizer, template = model.tokenizer, model.chat_template
-
-    def write_tokenizer(folder: Path) -> None:
-        assert tokenizer is not None
-        tokenizer.save(folder)
-        # A GGUF file has its template inside.
-        if template is not None and tokenizers.find_chat_template(folder) is None:
-            (folder / "chat_template.jinja").write_text(template, "utf-8")
-
     checkpoints.save_safetensors(
         Path(path),
         model.config,
         named_weights(model.decoder),
-        generation_config=_generation_config(model),
-        write_tokenizer=write_tokenizer if tokenizer else None,
+        generation_config=checkpoints.generation_ids(model.config) | model.generation_config,
+        write_tokenizer=functools.partial(
+            checkpoints.write_tokenizer, model.tokenizer, model.chat_template
+        ),
         overwrite=overwrite,
     )
-
-
-def _generation_config(model: Model) -> dict[str, Any]:
-    config = model.config
-    eos = list(config.eos_token_id)
-    return {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos if len(eos) != 1 else eos[0],
-        "pad_token_id": config.pad_token_id,
-    } | model.generation_config

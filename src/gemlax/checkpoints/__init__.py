@@ -7,7 +7,7 @@ one table they share. Nothing here knows jax, flax or how the decoder lays its w
 from pathlib import Path
 
 from gemlax.checkpoints.base import Checkpoint
-from gemlax.checkpoints.convert import Converted, convert
+from gemlax.checkpoints.convert import Converted, convert, generation_ids, write_tokenizer
 from gemlax.checkpoints.find import DEMO, find, has_demo
 from gemlax.checkpoints.gguf import MAGIC, GGUFCheckpoint
 from gemlax.checkpoints.names import text_weights
@@ -21,10 +21,12 @@ __all__ = [
     "Converted",
     "convert",
     "find",
+    "generation_ids",
     "has_demo",
     "open_checkpoint",
     "save_safetensors",
     "text_weights",
+    "write_tokenizer",
 ]
 
 _FORMS = "a Hugging Face folder, a .gguf file or an Orbax folder"

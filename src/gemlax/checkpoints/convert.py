@@ -6,17 +6,18 @@ No decoder is built. The text decoder, its config, tokenizer and chat template a
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gemlax.checkpoints.base import BFLOAT16, Checkpoint
 from gemlax.checkpoints.names import text_weights
 from gemlax.checkpoints.safetensors import save_safetensors
+from gemlax.config import GemmaConfig
 from gemlax.errors import RequestError
 from gemlax.tokenizer import Tokenizer, find_chat_template
 
-__all__ = ["Converted", "convert"]
+__all__ = ["Converted", "convert", "generation_ids", "write_tokenizer"]
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
 
@@ -63,26 +64,31 @@ def convert(
     source.check()
     tokenizer, template = source.tokenizer(), source.chat_template
     config, shapes = source.config, text_weights(source.config.text)
-    eos = config.eos_token_id
-    ids = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(eos) if len(eos) != 1 else eos[0],
-        "pad_token_id": config.pad_token_id,
-    }
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     nbytes = count * DTYPES[name].itemsize
     save_safetensors(
         target,
         config,
         _weights(source, DTYPES[name], nbytes, progress),
-        generation_config=ids | source.generation_config,
-        write_tokenizer=functools.partial(_write_tokenizer, tokenizer, template),
+        generation_config=generation_ids(config) | source.generation_config,
+        write_tokenizer=functools.partial(write_tokenizer, tokenizer, template),
         overwrite=overwrite,
     )
     return Converted(name, len(shapes), count, nbytes, tokenizer is not None)
 
 
-def _write_tokenizer(tokenizer: Tokenizer | None, template: str | None, folder: Path) -> None:
+def generation_ids(config: GemmaConfig) -> dict[str, Any]:
+    """Return the ids that a generation_config.json says at least."""
+    eos = config.eos_token_id
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(eos) if len(eos) != 1 else eos[0],
+        "pad_token_id": config.pad_token_id,
+    }
+
+
+def write_tokenizer(tokenizer: Tokenizer | None, template: str | None, folder: Path) -> None:
+    """Write the tokenizer's files and the chat template, where there are such."""
     if tokenizer is not None:
         tokenizer.save(folder)
     # A GGUF file has its template inside.
