@@ -12,7 +12,7 @@ from gemlax import cache, ops
 from gemlax.checkpoints import text_weights
 from gemlax.decoder import Decoder, weight_path
 from gemlax.presets import PRESETS, preset, tiny
-from gemlax.weights import named_weights
+from gemlax.weights import build_decoder, default_layers, named_weights
 
 # Two periods of (5 sliding, 1 full) and a remainder of two, with two K/V heads and scaled rope.
 CONFIG = tiny(preset("gemma-3-4b"), num_hidden_layers=14)
@@ -156,6 +156,16 @@ def test_bfloat16_cache_stored_as_bits_equals_the_full_forward(weights, tokens, 
     # 8 bits a number: both are off by roundings, the cache must not add to them.
     assert 0 < difference(full, exact) < 0.2
     assert difference(out, exact) < 1.5 * difference(full, exact)
+
+
+@pytest.mark.parametrize(("dtype", "layers"), [(jnp.float32, "unroll"), (jnp.bfloat16, "scan")])
+def test_the_default_is_the_faster_layout_of_the_cpu(weights, dtype, layers):
+    assert default_layers(jnp.dtype(dtype)) == layers
+
+    def fill(name, out):
+        out[...] = weights[name].astype(out.dtype)
+
+    assert build_decoder(CONFIG.text, fill, dtype=dtype).scanned == (layers == "scan")
 
 
 # --- where weights lie -------------------------------------------------------------------------

@@ -48,9 +48,8 @@ def test_the_weights_are_those_the_file_was_made_with(toy):
     np.testing.assert_allclose(found, toy.data["weights_l1"], rtol=1e-6)
 
 
-def test_logits_equal_transformers_at_full_depth(toy):
-    size, data, _, decoder = toy
-    logits = adapters.logits(decoder, data["tokens"], data["lengths"])
+def logits_error(logits: np.ndarray, data: dict[str, Any]) -> float:
+    """Return the largest difference at real tokens, but where a router's choice is a tie."""
     valid, flat = valid_tokens(data["lengths"]), logits.reshape(-1, logits.shape[-1])
     clear = np.ones_like(valid)
     if "router_gap" in data:
@@ -58,13 +57,30 @@ def test_logits_equal_transformers_at_full_depth(toy):
         assert clear[valid].mean() > 0.99
     full = clear.reshape(-1)[data["full_at"]]
     std = data["logits_std"]
-    errors = [
+    return max(
         ratio(logits[valid & clear][:, data["vocab_ids"]], data["logits_slice"][clear[valid]], std),
         ratio(flat[data["full_at"][full]], data["logits_full"][full], std),
-    ]
-    print(f"{size}: logits differ by {max(errors):.1e} std")
-    assert max(errors) <= adapters.LOGITS
+    )
+
+
+def test_logits_equal_transformers_at_full_depth(toy):
+    logits = adapters.logits(toy.decoder, toy.data["tokens"], toy.data["lengths"])
+    error = logits_error(logits, toy.data)
+    print(f"{toy.size}: logits differ by {error:.1e} std")
+    assert error <= adapters.LOGITS
     assert np.isfinite(logits).all()  # at padding too
+
+
+CACHED = ["gemma-3-4b", "gemma-4-e2b", "gemma-4-26b-a4b"]  # a remainder; shared K/V; experts
+
+
+@pytest.mark.parametrize("toy", CACHED, indirect=True)
+def test_logits_through_caches_equal_transformers(toy):
+    data = toy.data
+    logits = adapters.cached_logits(toy.decoder, data["tokens"], data["lengths"], steps=8)
+    error = logits_error(logits, data)
+    print(f"{toy.size}: logits through caches differ by {error:.1e} std")
+    assert error <= adapters.LOGITS
 
 
 def test_layers_equal_transformers_on_its_own_inputs(toy):
