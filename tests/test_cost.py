@@ -1,5 +1,7 @@
 """Costs from a config equal what is really held."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -59,3 +61,12 @@ def test_decode_flops_equal_what_xla_counts():
     # Norms, rope and GELU come on top, at toy width a few percent.
     assert cost.decode_flops(text, 1) == pytest.approx(counted, rel=0.1)
     assert cost.decode_flops(text, 100) - cost.decode_flops(text, 1) == 4 * 4 * 32 * (5 * 31 + 99)
+
+
+def test_decode_flops_count_the_experts_that_are_active():
+    text = preset("gemma-4-26b-a4b").text
+    every = dataclasses.replace(text, top_k_experts=128)
+    idle = 30 * (128 - 8) * 3 * 2816 * 704
+    assert cost.decode_flops(every, 9) - cost.decode_flops(text, 9) == 2 * idle
+    # The name says it: about 4 billion weights are active, the head among them.
+    assert cost.decode_flops(text, 1) / 2 == pytest.approx(4e9, rel=0.1)
