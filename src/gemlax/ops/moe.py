@@ -19,8 +19,9 @@ __all__ = ["Implementation", "experts", "route"]
 
 Implementation = Literal["dense", "gather", "sorted", "ragged"]
 
-# Up to this many (row, expert) pairs the experts' weights are gathered per pair: a decode step.
-_FEW_PAIRS = 64
+# Up to this many (row, expert) pairs the experts' weights are gathered per pair. Measured on CPU
+# (docs/performance.md, "Experts"): at 32 rows of 8 experts gathering is still the fastest.
+_FEW_PAIRS = 256
 # Pairs of one expert that share a product in "sorted".
 _BLOCK = 32
 
