@@ -166,9 +166,9 @@ def test_small_caches_are_written_in_place_too(name, capacity):
 
 
 def test_twin_with_one_block_per_row_copies_the_caches(monkeypatch):
-    monkeypatch.setattr(cache, "min", lambda block, _: block, raising=False)
-    engine = engine_of(TINY)
-    assert copy_faults(compile_decode(engine, 1, cache.BLOCK), caches_of(engine, cache.BLOCK))
+    monkeypatch.setattr(cache.stacked, "min", lambda block, _: block, raising=False)
+    engine, block = engine_of(TINY), cache.stacked.BLOCK
+    assert copy_faults(compile_decode(engine, 1, block), caches_of(engine, block))
 
 
 def test_unrolled_layers_write_the_same_caches_in_place():

@@ -1,4 +1,4 @@
-"""The command line: generate, chat, convert, info, perplexity. Only this file prints."""
+"""The command line: generate, chat, convert, info, perplexity, bench. Only this file prints."""
 
 import argparse
 import io
@@ -8,43 +8,15 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from gemlax.arguments import make_parser
 from gemlax.errors import Error
 
 __all__ = ["main"]
-
-_EXAMPLES = {
-    "generate": """examples:
-  gemlax generate "The capital of France is"
-  gemlax generate --model gemma-3-1b-pt/ --temperature 0.8 --top-k 64 --seed 7 "Once upon a time"
-  cat story.txt | gemlax generate - --max-new-tokens 64 --json
-""",
-    "chat": """examples:
-  gemlax chat --model gemma-3-4b-it/ --system "Answer in one sentence."
-  printf 'Hello!\\nAnd in French?\\n' | gemlax chat --model gemma-3-1b-it/ --temperature 0
-
-/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer. When standard input
-is no terminal, each line of it is a turn.
-""",
-    "convert": """examples:
-  gemlax convert gemma-4-26b-a4b.gguf gemma-4-26b-a4b/ --dtype bfloat16
-  gemlax convert gemma-3-1b-orbax/ gemma-3-1b/ --json
-
-The source is a .gguf file, a folder or a name, as for --model; the target is a folder that
-transformers and gemlax read. The text decoder is written, encoders are left out.
-""",
-    "info": """examples:
-  gemlax info gemma-3-4b --context 32768
-  gemlax info model.gguf --json
-""",
-    "perplexity": """examples:
-  gemlax perplexity book.txt --model gemma-3-1b-pt/
-""",
-}
 
 _XLA_NO_MEMORY = "RESOURCE_EXHAUSTED:"  # a ValueError or a RuntimeError, as jax sees fit
 _CACHE_PROBE = 2**22  # bytes; more than the programs of a run take
@@ -52,11 +24,11 @@ _CACHE_PROBE = 2**22  # bytes; more than the programs of a run take
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; errors are one line on stderr."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         if sys.stdout is None:
             raise Error("standard output is closed")
-        return args.run(args)
+        return _COMMANDS[args.command](args)
     except KeyboardInterrupt:
         _note("\ninterrupted")
         return 128 + signal.SIGINT
@@ -98,101 +70,6 @@ def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"gemlax: {message}; see {self.prog} --help\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="gemlax", description="Google's Gemma in JAX.")
-    parser.add_argument("--version", action="version", version=f"gemlax {_version()}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_generate(_command(commands, "generate", "continue a text", _generate))
-    _add_chat(_command(commands, "chat", "talk to a model", _chat))
-    _add_convert(_command(commands, "convert", "write a model as a Hugging Face folder", _convert))
-    _add_info(_command(commands, "info", "what a model is and costs, without loading it", _info))
-    _add_perplexity(_command(commands, "perplexity", "score a text file", _perplexity))
-    return parser
-
-
-def _command(commands: Any, name: str, text: str, run: Callable[[Any], int]) -> Any:
-    parser = commands.add_parser(
-        name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog=_EXAMPLES[name],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="M", help="folder, .gguf file or name; default: demo")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and maths")
-    parser.add_argument("--layers", choices=["scan", "unroll"], help="default: the faster one")
-    parser.add_argument(
-        "--compilation-cache",
-        metavar="DIR",
-        help="keep compiled programs there; the next run starts faster",
-    )
-    parser.add_argument("--json", action="store_true", help="end with one JSON line on stdout")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-
-
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="?", help="the text; '-' or nothing: read stdin")
-    parser.add_argument("--file", type=Path, metavar="F", help="read the prompt from a file")
-    _add_model(parser)
-    _add_sampling(parser, max_new_tokens=256)
-
-
-def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
-    parser.add_argument("--context", type=int, metavar="N", help="most tokens, prompt included")
-    parser.add_argument("--temperature", type=float, metavar="T", help="0: take the likeliest")
-    parser.add_argument("--top-k", type=int, metavar="K")
-    parser.add_argument("--top-p", type=float, metavar="P")
-    parser.add_argument("--min-p", type=float, metavar="P")
-    parser.add_argument("--repetition-penalty", type=float, metavar="X")
-    parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="X")
-    parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may repeat")
-
-
-def _add_chat(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
-    parser.add_argument("--thinking", action="store_true", help="let it reason first (Gemma 4)")
-    _add_sampling(parser, max_new_tokens=1024)
-
-
-def _add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="folder, .gguf file or name")
-    parser.add_argument("target", type=Path, help="a new folder, in one that exists")
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        help="of the weights; default: as stored, and float32 for float16 and quantised ones",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the model at the target")
-    parser.add_argument("--json", action="store_true", help="one JSON line on stdout")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-
-
-def _add_info(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help="folder, .gguf file, name or preset")
-    parser.add_argument("--context", type=int, metavar="N", help="KV bytes at this many tokens")
-    parser.add_argument("--json", action="store_true", help="one JSON line on stdout")
-
-
-def _add_perplexity(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="a UTF-8 text file; '-': stdin")
-    _add_model(parser)
-    parser.add_argument("--window", type=int, default=2048, metavar="N", help="tokens at a time")
 
 
 # --- generate ----------------------------------------------------------------------------------
@@ -342,21 +219,48 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    found = _describe_model(args)
+    from gemlax import cost
+    from gemlax.presets import PRESETS, preset
+
+    if not args.all:
+        found = _describe_model(args)
+    elif args.model is None and args.context is None:
+        rows = ((name, row) for name in PRESETS for row in cost.kv_memory(preset(name).text))
+        found = {"kv_memory": [{"model": name, **row._asdict()} for name, row in rows]}
+    else:
+        raise Error("--all takes neither a model nor --context")
     if args.json:
         _write(json.dumps(found))
         return 0
+    memory = found.pop("kv_memory")
+    if found:
+        _write_table(found.items())
+    _write("kv memory of one row, MB (naive: every layer holds every token)")
+    names = [key.removesuffix("_bytes") for key in memory[0]]
+    _write_table(
+        [
+            [f"{v / 1e6:,.1f}" if k.endswith("_bytes") else v for k, v in row.items()]
+            for row in memory
+        ],
+        names,
+    )
+    return 0
+
+
+def _write_table(rows: Iterable[Iterable[Any]], names: Sequence[str] = ()) -> None:
+    """Print a table; with names, its columns are numbers but for the model's."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(show_header=False, box=None)
-    for key, value in found.items():
-        shown = f"{value:,}" if isinstance(value, int) else str(value)
-        table.add_row(key.replace("_", " "), shown)
+    table = Table(show_header=bool(names), box=None)
+    for name in names:
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for row in rows:
+        shown = [f"{x:,}" if type(x) is int else str(x) for x in row]
+        table.add_row(*(shown if names else (shown[0].replace("_", " "), *shown[1:])))
     rendered = io.StringIO()
     Console(file=rendered).print(table)
     _write(rendered.getvalue(), end="")
-    return 0
 
 
 def _describe_model(args: argparse.Namespace) -> dict[str, Any]:
@@ -392,6 +296,7 @@ def _describe_model(args: argparse.Namespace) -> dict[str, Any]:
         "context": context,
         "kv_bytes_at_context_float32": cost.kv_bytes(text, context, 4),
         "kv_bytes_at_context_bfloat16": cost.kv_bytes(text, context, 2),
+        "kv_memory": [row._asdict() for row in cost.kv_memory(text)],
     }
 
 
@@ -431,6 +336,45 @@ def _perplexity(args: argparse.Namespace) -> int:
     else:
         _write(f"perplexity {score.perplexity:.4f} over {score.num_tokens} tokens")
     return 0
+
+
+# --- bench -------------------------------------------------------------------------------------
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from gemlax import bench
+
+    name, build = _bench_model(args)
+    measure = {"decode": bench.decode, "prefill": bench.prefill, "compile": bench.compilation}
+    names = ("depth", "prompt_length", "steps", "rounds", "capacity", "batch", "cache", "linen")
+    options = {key: value for key, value in vars(args).items() if key in names}
+    with _status(args, "measuring"):
+        found = measure[args.what](build, **options)
+    report = {"benchmark": args.what, "model": name, **bench.machine(), **found}
+    if not args.json:
+        _write_table((key, value) for key, value in report.items() if key != "versions")
+    _write(json.dumps(report))
+    return 0
+
+
+def _bench_model(args: argparse.Namespace) -> tuple[str, Callable[[], Any]]:
+    """Return the name of the model and what builds its decoder."""
+    from gemlax import bench, checkpoints
+    from gemlax.presets import PRESETS, preset, tiny
+
+    name = _model_name(args)
+    is_preset = name in PRESETS and not Path(name).exists()
+    if not is_preset and not args.tiny:
+        return name, lambda: _load(args).decoder
+    if is_preset:
+        config = preset(name)
+    else:
+        with checkpoints.open_checkpoint(checkpoints.find(name)) as source:
+            config = source.config
+    text = tiny(config).text if args.tiny else config.text
+    return f"tiny {name}" if args.tiny else name, lambda: bench.random_decoder(
+        text, dtype=args.dtype, layers=args.layers
+    )
 
 
 # --- loading and progress ----------------------------------------------------------------------
@@ -504,10 +448,14 @@ def _status(args: argparse.Namespace, text: str) -> Iterator[Callable[[], None]]
         yield status.stop
 
 
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("gemlax")
+_COMMANDS = {
+    "generate": _generate,
+    "chat": _chat,
+    "convert": _convert,
+    "info": _info,
+    "perplexity": _perplexity,
+    "bench": _bench,
+}
 
 
 if __name__ == "__main__":

@@ -1,15 +1,24 @@
 """What a model costs, from its config alone: nothing is allocated."""
 
+from typing import NamedTuple
+
 from gemlax.config import LayerSpec, TextConfig
 
 __all__ = [
+    "KVMemory",
+    "decode_bytes",
     "decode_flops",
     "kv_bytes",
     "kv_bytes_per_token",
+    "kv_memory",
     "layer_matrices",
     "layer_parameters",
+    "naive_kv_bytes",
     "parameters",
 ]
+
+# Tokens at which `kv_memory` is told: 4k, 32k, 128k.
+_CONTEXTS = (4096, 32_768, 131_072)
 
 
 def layer_matrices(config: TextConfig, spec: LayerSpec) -> dict[str, int]:
@@ -52,10 +61,68 @@ def kv_bytes_per_token(config: TextConfig, itemsize: int) -> int:
     return sum(2 * spec.num_key_value_heads * spec.head_dim * itemsize for spec in owners)
 
 
-def kv_bytes(config: TextConfig, tokens: int, itemsize: int) -> int:
-    """Return the bytes of the dense caches of one row of `tokens` tokens, positions included."""
-    kinds = {spec.kind for spec in config.layers if spec.owns_kv}
-    return tokens * (kv_bytes_per_token(config, itemsize) + 4 * len(kinds))
+def kv_bytes(config: TextConfig, tokens: int, itemsize: int, *, scale_bytes: int = 0) -> int:
+    """Return the bytes of the caches of one row of `tokens` tokens, positions included.
+
+    Sliding layers hold a ring (`LayerSpec.cache_slots`). `scale_bytes` come on top for each token
+    and K/V head: int8 codes have an itemsize of 1 and a float32 scale, 4.
+    """
+    total = 0
+    for spec in {spec.kind: spec for spec in config.layers if spec.owns_kv}.values():
+        head = spec.head_dim * itemsize + scale_bytes
+        slot = 2 * spec.num_key_value_heads * head * config.plan.cache_rows(spec.kind)
+        total += spec.cache_slots(tokens) * (slot + 4)
+    return total
+
+
+def naive_kv_bytes(config: TextConfig, tokens: int, itemsize: int) -> int:
+    """Return the bytes if every layer held all tokens: no windows, no layer that shares K/V."""
+    heads = sum(spec.num_key_value_heads * spec.head_dim for spec in config.layers)
+    return 2 * heads * itemsize * tokens
+
+
+class KVMemory(NamedTuple):
+    """Bytes of the caches of one row of `tokens` tokens."""
+
+    tokens: int
+    naive_bytes: int  # bfloat16, see `naive_kv_bytes`
+    bfloat16_bytes: int
+    int8_bytes: int
+
+
+def kv_memory(config: TextConfig) -> list[KVMemory]:
+    """Return what caches take at 4k, 32k and 128k tokens, as far as the model goes."""
+    return [
+        KVMemory(
+            tokens,
+            naive_kv_bytes(config, tokens, 2),
+            kv_bytes(config, tokens, 2),
+            kv_bytes(config, tokens, 1, scale_bytes=4),
+        )
+        for tokens in _CONTEXTS
+        if tokens <= config.max_position_embeddings
+    ]
+
+
+def decode_bytes(
+    config: TextConfig, context: int, batch: int, weight_itemsize: float, kv_itemsize: int
+) -> int:
+    """Return the bytes that one decode step of `batch` rows of `context` tokens must read.
+
+    Weights once: of a table of per-layer embeddings its rows alone, of the experts as many as
+    `batch` tokens meet if they choose evenly. Keys and values as each layer sees them, so shared
+    ones count for every layer that reads them.
+    """
+    packed = config.num_hidden_layers * config.hidden_size_per_layer_input
+    weights = parameters(config) - packed * (config.vocab_size_per_layer_input - batch)
+    keys_values = 0
+    for spec in config.layers:
+        if spec.num_experts:
+            met = 1 - (1 - config.top_k_experts / spec.num_experts) ** batch
+            weights -= round((1 - met) * layer_matrices(config, spec)["experts"])
+        seen = context if spec.window is None else min(context, spec.window)
+        keys_values += 2 * spec.num_key_value_heads * spec.head_dim * seen
+    return round(weights * weight_itemsize) + batch * keys_values * kv_itemsize
 
 
 def decode_flops(config: TextConfig, context: int) -> int:

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int
 
 from gemlax import cache as kv
 from gemlax import ops
-from gemlax.cache import Caches
 from gemlax.config import Kind, Run, Segment, StackPlan, TextConfig
 from gemlax.layers import DecoderLayer, Embedder, Linear, RMSNorm
 from gemlax.qtensor import At
@@ -25,8 +24,10 @@ __all__ = ["Decoder", "Layers", "Read", "weight_path"]
 Layers = Literal["scan", "unroll"]
 # How a scanned layer gets its matrices: as scan inputs, or as `At(stack, index)`.
 Read = Literal["slice", "index"]
-# K/V by kind: the stacked caches; or, without a cache, what later layers share.
-Held = dict[Kind, Any]
+# K/V by kind, or by entry of a list: caches; or, without any, what later layers share.
+Held = dict[Any, Any]
+# `jax.lax.scan`, or what has its signature.
+Scan = Callable[..., Any]
 
 
 class Decoder(nnx.Module):
@@ -89,26 +90,65 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        kv_caches: Caches | None = None,
-    ) -> tuple[Float[Array, "B T D"], Caches | None]:
+        tokens: Int[Array, "*B T"],
+        positions: Int[Array, "*B T"] | None = None,
+        kv_caches: Any = None,
+        attention_metadata: Any = None,
+        *,
+        scan: Scan = jax.lax.scan,
+    ) -> tuple[Float[Array, "*B T D"], Any]:
         """Return the hidden states after the final norm, and the caches with this step written.
 
         Args:
-            tokens: token ids. They are not checked; an id out of range gives NaN.
+            tokens: token ids [B, T], or flat [T] for paged caches. They are not checked; an id
+                out of range gives NaN.
             positions: the position of each token; `ops.EMPTY` marks padding, on either side.
-            kv_caches: stacked caches (donate them), or None to attend to these tokens alone.
-                A position beyond their capacity is dropped, so the caller checks lengths.
+                None: `attention_metadata.input_positions`.
+            kv_caches: donate them.
+                None: attend to these tokens alone.
+                A dict by kind: stacked caches (`new_caches`) or pools (`new_pools`).
+                A list: one `LayerCache`, or one array of pages in tpu-inference's layout, per
+                layer that owns keys and values. Its entries are replaced and it is returned.
+                A position beyond the capacity of a dense cache is dropped, so check lengths.
+            attention_metadata: what paged caches need: `ops.AttentionMetadata`, or a dict of them
+                by kind. Every layer gets it as it is.
+            scan: the loop over layers; Linen hands in its own.
+
+        Raises:
+            TypeError: `kv_caches` of another type, or pages without `attention_metadata`.
+            ValueError: a list that does not fit the layers, or too many tokens for a ring.
         """
+        metadata = kv.metadata_by_kind(attention_metadata)
+        if positions is None:
+            if attention_metadata is None:
+                raise TypeError("positions may be None only where attention_metadata has them")
+            positions = metadata[self.config.layers[0].kind].input_positions
+            positions = jnp.asarray(positions).reshape(tokens.shape)
+        flat = tokens.ndim == 1
+        if flat:
+            tokens, positions = tokens[None], positions[None]
         x = self.embed_tokens(tokens)
-        step = _Step(positions, self._per_layer_inputs(tokens, x))
+        step = _Step(positions, self._per_layer_inputs(tokens, x), metadata, scan)
+        x, kv_caches = self._run(x, step, kv_caches)
+        x = self.norm(x)
+        return (x[0] if flat else x), kv_caches
+
+    def _run(self, x: Array, step: "_Step", kv_caches: Any) -> tuple[Array, Any]:
+        """Run the layers against what `kv_caches` is, and give it back in its own form."""
+        run = self._scan if self.scanned else self._unroll
         if kv_caches is None:
-            held: Any = _fresh(self.config, positions, x.dtype)
-        else:
-            held = kv.mark(kv_caches, positions)
-        x, held = (self._scan if self.scanned else self._unroll)(x, step, held)
-        return self.norm(x), None if kv_caches is None else held
+            return run(x, step, _fresh(self.config, step.positions, x.dtype))[0], None
+        if isinstance(kv_caches, dict):
+            return run(x, step, kv.mark(kv_caches, step.positions))
+        if not isinstance(kv_caches, list):
+            raise TypeError(
+                "kv_caches must be a list with one entry per layer that owns keys and values, a "
+                f"dict of stacked caches by kind, or None; got {type(kv_caches).__name__}"
+            )
+        listed = kv.KVList(self.config, kv_caches, x.shape[0])
+        held = listed.by_kind() if self.scanned else listed.by_layer()
+        x, held = run(x, step, kv.mark(held, step.positions))
+        return x, listed.write_back(held)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Return float32 logits of hidden states."""
@@ -132,8 +172,12 @@ class Decoder(nnx.Module):
 
     def _unroll(self, x: Array, step: "_Step", held: Held) -> tuple[Array, Held]:
         plan = self.config.plan
+        owners = [i for i, spec in enumerate(plan.layers) if spec.owns_kv]
+        by_layer = any(isinstance(key, int) for key in held)
         for i, layer in enumerate(self.layers):
-            x, held = _apply(layer, x, step, i, held, plan.cache_row(i))
+            kind, row = plan.layers[i].kind, plan.cache_row(i)
+            at = (owners.index(plan.donor(i)), 0) if by_layer else (kind, row)
+            x, held = _apply(layer, x, step, i, held, *at)
         return x, held
 
     def _scan(self, x: Array, step: "_Step", held: Held) -> tuple[Array, Held]:
@@ -144,10 +188,12 @@ class Decoder(nnx.Module):
 
 
 class _Step(NamedTuple):
-    """What every layer of one call reads: positions [B, T], per-layer inputs [L, B, T, P]."""
+    """What every layer of one call reads, and the loop over layers."""
 
-    positions: Array
-    per_layer_inputs: Array | None
+    positions: Array  # [B, T]
+    per_layer_inputs: Array | None  # [L, B, T, P]
+    metadata: dict[Kind, Any]
+    scan: Scan
 
 
 def _fresh(config: TextConfig, positions: Array, dtype: jnp.dtype) -> Held:
@@ -166,21 +212,21 @@ def _fresh(config: TextConfig, positions: Array, dtype: jnp.dtype) -> Held:
 
 
 def _apply(
-    layer: DecoderLayer, x: Array, step: _Step, index: Any, held: Held, row: Any
+    layer: DecoderLayer, x: Array, step: _Step, index: Any, held: Held, key: Any, row: Any
 ) -> tuple[Array, Held]:
-    """Run layer `index` against its row of the caches, or against what is held without any."""
-    kind = layer.self_attn.spec.kind
+    """Run layer `index` against row `row` of cache `key`, or against what is held without any."""
+    spec = layer.self_attn.spec
     own = None
     if step.per_layer_inputs is not None:
         own = jax.lax.dynamic_index_in_dim(step.per_layer_inputs, index, 0, keepdims=False)
-    if kind not in held:
+    if key not in held:
         return layer(x, kv.Fresh(step.positions), own)[0], held
-    entry = held[kind]
+    entry = held[key]
     if isinstance(entry, kv.Fresh):
         x, entry = layer(x, entry, own)
-        return x, held | {kind: entry}
-    x, view = layer(x, kv.LayerView(entry, row, step.positions), own)
-    return x, held | {kind: view.cache}
+        return x, held | {key: entry}
+    x, view = layer(x, entry.layer(row, step.positions, spec, step.metadata[spec.kind]), own)
+    return x, held | {key: view.cache}
 
 
 def _stacked(make: Callable[[nnx.Rngs], DecoderLayer], count: int, rngs: nnx.Rngs) -> DecoderLayer:
@@ -207,11 +253,12 @@ def _scan_segment(
         def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
             index, row, slices = inputs
             built = sources[kind].layer(row, slices)
-            return _apply(built, carry[0], step, index, carry[1], first + row * moves), None
+            x, held = carry
+            return _apply(built, x, step, index, held, kind, first + row * moves), None
 
         if run.count == 1:
             return layer(carry, _first(steps))[0]
-        return jax.lax.scan(layer, carry, steps)[0]
+        return step.scan(layer, carry, steps)[0]
 
     def period(carry: Any, inputs: Any) -> tuple[Any, None]:
         number, slices = inputs
@@ -232,7 +279,7 @@ def _scan_segment(
     steps = (jnp.arange(segment.repeats, dtype=jnp.int32), inputs)
     if segment.repeats == 1:
         return period((x, held), _first(steps))[0]
-    return jax.lax.scan(period, (x, held), steps)[0]
+    return step.scan(period, (x, held), steps)[0]
 
 
 def _cache_rows(plan: StackPlan, segment: Segment) -> dict[Kind, tuple[int, int]]:

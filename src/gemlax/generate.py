@@ -16,16 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from gemlax import ops, sampling
-from gemlax.cache import Caches, new_caches, resume, round_capacity
+from gemlax import ops, sampling, sharding
+from gemlax.cache import Caches, holds, mark, new_caches, resume, round_capacity
+from gemlax.config import CHUNK, Kind, TextConfig
 from gemlax.decoder import Decoder
 from gemlax.sampling import Sampling
 
 __all__ = ["Counters", "DecodeState", "Engine", "Rows", "bucket"]
 
-CHUNK = 512  # the longest piece of a prompt that is prefilled at once
 STOP_PLACES = 16
 
 
@@ -84,17 +85,45 @@ class Counters:
 class Engine:
     """Compiles and runs the programs of one decoder. The decoder's weights must not change."""
 
-    def __init__(self, decoder: Decoder, *, num_tokens: int, dtype: jnp.dtype):
-        """`num_tokens`: ids from here on are never sampled (rows without a token)."""
-        self.config, self.dtype = decoder.config, dtype
+    def __init__(
+        self, decoder: Decoder, *, num_tokens: int, dtype: jnp.dtype, mesh: Mesh | None = None
+    ):
+        """`num_tokens`: ids from here on are never sampled (rows without a token).
+
+        On a `mesh`, that of the weights, caches are cut by rows and heads, all else is replicated.
+        """
+        self.config, self.dtype, self.mesh = decoder.config, dtype, mesh
         self.num_tokens = num_tokens
         self.counters = Counters()
         graphdef, self._weights = nnx.split(decoder)
-        self._prefill = jax.jit(functools.partial(_prefill, graphdef), donate_argnums=(3,))
+        self._prefill = jax.jit(functools.partial(_prefill, graphdef, mesh), donate_argnums=(3,))
         self._decode = jax.jit(
-            functools.partial(_decode, graphdef, num_tokens), donate_argnums=(1,)
+            functools.partial(_decode, graphdef, num_tokens, mesh), donate_argnums=(1,)
         )
         self._compiled: dict[tuple, Any] = {}
+
+    def rows(self, prompts: int) -> int:
+        """Return how many rows the bucket of so many prompts has: what cuts them divides it."""
+        cuts = sharding.parts(self.mesh, "batch")
+        return -(-bucket(prompts) // cuts) * cuts
+
+    def put(self, tree: Any) -> Any:
+        """Bring arrays of the host, which every process has alike, to all devices."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        return sharding.put(tree, sharding.replicated(self.mesh))
+
+    def _caches(self, make: Any, *args: Any) -> Caches:
+        """Run what makes caches; on a mesh each device makes its own part."""
+        if self.mesh is None:
+            return make(*args)
+        placed = {}
+        for kind, cache in jax.eval_shape(make, *args).items():
+            batch = len(cache.positions)
+            held = _cache_sharding(self.mesh, self.config, kind, batch)
+            rows = sharding.rows_sharding(self.mesh, batch)
+            placed[kind] = cache._replace(k=held, v=held, positions=rows)
+        return jax.jit(make, out_shardings=placed)(*args)
 
     def start(
         self,
@@ -112,7 +141,7 @@ class Engine:
         `before` is a state of as many rows, which is used up: what its caches hold of the same
         beginning of each prompt is not prefilled again.
         """
-        batch = bucket(len(prompts))
+        batch = self.rows(len(prompts))
         max_new_tokens = min(max_new_tokens, context)
         lengths = np.ones(batch, np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
@@ -126,22 +155,36 @@ class Engine:
         done = np.arange(batch) >= len(prompts)
         filled = np.where(done, 0, lengths - 1)
         if before is None:
-            caches, kept = new_caches(self.config, batch, capacity, self.dtype), 0 * filled
+            caches = self._caches(lambda: new_caches(self.config, batch, capacity, self.dtype))
+            kept = 0 * filled
         else:
             assert len(before.tokens) == batch
             kept = np.minimum(_same_start(before, tokens), filled)
-            caches = resume(before.caches, kept, capacity)
+            kept = np.where(self._holds(before.caches, kept), kept, 0)
+            caches = self._caches(
+                lambda old, kept: resume(self.config, old, kept, capacity),
+                before.caches,
+                self.put(kept),
+            )
         caches = self._fill(caches, tokens, kept, filled)
         state = DecodeState(
             caches=caches,
-            tokens=jnp.asarray(tokens),
-            lengths=jnp.asarray(lengths),
-            done=jnp.asarray(done | (lengths >= ends)),
-            logprobs=_logprob_buffers(batch, capacity, self.num_tokens) if logprobs else None,
+            tokens=self.put(tokens),
+            lengths=self.put(lengths),
+            done=self.put(done | (lengths >= ends)),
+            logprobs=self.put(_logprob_buffers(batch, capacity, self.num_tokens))
+            if logprobs
+            else None,
         )
         stops = np.full(STOP_PLACES, -1, np.int32)
         stops[: len(stop_ids)] = list(stop_ids)
-        return state, Limits(jnp.asarray(lengths), jnp.asarray(ends), jnp.asarray(stops))
+        return state, self.put(Limits(lengths, ends, stops))
+
+    def _holds(self, caches: Caches, kept: np.ndarray) -> np.ndarray:
+        check: Any = functools.partial(holds, self.config)
+        if self.mesh is not None:
+            check = jax.jit(check, out_shardings=sharding.replicated(self.mesh))
+        return np.asarray(check(caches, self.put(kept)))
 
     def _fill(
         self, caches: Caches, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray
@@ -160,8 +203,8 @@ class Engine:
             chunk = np.where(valid, tokens[:, np.minimum(columns, capacity - 1)], 0)
             chunk = chunk.astype(np.int32)
             positions = np.where(valid, columns[None], ops.EMPTY).astype(np.int32)
-            args = (self._weights, jnp.asarray(chunk), jnp.asarray(positions), caches)
-            program = self._program("prefill", self._prefill, (*chunk.shape, capacity), args)
+            args = (self._weights, *self._by_rows((chunk, positions)), caches)
+            program = self._program("prefill", self._prefill, (*chunk.shape, capacity), args, 3)
             caches = program(*args)
             self.counters.prefill_calls += 1
         self.counters.prefill_tokens += int((lengths - starts).sum())
@@ -169,6 +212,11 @@ class Engine:
         compiled = self.counters.compile_s - spent
         self.counters.prefill_s += time.perf_counter() - begin - compiled
         return caches
+
+    def _by_rows(self, tree: Any) -> Any:
+        if self.mesh is None:
+            return self.put(tree)
+        return sharding.put(tree, sharding.rows_sharding(self.mesh, len(tree[0])))
 
     def steps(
         self,
@@ -181,11 +229,12 @@ class Engine:
 
         The receiver may `send` a mask of rows that shall end (a stop string was met).
         """
+        settings = self.put(settings)
         while not bool(np.all(np.asarray(state.done))):
-            size = jnp.asarray(next(sizes), jnp.int32)
+            size = self.put(np.int32(next(sizes)))
             args = (self._weights, state, limits, settings, size)
             shape = (*state.tokens.shape, settings.bias_ids.shape[1], state.logprobs is not None)
-            program = self._program("decode", self._decode, shape, args)
+            program = self._program("decode", self._decode, shape, args, 1)
             begin = time.perf_counter()
             before = np.asarray(state.lengths)
             state = program(*args)
@@ -195,13 +244,16 @@ class Engine:
             self.counters.decode_tokens += int((rows.lengths - before).sum())
             ended = yield rows
             if ended is not None:
-                state = state._replace(done=state.done | jnp.asarray(ended))
+                state = state._replace(done=state.done | self.put(ended))
 
-    def _program(self, name: str, jitted: Any, shape: tuple, args: tuple) -> Any:
+    def _program(self, name: str, jitted: Any, shape: tuple, args: tuple, donated: int) -> Any:
         """Return the compiled program of a bucket; compile it at first use."""
         key = (name, *shape)
         if key not in self._compiled:
             begin = time.perf_counter()
+            if self.mesh is not None:  # the result lies where the argument donated for it does
+                placed = jax.tree.map(lambda x: x.sharding, args[donated])
+                jitted = jax.jit(jitted.__wrapped__, donate_argnums=donated, out_shardings=placed)
             self._compiled[key] = jitted.lower(*args).compile()
             self.counters.compile_s += time.perf_counter() - begin
             self.counters.programs += 1
@@ -219,12 +271,12 @@ def _same_start(before: DecodeState, tokens: np.ndarray) -> np.ndarray:
     return np.minimum(differ.argmax(axis=1), np.asarray(before.lengths) - 1)
 
 
-def _logprob_buffers(batch: int, capacity: int, num_tokens: int) -> tuple[Array, ...]:
+def _logprob_buffers(batch: int, capacity: int, num_tokens: int) -> tuple[np.ndarray, ...]:
     best = min(sampling.TOP_LOGPROBS, num_tokens)
     return (
-        jnp.zeros((batch, capacity), jnp.float32),
-        jnp.zeros((batch, capacity, best), jnp.int32),
-        jnp.zeros((batch, capacity, best), jnp.float32),
+        np.zeros((batch, capacity), np.float32),
+        np.zeros((batch, capacity, best), np.int32),
+        np.zeros((batch, capacity, best), np.float32),
     )
 
 
@@ -241,16 +293,44 @@ def _to_host(state: DecodeState) -> Rows:
 
 
 def _prefill(
-    graphdef: Any, weights: Any, tokens: Array, positions: Array, caches: Caches
+    graphdef: Any,
+    mesh: Mesh | None,
+    weights: Any,
+    tokens: Array,
+    positions: Array,
+    caches: Caches,
 ) -> Caches:
     """Write one chunk into the caches. The hidden states are dropped, and what makes only them."""
-    decoder = nnx.merge(graphdef, weights)
-    return decoder(tokens, positions, caches)[1]
+    return _run(nnx.merge(graphdef, weights), mesh, tokens, positions, caches)[1]
+
+
+def _run(
+    decoder: Decoder, mesh: Mesh | None, tokens: Array, positions: Array, caches: Caches
+) -> tuple[Array, Caches]:
+    """Run the decoder; on a mesh, rows and caches stay cut as they are on the way through."""
+    if mesh is None:
+        return decoder(tokens, positions, caches)
+    batch = len(tokens)
+    by_rows = sharding.rows_sharding(mesh, batch)
+    tokens, positions = jax.lax.with_sharding_constraint((tokens, positions), by_rows)
+    held = {
+        kind: sharding.Placed(cache, _cache_sharding(mesh, decoder.config, kind, batch))
+        for kind, cache in mark(caches, positions).items()
+    }
+    hidden, held = decoder(tokens, positions, held)
+    return hidden, {kind: placed.cache for kind, placed in held.items()}
+
+
+def _cache_sharding(mesh: Mesh, config: TextConfig, kind: Kind, batch: int) -> NamedSharding:
+    spec = config.first(kind)
+    assert spec is not None
+    return sharding.cache_sharding(mesh, config, spec, batch)
 
 
 def _decode(
     graphdef: Any,
     num_tokens: int,
+    mesh: Mesh | None,
     weights: Any,
     state: DecodeState,
     limits: Limits,
@@ -264,27 +344,38 @@ def _decode(
         return (carry[0] < steps) & ~jnp.all(carry[1].done)
 
     def step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-        return carry[0] + 1, _step(decoder, num_tokens, carry[1], limits, settings)
+        return carry[0] + 1, _step(decoder, num_tokens, mesh, carry[1], limits, settings)
 
     return jax.lax.while_loop(more, step, (jnp.int32(0), state))[1]
 
 
 def _step(
-    decoder: Decoder, num_tokens: int, state: DecodeState, limits: Limits, settings: Sampling
+    decoder: Decoder,
+    num_tokens: int,
+    mesh: Mesh | None,
+    state: DecodeState,
+    limits: Limits,
+    settings: Sampling,
 ) -> DecodeState:
+    if mesh is not None:  # all but the caches: every device knows what every row has said
+        caches = state.caches
+        known = state._replace(caches=None)
+        known = jax.lax.with_sharding_constraint(known, sharding.replicated(mesh))
+        state = known._replace(caches=caches)
     batch, capacity = state.tokens.shape
     rows = jnp.arange(batch, dtype=jnp.int32)
     last = state.lengths - 1
     # A row that is done writes nothing: neither cache nor token.
     positions = jnp.where(state.done, ops.EMPTY, last)[:, None]
     current = jnp.where(state.done, 0, state.tokens[rows, last])[:, None]
-    hidden, caches = decoder(current, positions, state.caches)
-    assert caches is not None
+    hidden, caches = _run(decoder, mesh, current, positions, state.caches)
     raw = decoder.logits(hidden[:, 0])[:, :num_tokens]
     columns = jnp.arange(capacity, dtype=jnp.int32)[None]
     is_output = (columns >= limits.prompts[:, None]) & (columns < state.lengths[:, None])
     logits = sampling.adjust(raw, settings, state.tokens, is_output)
     token = sampling.sample(logits, settings, state.lengths - limits.prompts)
+    if mesh is not None:
+        token = jax.lax.with_sharding_constraint(token, sharding.replicated(mesh))
     slot = jnp.where(state.done, capacity, state.lengths)
     logprobs = state.logprobs
     if logprobs is not None:

@@ -1,24 +1,28 @@
 """Canonical weights to the variables of a `Decoder` and back.
 
-Canonical names are Hugging Face's. `decoder.weight_path` says where each lies; here they are
-allocated once, filled in place and handed to the device without a copy where the backend can
-take one.
+Canonical names are Hugging Face's. `decoder.weight_path` says where each lies; here the parts of
+a variable that this process holds are allocated once, filled in place and handed to the devices,
+without a copy where the backend can take one.
 """
 
+import functools
+import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
+from gemlax import sharding
 from gemlax.config import TextConfig
 from gemlax.decoder import Decoder, Layers, Read, weight_path
-from gemlax.qtensor import QTensor, pack_bfloat16
+from gemlax.qtensor import QTensor, Split, pack_bfloat16
 
-__all__ = ["build_decoder", "default_layers", "named_weights"]
+__all__ = ["Placement", "build_decoder", "default_layers", "named_weights", "place"]
 
 # XLA:CPU takes over NumPy memory that is aligned to this.
 _ALIGNMENT = 64
@@ -43,48 +47,115 @@ def build_decoder(
     layers: Layers | None = None,
     read: Read = "index",
     progress: Callable[[int, int], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> Decoder:
     """Build a decoder whose weights `fill(canonical name, array)` writes.
+
+    The host holds the parts that its devices get, and one weight more.
 
     Args:
         fill: writes one weight into a C-contiguous array of `dtype`.
         read: how scanned layers read their matrices; "slice" when the base is trained.
         progress: told (bytes filled, bytes in all) after each weight.
+        mesh: over which devices to lay out the weights (`sharding`); None: the default device.
+            Every process fills every weight and keeps what its devices need.
+
+    Raises:
+        RequestError: a weight that the mesh does not divide.
     """
     dtype = jnp.dtype(dtype)
     layers = layers or default_layers(dtype)
-    decoder = nnx.eval_shape(
-        lambda: Decoder(config, layers=layers, read=read, dtype=dtype, rngs=nnx.Rngs(0))
-    )
-    graphdef, state = nnx.split(decoder)
-    flat = dict(nnx.to_flat_state(state))
+    placed = {} if mesh is None else place(config, layers, mesh).shardings
+    graphdef, flat = _abstract(config, layers, read, dtype)
     total = sum(v.get_value().size for v in flat.values()) * dtype.itemsize
     done = 0
     filled = {}
     for path, names in _names_by_path(config, layers).items():
-        variable = flat[path]
-        buffer = _empty(variable.get_value().shape, dtype)
+        shape = flat[path].get_value().shape
+        parts = _Parts(shape, dtype, placed.get(path))
         for row, name in names:
-            part = buffer if row is None else buffer[row]
-            fill(name, part)
-            done += part.nbytes
+            parts.fill(row, lambda out, name=name: fill(name, out))
+            done += math.prod(shape) * dtype.itemsize // len(names)
             if progress is not None:
                 progress(done, total)
-        filled[path] = variable.replace(_to_device(buffer, "matrix" in variable.get_metadata()))
+        filled[path] = flat[path].replace(parts.to_devices(flat[path].get_metadata()))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
+class Placement(NamedTuple):
+    """How a mesh holds a decoder: a sharding by variable path, and which weights it repeats.
+
+    `repeated` are canonical names of weights that fsdp, expert and tensor do not all cut.
+    """
+
+    shardings: dict[tuple[Any, ...], NamedSharding]
+    repeated: tuple[str, ...]
+
+
+def place(config: TextConfig, layers: Layers, mesh: Mesh) -> Placement:
+    """Decide from the config and the axes of each weight how `mesh` holds them.
+
+    Raises:
+        RequestError: a weight that the mesh does not divide.
+    """
+    _, flat = _abstract(config, layers, "slice", jnp.dtype(jnp.float32))
+    shardings, repeated = {}, []
+    most = math.prod(sharding.parts(mesh, axis) for axis in ("embed", "experts", "mlp"))
+    for path, names in _names_by_path(config, layers).items():
+        shape = flat[path].get_value().shape
+        stacked = names[0][0] is not None
+        shardings[path] = sharding.weight_sharding(
+            mesh, config, names[0][1], flat[path].get_metadata()["axes"], shape[stacked:],
+            stacked=stacked,
+        )  # fmt: skip
+        if math.prod(shardings[path].shard_shape(shape)) * most > math.prod(shape):
+            repeated += [name for _, name in names]
+    return Placement(shardings, tuple(repeated))
+
+
+def _abstract(
+    config: TextConfig, layers: Layers, read: Read, dtype: jnp.dtype
+) -> tuple[Any, dict[tuple[Any, ...], Any]]:
+    """Return the graph of a decoder, and its variables by path without any values."""
+    decoder = nnx.eval_shape(
+        lambda: Decoder(config, layers=layers, read=read, dtype=dtype, rngs=nnx.Rngs(0))
+    )
+    graphdef, state = nnx.split(decoder)
+    return graphdef, dict(nnx.to_flat_state(state))
+
+
 def named_weights(decoder: Decoder) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (canonical name, array) of every weight, in layer order."""
+    """Yield (canonical name, array) of every weight, in layer order.
+
+    On a mesh each weight is gathered when its turn comes, so every process must take it.
+    """
     flat = dict(nnx.to_flat_state(nnx.state(decoder)))
     layers: Layers = "scan" if decoder.scanned else "unroll"
     for name in _canonical_names(decoder.config):
         path, row = weight_path(decoder.config, layers, name)
         value = flat[path].get_value()
         packed = isinstance(value, QTensor)
-        array = np.asarray(value.codes if packed else value)
-        array = array if row is None else array[row]
+        (array,) = jax.tree.leaves(value)
+        array = _whole(array, row)
         yield name, array.view(ml_dtypes.bfloat16) if packed else array
+
+
+def _whole(array: jax.Array, row: int | None) -> np.ndarray:
+    """Return a variable, or one row of it, in host memory."""
+    if isinstance(array.sharding, NamedSharding):
+        array = _gathered(array.sharding.mesh)(array, row)
+        row = None
+    whole = np.asarray(array)
+    return whole if row is None else whole[row]
+
+
+@functools.cache
+def _gathered(mesh: Any) -> Callable[[jax.Array, int | None], jax.Array]:
+    """Return what copies a row of a variable to all devices."""
+    return jax.jit(
+        lambda a, row: a if row is None else jax.lax.dynamic_index_in_dim(a, row, keepdims=False),
+        out_shardings=sharding.replicated(mesh),
+    )
 
 
 def _canonical_names(config: TextConfig) -> list[str]:
@@ -117,8 +188,47 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _to_device(buffer: np.ndarray, is_matrix: bool) -> Any:
-    """Give up the buffer. Matrices of bfloat16 are held as bits on CPU (`QTensor`)."""
-    if is_matrix and buffer.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        return pack_bfloat16(buffer)
-    return jax.device_put(buffer)
+class _Parts:
+    """The different parts of one variable that the devices of this process hold."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, placed: NamedSharding | None):
+        """`placed` None: one part, for the default device."""
+        self.shape, self.placed = shape, placed
+        everything = (slice(None),) * len(shape)
+        self.at: dict[Any, Any] = {None: everything}
+        if placed is not None:
+            self.at = dict(placed.addressable_devices_indices_map(shape))
+        size = shape if placed is None else placed.shard_shape(shape)
+        # By what they cover; a slice has no hash in Python 3.11.
+        self.parts = {str(index): (index, _empty(size, dtype)) for index in self.at.values()}
+
+    def fill(self, row: int | None, write: Callable[[np.ndarray], None]) -> None:
+        """Take in one weight, the variable or a row of it, that `write` writes."""
+        parts = list(self.parts.values())
+        shape = self.shape
+        if row is not None:
+            parts = [(index[1:], part[row]) for index, part in parts]
+            shape = shape[1:]
+        if parts[0][1].shape == shape:
+            write(parts[0][1])
+            return
+        weight = np.empty(shape, parts[0][1].dtype)
+        write(weight)
+        for index, part in parts:
+            part[...] = weight[index]
+
+    def to_devices(self, metadata: dict[str, Any]) -> Any:
+        """Give up the parts. Without a mesh, CPU holds bfloat16 matrices as bits (`QTensor`)."""
+        if self.placed is None:
+            ((_, whole),) = self.parts.values()
+            bits = "matrix" in metadata and whole.dtype == jnp.bfloat16
+            if bits and jax.default_backend() == "cpu":
+                return pack_bfloat16(whole)
+            return jax.device_put(whole)
+        shards = [
+            jax.device_put(self.parts[str(index)][1], device) for device, index in self.at.items()
+        ]
+        array = jax.make_array_from_single_device_arrays(self.shape, self.placed, shards)
+        count = sharding.parts(self.placed.mesh, "experts")
+        is_experts = "matrix" in metadata and len(metadata["axes"]) == 3
+        return Split(array, count) if is_experts and count > 1 else array

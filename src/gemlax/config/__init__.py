@@ -4,9 +4,11 @@
 """
 
 from gemlax.config.plan import Location, Run, Segment, StackPlan
-from gemlax.config.spec import GemmaConfig, Kind, LayerSpec, RopeSpec, TextConfig
+from gemlax.config.spec import CHUNK, KINDS, GemmaConfig, Kind, LayerSpec, RopeSpec, TextConfig
 
 __all__ = [
+    "CHUNK",
+    "KINDS",
     "GemmaConfig",
     "Kind",
     "LayerSpec",

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from gemlax.config.plan import StackPlan
 
-__all__ = ["KINDS", "GemmaConfig", "Kind", "LayerSpec", "RopeSpec", "TextConfig"]
+__all__ = ["CHUNK", "KINDS", "GemmaConfig", "Kind", "LayerSpec", "RopeSpec", "TextConfig"]
 
 Kind = Literal["sliding_attention", "full_attention"]
 KINDS: tuple[Kind, ...] = ("sliding_attention", "full_attention")
+CHUNK = 512  # the longest piece of a prompt that is prefilled at once
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,18 @@ class LayerSpec:
     owns_kv: bool = True
     k_eq_v: bool = False
     num_experts: int = 0
+
+    def cache_slots(self, capacity: int, chunk: int = CHUNK) -> int:
+        """Return how many tokens a cache of this layer holds, of `capacity` in all.
+
+        A window needs a ring of window + chunk - 1 slots: the first query of a chunk still sees
+        its whole window when the chunk's last key is written. Rounded up to whole blocks.
+        """
+        if self.window is None:
+            return capacity
+        least = self.window + chunk - 1
+        block = 256 if least > 256 else 16
+        return min(capacity, -(-least // block) * block)
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,32 @@ from gemlax.ops.attention import attend, attend_blocks, causal_mask, fresh_atten
 from gemlax.ops.basic import EMPTY, geglu, rms_norm, rope, softcap
 from gemlax.ops.matmul import embed, linear, unembed
 from gemlax.ops.moe import experts, route
+from gemlax.ops.paged import (
+    AttentionMetadata,
+    from_tpu_layout,
+    paged_attend,
+    to_tpu_layout,
+    write_pages,
+)
 
 __all__ = [
     "EMPTY",
+    "AttentionMetadata",
     "attend",
     "attend_blocks",
     "causal_mask",
     "embed",
     "experts",
     "fresh_attend",
+    "from_tpu_layout",
     "geglu",
     "linear",
+    "paged_attend",
     "rms_norm",
     "rope",
     "route",
     "softcap",
+    "to_tpu_layout",
     "unembed",
+    "write_pages",
 ]

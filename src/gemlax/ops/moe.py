@@ -1,10 +1,11 @@
-"""Mixture of experts: the router, and three ways to run the experts that it chose.
+"""Mixture of experts: the router, and the ways to run the experts that it chose.
 
 Every way gives each row the weighted sum of its `top_k` experts; none drops a row. Cost grows
 with the experts that are active, but for the reference, which runs all of them.
 Source: transformers modeling_gemma4.py, Gemma4TextRouter and Gemma4TextExperts.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -13,11 +14,11 @@ from jaxtyping import Array, Float, Int
 
 from gemlax.ops.basic import geglu, rms_norm
 from gemlax.ops.matmul import product
-from gemlax.qtensor import Weight, dense, num_rows, take
+from gemlax.qtensor import Weight, dense, num_parts, num_rows, take, take_each
 
 __all__ = ["Implementation", "experts", "route"]
 
-Implementation = Literal["dense", "gather", "sorted", "ragged"]
+Implementation = Literal["dense", "gather", "sorted", "ragged", "split"]
 
 # Up to this many (row, expert) pairs the experts' weights are gathered per pair. Measured on CPU
 # (docs/performance.md, "Experts"): at 32 rows of 8 experts gathering is still the fastest.
@@ -62,14 +63,23 @@ def experts(
     Args:
         gate_up: [E, 2 * F, D], the gate's rows first.
         down: [E, D, F].
-        implementation: None: "gather" for few rows; else "sorted" on CPU, "ragged" elsewhere.
+        implementation: None: "split" for experts that are (`Split`), which has no gradient; else
+            "gather" for few rows, or "sorted" on CPU and "ragged" elsewhere.
     """
-    ways = {"dense": _dense, "gather": _gather, "sorted": _sorted, "ragged": _ragged}
-    run = ways[implementation or _default(ids.size)]
+    ways = {
+        "dense": _dense,
+        "gather": _gather,
+        "sorted": _sorted,
+        "ragged": _ragged,
+        "split": _split,
+    }
+    run = ways[implementation or _default(ids.size, num_parts(gate_up))]
     return run(x, weights, ids, gate_up, down).astype(x.dtype)
 
 
-def _default(pairs: int) -> Implementation:
+def _default(pairs: int, parts: int) -> Implementation:
+    if parts > 1:
+        return "split"
     if pairs <= _FEW_PAIRS:
         return "gather"
     return "sorted" if jax.default_backend() == "cpu" else "ragged"
@@ -113,30 +123,69 @@ def _sorted(x: Array, weights: Array, ids: Array, gate_up: Weight, down: Weight)
     There are at most pairs / block + experts blocks; those that stay empty are skipped.
     """
     count, pairs = num_rows(gate_up), ids.size
-    order, sizes = _by_expert(ids, count)
-    blocks = (sizes + _BLOCK - 1) // _BLOCK
-    ends, block_ends = jnp.cumsum(sizes), jnp.cumsum(blocks)
-    lanes = jnp.arange(_BLOCK, dtype=jnp.int32)
+    ends, read = _blocks(weights, ids, count, _BLOCK)
 
     def block(total: Array, index: Array) -> tuple[Array, None]:
-        expert = jnp.searchsorted(block_ends, index, side="right").astype(jnp.int32)
-        expert = jnp.minimum(expert, count - 1)
-        done = (index - (block_ends[expert] - blocks[expert])) * _BLOCK
-        place = ends[expert] - sizes[expert] + done + lanes
-        inside = done + lanes < sizes[expert]
-        pair = order[jnp.where(inside, place, 0)]
-        row = pair // ids.shape[1]
-        share = jnp.where(inside, weights.reshape(-1)[pair], 0.0)
+        expert, row, share = read(index)
 
         def run(total: Array) -> Array:
             out = _expert(x[row], take(gate_up, expert), take(down, expert))
             return total.at[row].add(out * share[:, None])
 
-        return jax.lax.cond(index < block_ends[-1], run, lambda total: total, total), None
+        return jax.lax.cond(index < ends[-1], run, lambda total: total, total), None
 
     most = pairs // _BLOCK + min(count, pairs)
     start = jnp.zeros(x.shape, jnp.float32)
     return jax.lax.scan(block, start, jnp.arange(most, dtype=jnp.int32))[0]
+
+
+def _split(x: Array, weights: Array, ids: Array, gate_up: Weight, down: Weight) -> Array:
+    """Let each part of the experts run the blocks of its own, all parts in step, and sum up.
+
+    Only rows and their results pass between parts. A part that has fewer blocks than another
+    repeats one for nothing. The number of steps is dynamic, so this has no gradient.
+    """
+    parts, count = num_parts(gate_up), num_rows(gate_up)
+    ends, read = _blocks(weights, ids, count, 1 if ids.size <= _FEW_PAIRS else _BLOCK)
+    last = ends[count // parts - 1 :: count // parts]  # [parts]
+    first = jnp.concatenate([jnp.zeros(1, jnp.int32), last[:-1]])
+    begin = jnp.arange(parts, dtype=jnp.int32) * (count // parts)
+
+    def step(index: Array, total: Array) -> Array:
+        expert, row, share = jax.vmap(read)(first + index)
+        live = first + index < last
+        own = jnp.where(live, expert - begin, 0)
+        out = jax.vmap(_expert)(x[row], take_each(gate_up, own), take_each(down, own))
+        out = out * jnp.where(live[:, None], share, 0.0)[..., None]
+        return jax.vmap(lambda total, row, out: total.at[row].add(out))(total, row, out)
+
+    start = jnp.zeros((parts, *x.shape), jnp.float32)
+    return jax.lax.fori_loop(0, (last - first).max(), step, start).sum(axis=0)
+
+
+def _blocks(
+    weights: Array, ids: Array, count: int, size: int
+) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
+    """Sort the pairs by expert and cut them into blocks of up to `size` pairs of one expert.
+
+    Returns where the blocks of each expert end [E]; and what reads a block by its number: its
+    expert, the rows of its pairs [size] and their weights [size], zero where there is no pair.
+    """
+    order, sizes = _by_expert(ids, count)
+    blocks = (sizes + size - 1) // size
+    ends, block_ends = jnp.cumsum(sizes), jnp.cumsum(blocks)
+    lanes = jnp.arange(size, dtype=jnp.int32)
+
+    def read(index: Array) -> tuple[Array, Array, Array]:
+        expert = jnp.searchsorted(block_ends, index, side="right").astype(jnp.int32)
+        expert = jnp.minimum(expert, count - 1)
+        done = (index - (block_ends[expert] - blocks[expert])) * size
+        place = ends[expert] - sizes[expert] + done + lanes
+        inside = done + lanes < sizes[expert]
+        pair = order[jnp.where(inside, place, 0)]
+        return expert, pair // ids.shape[1], jnp.where(inside, weights.reshape(-1)[pair], 0.0)
+
+    return block_ends, read
 
 
 def _ragged(x: Array, weights: Array, ids: Array, gate_up: Weight, down: Weight) -> Array:

@@ -1,0 +1,174 @@
+"""The arguments of the command line, and what its help says. Nothing is run here."""
+
+import argparse
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+__all__ = ["make_parser"]
+
+_EXAMPLES = {
+    "generate": """examples:
+  gemlax generate "The capital of France is"
+  gemlax generate --model gemma-3-1b-pt/ --temperature 0.8 --top-k 64 --seed 7 "Once upon a time"
+  cat story.txt | gemlax generate - --max-new-tokens 64 --json
+""",
+    "chat": """examples:
+  gemlax chat --model gemma-3-4b-it/ --system "Answer in one sentence."
+  printf 'Hello!\\nAnd in French?\\n' | gemlax chat --model gemma-3-1b-it/ --temperature 0
+
+/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer. When standard input
+is no terminal, each line of it is a turn.
+""",
+    "convert": """examples:
+  gemlax convert gemma-4-26b-a4b.gguf gemma-4-26b-a4b/ --dtype bfloat16
+  gemlax convert gemma-3-1b-orbax/ gemma-3-1b/ --json
+
+The source is a .gguf file, a folder or a name, as for --model; the target is a folder that
+transformers and gemlax read. The text decoder is written, encoders are left out.
+""",
+    "info": """examples:
+  gemlax info gemma-3-4b --context 32768
+  gemlax info model.gguf --json
+  gemlax info --all
+""",
+    "perplexity": """examples:
+  gemlax perplexity book.txt --model gemma-3-1b-pt/
+""",
+    "bench": """examples:
+  gemlax bench decode --depth 4096
+  gemlax bench prefill --model gemma-3-1b --dtype bfloat16 --prompt-length 2048
+  gemlax bench compile --model gemma-3-27b --tiny --layers unroll
+
+A preset gets random weights. What is read per step is compared with what this machine reads at
+best, measured in the same run. The last line is JSON. gemlax bench decode --help lists options.
+""",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"gemlax: {message}; see {self.prog} --help\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser; `command` of what it parses names the command."""
+    parser = _Parser(prog="gemlax", description="Google's Gemma in JAX.")
+    parser.add_argument("--version", action="version", version=f"gemlax {version('gemlax')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(_command(commands, "generate", "continue a text"))
+    _add_chat(_command(commands, "chat", "talk to a model"))
+    _add_convert(_command(commands, "convert", "write a model as a Hugging Face folder"))
+    _add_info(_command(commands, "info", "what a model is and costs, without loading it"))
+    _add_perplexity(_command(commands, "perplexity", "score a text file"))
+    _add_bench(_command(commands, "bench", "measure speed and memory on this machine"))
+    return parser
+
+
+def _command(commands: Any, name: str, text: str) -> Any:
+    return commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=_EXAMPLES[name],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="M", help="folder, .gguf file or name; default: demo")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and maths")
+    parser.add_argument("--layers", choices=["scan", "unroll"], help="default: the faster one")
+    parser.add_argument(
+        "--compilation-cache",
+        metavar="DIR",
+        help="keep compiled programs there; the next run starts faster",
+    )
+    parser.add_argument("--json", action="store_true", help="end with one JSON line on stdout")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", help="the text; '-' or nothing: read stdin")
+    parser.add_argument("--file", type=Path, metavar="F", help="read the prompt from a file")
+    _add_model(parser)
+    _add_sampling(parser, max_new_tokens=256)
+
+
+def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
+    parser.add_argument("--context", type=int, metavar="N", help="most tokens, prompt included")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0: take the likeliest")
+    parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--min-p", type=float, metavar="P")
+    parser.add_argument("--repetition-penalty", type=float, metavar="X")
+    parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="X")
+    parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may repeat")
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    parser.add_argument("--thinking", action="store_true", help="let it reason first (Gemma 4)")
+    _add_sampling(parser, max_new_tokens=1024)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="folder, .gguf file or name")
+    parser.add_argument("target", type=Path, help="a new folder, in one that exists")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of the weights; default: as stored, and float32 for float16 and quantised ones",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the model at the target")
+    parser.add_argument("--json", action="store_true", help="one JSON line on stdout")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="folder, .gguf file, name or preset")
+    parser.add_argument("--all", action="store_true", help="the KV memory of every preset")
+    parser.add_argument("--context", type=int, metavar="N", help="KV bytes at this many tokens")
+    parser.add_argument("--json", action="store_true", help="one JSON line on stdout")
+
+
+def _add_perplexity(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="a UTF-8 text file; '-': stdin")
+    _add_model(parser)
+    parser.add_argument("--window", type=int, default=2048, metavar="N", help="tokens at a time")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="decode|prefill|compile")
+    decode = _add_case(kinds.add_parser("decode", help="tokens one by one"))
+    decode.add_argument("--depth", type=int, default=128, metavar="N", help="tokens before them")
+    decode.add_argument("--steps", type=int, default=16, metavar="N", help="tokens in a round")
+    prefill = _add_case(kinds.add_parser("prefill", help="a prompt"))
+    prefill.add_argument("--depth", type=int, default=0, metavar="N", help="tokens before it")
+    compilation = _add_case(kinds.add_parser("compile", help="the programs of both"))
+    for each in (prefill, compilation):
+        each.add_argument("--prompt-length", type=int, default=512, metavar="N", help="tokens")
+
+
+def _add_case(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument(
+        "--model", metavar="M", help="preset (random weights), folder, .gguf file or name"
+    )
+    parser.add_argument("--tiny", action="store_true", help="its layers at toy width, random")
+    parser.set_defaults(compilation_cache=None)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--layers", choices=["scan", "unroll"], help="default: the faster one")
+    parser.add_argument("--cache", choices=["stacked", "list", "paged"], default="stacked")
+    parser.add_argument("--linen", action="store_true", help="the Linen decoder")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows")
+    parser.add_argument(
+        "--capacity", type=int, metavar="N", help="tokens that the cache has room for"
+    )
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="after one of warm-up")
+    parser.add_argument("--json", action="store_true", help="nothing but the JSON line on stdout")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    return parser

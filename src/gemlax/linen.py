@@ -1,0 +1,154 @@
+"""The decoder for users of Flax Linen: its layers are scanned by `nn.scan`.
+
+There is no second maths. The parameters lie below "params" at the paths and with the shapes of
+the NNX decoder's variables; a call checks them, puts that decoder together around them and hands
+it Linen's scan. Caches ride in the carry here too.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx, traverse_util
+from flax.core import meta, unfreeze
+from jaxtyping import Array, Float, Int
+
+from gemlax import decoder as blocks
+from gemlax.config import TextConfig
+from gemlax.decoder import Layers, Read
+from gemlax.errors import CheckpointError
+
+__all__ = ["Decoder", "to_linen", "to_nnx"]
+
+_SHOWN = 8  # wrong leaves named in one error
+
+
+class Decoder(nn.Module):
+    """The text decoder of Gemma as a Linen module; arguments as for `gemlax.Decoder`.
+
+        model = gemlax.linen.Decoder(config.text)
+        variables = model.init(jax.random.key(0), tokens, positions)
+        hidden, kv_caches = model.apply(variables, tokens, positions, kv_caches)
+        logits = model.apply(variables, hidden, method="logits")
+
+    `nn.get_partition_spec(variables)` gives the logical axes: "layers" first where layers are
+    stacked. With `read="slice"` the base can be trained; `read="index"` is for decoding.
+
+    Raises:
+        CheckpointError: on `apply`, a parameter that is missing, unknown or of another shape.
+    """
+
+    config: TextConfig
+    layers: Layers = "scan"
+    read: Read = "slice"
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """Declare the parameters, or check those that are there."""
+        graphdef, expected = nnx.split(nnx.eval_shape(self._new))
+        if self.is_initializing():
+            state = nnx.state(self._new(nnx.Rngs(self.make_rng("params"))))
+            for name, tree in to_linen(state, self.layers)["params"].items():
+                self.param(name, lambda _, tree=tree: tree)
+        given = _leaves(self.variables.get("params", {}))
+        _check(given, _leaves(nnx.to_pure_dict(expected)))
+        flat = nnx.to_flat_state(expected)
+        filled = {path: v.replace(given[_key(path)]) for path, v in flat}
+        # In a function, or Linen would take it for a submodule of its own.
+        self._decoder: Callable[[], Any] = lambda: nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+    def _new(self, rngs: nnx.Rngs | None = None) -> blocks.Decoder:
+        return blocks.Decoder(
+            self.config,
+            layers=self.layers,
+            read=self.read,
+            dtype=self.dtype,
+            rngs=rngs or nnx.Rngs(0),
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "*B T"],
+        positions: Int[Array, "*B T"] | None = None,
+        kv_caches: Any = None,
+        attention_metadata: Any = None,
+    ) -> tuple[Float[Array, "*B T D"], Any]:
+        """Return the hidden states after the final norm, and the caches with this step written."""
+        scan = _LiftedScan(self)
+        return self._decoder()(tokens, positions, kv_caches, attention_metadata, scan=scan)
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Return float32 logits of hidden states."""
+        return self._decoder().logits(hidden)
+
+
+class _LiftedScan:
+    """`nn.scan` with the signature of `jax.lax.scan`; an inner scan starts from the outer's body.
+
+    The parameters are broadcast: the body reads its layers of the stacks, as the NNX one does.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, body: Callable[[Any, Any], Any], carry: Any, xs: Any) -> Any:
+        outer = self.module
+
+        def lifted(module: nn.Module, carry: Any, x: Any) -> Any:
+            self.module = module
+            try:
+                return body(carry, x)
+            finally:
+                self.module = outer
+
+        scan = nn.scan(lifted, variable_broadcast="params", split_rngs={"params": False})
+        return scan(outer, carry, xs)
+
+
+def to_linen(decoder: Any, layers: Layers | None = None) -> dict[str, Any]:
+    """Return the variables of `linen.Decoder` that hold the weights of an NNX decoder.
+
+    Args:
+        decoder: a `gemlax.Decoder`, such as `gemlax.load(...).decoder`; the arrays are shared.
+    """
+    if isinstance(decoder, nnx.Module):
+        layers = "scan" if decoder.scanned else "unroll"
+        decoder = nnx.state(decoder)
+    boxed = {}
+    for path, variable in nnx.to_flat_state(decoder):
+        stacked = layers == "scan" and path[0] == "layers"
+        axes = (*(("layers",) if stacked else ()), *variable.get_metadata()["axes"])
+        boxed[_key(path)] = nn.LogicallyPartitioned(variable.get_value(), names=axes)
+    return {"params": traverse_util.unflatten_dict(boxed)}
+
+
+def to_nnx(module: Decoder, variables: Mapping[str, Any]) -> blocks.Decoder:
+    """Return an NNX decoder that holds the parameters of `module`."""
+    return module.apply(variables, method=lambda bound: bound._decoder())
+
+
+def _leaves(tree: Any) -> dict[tuple[str, ...], Any]:
+    """Flatten to leaves by path; a weight held as codes is one leaf, boxes are opened."""
+    flat = traverse_util.flatten_dict(unfreeze(meta.unbox(tree)))
+    return {_key(path): leaf for path, leaf in flat.items()}
+
+
+def _key(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(part) for part in path)
+
+
+def _check(given: dict[tuple[str, ...], Any], expected: dict[tuple[str, ...], Any]) -> None:
+    wrong = [f"{'/'.join(path)} is missing" for path in expected.keys() - given.keys()]
+    wrong += [f"{'/'.join(path)} is unknown" for path in given.keys() - expected.keys()]
+    for path in expected.keys() & given.keys():
+        got, want = given[path].shape, expected[path].shape
+        if got != want:
+            wrong.append(f"{'/'.join(path)} is {list(got)}, expected {list(want)}")
+    if wrong:
+        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise CheckpointError(
+            "the parameters do not fit the decoder's config, layers and dtype: "
+            + "; ".join(sorted(wrong)[:_SHOWN])
+            + more
+        )
