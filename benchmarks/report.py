@@ -1,11 +1,10 @@
 """Writes generated sections of docs/performance.md; the other scripts of this folder use it."""
 
-import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
+from gemlax import bench
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 
@@ -18,9 +17,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def machine() -> str:
     """Name the machine and the versions in one line."""
-    cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    name = cpus[0].split(":")[1].strip() if cpus else platform.processor()
-    return f"{len(cpus)} cores of {name}, Python {platform.python_version()}, jax {jax.__version__}"
+    found = bench.machine()
+    versions = found["versions"]
+    return f"{found['processor']}, Python {versions['python']}, jax {versions['jax']}"
 
 
 def write_section(name: str, text: str) -> None:

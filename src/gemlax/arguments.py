@@ -12,6 +12,11 @@ _EXAMPLES = {
   gemlax generate "The capital of France is"
   gemlax generate --model gemma-3-1b-pt/ --temperature 0.8 --top-k 64 --seed 7 "Once upon a time"
   cat story.txt | gemlax generate - --max-new-tokens 64 --json
+  gemlax generate --model gemma-3-27b-it/ --mesh data=2,tensor=4 "Once upon a time"
+
+On several hosts, run the same command on each with --coordinator HOST:PORT --num-processes N
+--process-id I; the first prints. To try a mesh on one CPU, set
+XLA_FLAGS=--xla_force_host_platform_device_count=8 before.
 """,
     "chat": """examples:
   gemlax chat --model gemma-3-4b-it/ --system "Answer in one sentence."
@@ -84,6 +89,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="keep compiled programs there; the next run starts faster",
     )
+    parser.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="spread over all devices: sizes of data, fsdp, tensor, expert, as data=2,tensor=4",
+    )
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of process 0, for several hosts"
+    )
+    parser.add_argument("--num-processes", type=int, metavar="N", help="how many hosts there are")
+    parser.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1: which one this is")
     parser.add_argument("--json", action="store_true", help="end with one JSON line on stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
@@ -159,7 +174,8 @@ def _add_case(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--model", metavar="M", help="preset (random weights), folder, .gguf file or name"
     )
     parser.add_argument("--tiny", action="store_true", help="its layers at toy width, random")
-    parser.set_defaults(compilation_cache=None)
+    parser.set_defaults(compilation_cache=None, mesh=None, coordinator=None)
+    parser.set_defaults(num_processes=None, process_id=None)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--layers", choices=["scan", "unroll"], help="default: the faster one")
     parser.add_argument("--cache", choices=["stacked", "list", "paged"], default="stacked")

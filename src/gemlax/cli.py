@@ -395,12 +395,37 @@ def _model_name(args: argparse.Namespace) -> str:
 
 def _load(args: argparse.Namespace) -> Any:
     name = _model_name(args)
+    _join(args)
     if args.compilation_cache is not None:
         _use_compilation_cache(Path(args.compilation_cache))
     import gemlax
 
     with _bar(args, f"loading {name}") as progress:
-        return gemlax.load(name, dtype=args.dtype, layers=args.layers, progress=progress)
+        return gemlax.load(
+            name, dtype=args.dtype, layers=args.layers, progress=progress, mesh=args.mesh
+        )
+
+
+def _join(args: argparse.Namespace) -> None:
+    """Join the other processes, before anything asks jax for devices; only the first prints."""
+    given = (args.coordinator, args.num_processes, args.process_id)
+    if given == (None, None, None):
+        return
+    if None in given or args.mesh is None:
+        raise Error(
+            "several processes need all of --mesh, --coordinator, --num-processes and --process-id"
+        )
+    if not 0 <= args.process_id < args.num_processes:
+        raise Error(
+            f"--process-id must be in [0, {args.num_processes - 1}], as there are "
+            f"{args.num_processes} processes; got {args.process_id}"
+        )
+    import jax
+
+    jax.distributed.initialize(*given)
+    if args.process_id:
+        args.quiet = True
+        _drop_output()
 
 
 def _use_compilation_cache(folder: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from gemlax.config import GemmaConfig
 from gemlax.errors import RequestError
-from gemlax.generate import STOP_PLACES, DecodeState, Engine, Rows, bucket
+from gemlax.generate import STOP_PLACES, DecodeState, Engine, Rows
 from gemlax.sampling import TOP_LOGPROBS, Sampling, make_sampling
 from gemlax.tokenizer import TextStream, Tokenizer
 
@@ -184,7 +184,7 @@ class Request:
         listed = generation_config.get("suppress_tokens") or ()
         bias = {i: -np.inf for i in (*listed, *self.config.placeholder_ids) if i < limit}
         return make_sampling(
-            bucket(len(self.prompts)),
+            self.engine.rows(len(self.prompts)),
             limit,
             _seeds(options["seed"], len(self.prompts)),
             presence_penalty=options["presence_penalty"],

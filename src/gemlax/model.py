@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from gemlax import checkpoints, ops
+from gemlax import checkpoints, ops, sharding
 from gemlax import tokenizer as tokenizers
 from gemlax.chat import ChatFormat, Message
 from gemlax.checkpoints import gguf
 from gemlax.completion import Completion, Request, Stream
 from gemlax.config import GemmaConfig
 from gemlax.decoder import Decoder, Layers
-from gemlax.errors import RequestError
+from gemlax.errors import RequestError, UnsupportedError
 from gemlax.generate import DecodeState, Engine, bucket
 from gemlax.session import Reply, Session
 from gemlax.tokenizer import Tokenizer
@@ -59,6 +60,7 @@ class Model:
         decoder: the NNX module with the weights. They are read at load; do not change them.
         generation_config: the checkpoint's defaults for `generate`, by Hugging Face's names.
         chat_template: the checkpoint's own Jinja template; None: the built-in format is used.
+        mesh: over which the decoder's weights lie, or None.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class Model:
         tokenizer: Tokenizer | None = None,
         generation_config: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
+        *,
+        mesh: Mesh | None = None,
     ):
         self.config, self.decoder, self.tokenizer = config, decoder, tokenizer
         self.chat_template = chat_template
@@ -75,13 +79,14 @@ class Model:
         self.dtype = decoder.norm.weight.get_value().dtype
         known = tokenizer.num_tokens if tokenizer else config.text.vocab_size
         self.engine = Engine(
-            decoder, num_tokens=min(known, config.text.vocab_size), dtype=self.dtype
+            decoder, num_tokens=min(known, config.text.vocab_size), dtype=self.dtype, mesh=mesh
         )
         graphdef, self._state = nnx.split(decoder)
         self._hidden = jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args)[0])
         self._logits = jax.jit(lambda state, *args: _all_logits(nnx.merge(graphdef, state), *args))
         self._score = jax.jit(
-            lambda state, *args: _token_logprobs(nnx.merge(graphdef, state), *args)
+            lambda state, *args: _token_logprobs(nnx.merge(graphdef, state), *args),
+            out_shardings=None if mesh is None else sharding.replicated(mesh),
         )
 
     def hidden(
@@ -114,7 +119,7 @@ class Model:
         valid = columns[None] < lengths[:, None]
         self._check_ids(ids[valid])
         positions = np.where(valid, columns[None], ops.EMPTY).astype(np.int32)
-        return jnp.asarray(np.where(valid, ids, 0), jnp.int32), jnp.asarray(positions)
+        return self.engine.put((np.where(valid, ids, 0).astype(np.int32), positions))
 
     def score(
         self, texts: str | Sequence[str] | Sequence[Sequence[int]], *, window: int = _SCORE_WINDOW
@@ -330,6 +335,7 @@ def load(
     dtype: Any = None,
     layers: Layers | None = None,
     progress: Callable[[int, int], None] | None = None,
+    mesh: Mesh | Mapping[str, int] | str | None = None,
 ) -> Model:
     """Load a model from a folder, a GGUF file, or a name; nothing is downloaded.
 
@@ -340,11 +346,15 @@ def load(
         dtype: of weights and activations; None: float32 on CPU, bfloat16 elsewhere.
         layers: "scan", "unroll", or None for the faster one of this backend.
         progress: told (bytes filled, bytes in all).
+        mesh: spread the model over all devices, as "data=2,tensor=4" says: rows over data and
+            fsdp, widths over fsdp, heads, MLP and vocabulary over tensor, experts over expert.
+            With several processes (`jax.distributed`) each makes the same calls.
 
     Raises:
         FileNotFoundError: no such path, or a name that is not here.
         CheckpointError: a damaged file, or tensors that do not fit the config.
         UnsupportedError: another architecture or format.
+        RequestError: an option out of range, or a mesh that does not fit devices or weights.
     """
     dtype = jnp.dtype(_default_dtype() if dtype is None else dtype)
     if dtype not in (jnp.float32, jnp.bfloat16):
@@ -354,16 +364,18 @@ def load(
         )
     if layers not in (None, "scan", "unroll"):
         raise RequestError(f"layers must be 'scan', 'unroll' or None, got {layers!r}")
+    placed = None if mesh is None else sharding.make_mesh(mesh)
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
         source.check()
         decoder = build_decoder(
-            source.config.text, source.read, dtype=dtype, layers=layers, progress=progress
-        )
+            source.config.text, source.read, dtype=dtype, layers=layers, progress=progress,
+            mesh=placed,
+        )  # fmt: skip
         tokenizer = source.tokenizer()
         if tokenizer is None:
             _log.info("%s has no tokenizer: ids in, ids out", source.source)
-        template = source.chat_template
-        return Model(source.config, decoder, tokenizer, source.generation_config, template)
+        defaults, template = source.generation_config, source.chat_template
+        return Model(source.config, decoder, tokenizer, defaults, template, mesh=placed)
 
 
 def _default_dtype() -> Any:
@@ -386,7 +398,12 @@ def save(model: Model, path: str | Path, *, overwrite: bool = False) -> None:
     Raises:
         FileExistsError: `path` exists and is not an empty folder, unless `overwrite`.
         OSError: it cannot be written; nothing is left behind.
+        UnsupportedError: the model is spread over several processes.
     """
+    if jax.process_count() > 1:
+        raise UnsupportedError(
+            "a model that several processes hold cannot be saved; load it in one"
+        )
     checkpoints.save_safetensors(
         Path(path),
         model.config,

@@ -6,6 +6,7 @@ heads, the layer's attention is held whole on each of them.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -167,10 +168,10 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """A stacked cache that stays cut as it is while layers write to it.
+    """A stacked cache whose K/V heads stay cut as they are while layers attend to it.
 
-    Left alone, XLA cuts K/V heads that are repeated the way the queries are, and gathers the
-    whole cache when the layers are done.
+    Left alone, XLA cuts heads that are repeated the way it cuts the queries: all of the cache, for
+    each block that is read, and it gathers the cache when the layers are done.
     """
 
     cache: Any
@@ -178,7 +179,11 @@ class Placed:
 
     def layer(self, *args: Any) -> "PlacedView":
         """Return the view of one layer, as the cache itself does."""
-        return PlacedView(self.cache.layer(*args), self.sharding)
+        spec = PartitionSpec(*self.sharding.spec[1:])  # of a block: without the axis of layers
+        hold = functools.partial(
+            jax.lax.with_sharding_constraint, shardings=NamedSharding(self.sharding.mesh, spec)
+        )
+        return PlacedView(self.cache.layer(*args)._replace(hold=hold), self.sharding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,10 +205,7 @@ class PlacedView:
 
     def update(self, k: Any, v: Any) -> "PlacedView":
         """Take in this step's keys and values, [B, T, K, H]."""
-        view = self.view.update(k, v)
-        held = jax.lax.with_sharding_constraint((view.cache.k, view.cache.v), self.sharding)
-        cache = view.cache._replace(k=held[0], v=held[1])
-        return PlacedView(view._replace(cache=cache), self.sharding)
+        return PlacedView(self.view.update(k, v), self.sharding)
 
     def attend(self, q: Any, *, window: int | None, scale: float) -> Any:
         """Attend to all that was taken in, up to now."""

@@ -158,11 +158,12 @@ def _gathered(mesh: Any) -> Callable[[jax.Array, int | None], jax.Array]:
     )
 
 
-def _canonical_names(config: TextConfig) -> list[str]:
+@functools.cache
+def _canonical_names(config: TextConfig) -> tuple[str, ...]:
     """List every weight of the decoder, from the unrolled tree: its paths are the names."""
     decoder = nnx.eval_shape(lambda: Decoder(config, layers="unroll", rngs=nnx.Rngs(0)))
     paths = [path for path, _ in nnx.to_flat_state(nnx.state(decoder))]
-    return [".".join(map(str, path)) for path in sorted(paths, key=_by_layer)]
+    return tuple(".".join(map(str, path)) for path in sorted(paths, key=_by_layer))
 
 
 def _by_layer(path: tuple[Any, ...]) -> tuple[int, int]:

@@ -4,6 +4,7 @@
 is `Fresh`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -196,12 +197,20 @@ def _scatter(cache: Any, lead: tuple, buffer: Any, positions: Array, values: Any
     return jax.tree.map(lambda old, new: old.at[at].set(new, mode="drop"), buffer, values)
 
 
+def _as_it_is(block: Any) -> Any:
+    return block
+
+
 class LayerView(NamedTuple):
-    """Row `row` of a stacked cache, and the positions of the tokens of this step."""
+    """Row `row` of a stacked cache, and the positions of the tokens of this step.
+
+    What is read, blocks [B, S, K, ...] as they are stored, goes through `hold`.
+    """
 
     cache: Any  # DenseCache | RingCache
     row: Any  # int32 scalar
     positions: Any  # [B, T]
+    hold: Callable[[Any], Any] = _as_it_is
 
     def update(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "LayerView":
         """Write this step's rows, and nothing else, into the stack."""
@@ -236,7 +245,7 @@ class LayerView(NamedTuple):
             if size % block:  # the last block begins inside the one before
                 slots = start + jnp.arange(block, dtype=jnp.int32)
                 at = jnp.where((slots >= begin)[None], at, ops.EMPTY)
-            k, v = (jax.tree.map(lambda x: slice_block(x, start), x) for x in (cache.k, cache.v))
+            k, v = self.hold(jax.tree.map(lambda x: slice_block(x, start), (cache.k, cache.v)))
             return decode(k, q.dtype), decode(v, q.dtype), at
 
         return ops.attend_blocks(

@@ -5,8 +5,7 @@ with the experts that are active, but for the reference, which runs all of them.
 Source: transformers modeling_gemma4.py, Gemma4TextRouter and Gemma4TextExperts.
 """
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,13 +119,12 @@ def _gather(x: Array, weights: Array, ids: Array, gate_up: Weight, down: Weight)
 def _sorted(x: Array, weights: Array, ids: Array, gate_up: Weight, down: Weight) -> Array:
     """Sort the pairs by expert and run blocks that each belong to one expert.
 
-    There are at most pairs / block + experts blocks; those that stay empty are skipped.
+    Blocks that stay empty are skipped.
     """
-    count, pairs = num_rows(gate_up), ids.size
-    ends, read = _blocks(weights, ids, count, _BLOCK)
+    ends, blocks = _blocks(weights, ids, num_rows(gate_up), _BLOCK)
 
-    def block(total: Array, index: Array) -> tuple[Array, None]:
-        expert, row, share = read(index)
+    def step(total: Array, inputs: tuple[Array, _Block]) -> tuple[Array, None]:
+        index, (expert, row, share) = inputs
 
         def run(total: Array) -> Array:
             out = _expert(x[row], take(gate_up, expert), take(down, expert))
@@ -134,9 +132,9 @@ def _sorted(x: Array, weights: Array, ids: Array, gate_up: Weight, down: Weight)
 
         return jax.lax.cond(index < ends[-1], run, lambda total: total, total), None
 
-    most = pairs // _BLOCK + min(count, pairs)
     start = jnp.zeros(x.shape, jnp.float32)
-    return jax.lax.scan(block, start, jnp.arange(most, dtype=jnp.int32))[0]
+    numbers = jnp.arange(len(blocks.expert), dtype=jnp.int32)
+    return jax.lax.scan(step, start, (numbers, blocks))[0]
 
 
 def _split(x: Array, weights: Array, ids: Array, gate_up: Weight, down: Weight) -> Array:
@@ -146,14 +144,14 @@ def _split(x: Array, weights: Array, ids: Array, gate_up: Weight, down: Weight) 
     repeats one for nothing. The number of steps is dynamic, so this has no gradient.
     """
     parts, count = num_parts(gate_up), num_rows(gate_up)
-    ends, read = _blocks(weights, ids, count, 1 if ids.size <= _FEW_PAIRS else _BLOCK)
+    ends, blocks = _blocks(weights, ids, count, 1 if ids.size <= _FEW_PAIRS else _BLOCK)
     last = ends[count // parts - 1 :: count // parts]  # [parts]
     first = jnp.concatenate([jnp.zeros(1, jnp.int32), last[:-1]])
     begin = jnp.arange(parts, dtype=jnp.int32) * (count // parts)
 
     def step(index: Array, total: Array) -> Array:
-        expert, row, share = jax.vmap(read)(first + index)
         live = first + index < last
+        expert, row, share = jax.tree.map(lambda a: a[first + index], blocks)
         own = jnp.where(live, expert - begin, 0)
         out = jax.vmap(_expert)(x[row], take_each(gate_up, own), take_each(down, own))
         out = out * jnp.where(live[:, None], share, 0.0)[..., None]
@@ -163,29 +161,33 @@ def _split(x: Array, weights: Array, ids: Array, gate_up: Weight, down: Weight) 
     return jax.lax.fori_loop(0, (last - first).max(), step, start).sum(axis=0)
 
 
-def _blocks(
-    weights: Array, ids: Array, count: int, size: int
-) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
+class _Block(NamedTuple):
+    """Pairs of one expert: its id, their rows and weights [size]; zero where there is no pair."""
+
+    expert: Any
+    row: Any
+    share: Any
+
+
+def _blocks(weights: Array, ids: Array, count: int, size: int) -> tuple[Array, _Block]:
     """Sort the pairs by expert and cut them into blocks of up to `size` pairs of one expert.
 
-    Returns where the blocks of each expert end [E]; and what reads a block by its number: its
-    expert, the rows of its pairs [size] and their weights [size], zero where there is no pair.
+    Returns where the blocks of each expert end [E], and pairs / size + experts blocks, which are
+    enough; those beyond the last end are empty.
     """
     order, sizes = _by_expert(ids, count)
     blocks = (sizes + size - 1) // size
     ends, block_ends = jnp.cumsum(sizes), jnp.cumsum(blocks)
-    lanes = jnp.arange(size, dtype=jnp.int32)
-
-    def read(index: Array) -> tuple[Array, Array, Array]:
-        expert = jnp.searchsorted(block_ends, index, side="right").astype(jnp.int32)
-        expert = jnp.minimum(expert, count - 1)
-        done = (index - (block_ends[expert] - blocks[expert])) * size
-        place = ends[expert] - sizes[expert] + done + lanes
-        inside = done + lanes < sizes[expert]
-        pair = order[jnp.where(inside, place, 0)]
-        return expert, pair // ids.shape[1], jnp.where(inside, weights.reshape(-1)[pair], 0.0)
-
-    return block_ends, read
+    most = ids.size // size + min(count, ids.size)
+    index = jnp.arange(most, dtype=jnp.int32)
+    expert = (block_ends[None] <= index[:, None]).sum(axis=1, dtype=jnp.int32)
+    expert = jnp.minimum(expert, count - 1)
+    done = (index - (block_ends[expert] - blocks[expert])) * size
+    lane = done[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+    inside = lane < sizes[expert][:, None]
+    pair = order[jnp.where(inside, (ends - sizes)[expert][:, None] + lane, 0)]
+    share = jnp.where(inside, weights.reshape(-1)[pair], 0.0)
+    return block_ends, _Block(expert, pair // ids.shape[1], share)
 
 
 def _ragged(x: Array, weights: Array, ids: Array, gate_up: Weight, down: Weight) -> Array:

@@ -28,7 +28,7 @@ __all__ = [
 Paged = Literal["xla", "tpu"]
 
 # Bounds of the TPU kernel's blocks: bytes of its two page buffers, keys, queries. jax's own choice
-# (128 pages) needs 33 MB of VMEM for Gemma 4 31B, of 16. Not tuned: no TPU has run them.
+# of 128 pages of 16 is 34 MB of buffers for Gemma 4 31B. Not tuned: no TPU has run them.
 _BUFFER_BYTES, _KEYS, _QUERIES = 4 << 20, 512, 32
 
 

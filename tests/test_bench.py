@@ -1,0 +1,174 @@
+"""`gemlax bench` at toy width: every subcommand reports what it says, for every form of cache.
+
+No time is asserted: the figures are checked for what they must be made of.
+"""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from gemlax import bench, cli, cost, preset, tiny
+
+# The pattern of 270M at toy width, in three rounds of two steps.
+COMMON = ["--model", "gemma-3-270m", "--tiny", "--layers", "scan", "--rounds", "2", "--json"]
+DECODE = ["decode", *COMMON, "--steps", "2"]
+TEXT = tiny(preset("gemma-3-270m")).text
+FORMS = {
+    "stacked": DECODE,
+    "list": [*DECODE, "--cache", "list"],
+    "paged": [*DECODE, "--cache", "paged", "--batch", "2"],
+    "linen": [*DECODE, "--linen"],
+    "bfloat16": [*DECODE, "--dtype", "bfloat16"],
+}
+BAD = {
+    "--steps 0": "steps must be at least 1, got 0",
+    "--rounds 0": "rounds must be at least 1, got 0",
+    "--batch 0": "batch must be at least 1, got 0",
+    "--depth -1": "depth must be at least 0, got -1",
+    "--capacity 100": "capacity must be a power of two, at least 256 for 128 + 2 tokens, got 100",
+    "--capacity 128": "at least 256 for 128 + 2 tokens, got 128",
+    "--depth 40000": "40000 + 2 tokens are more than the context of 32768",
+    "--model gemma-3-2b": "no model at 'gemma-3-2b'",
+}
+
+
+@pytest.fixture(autouse=True)
+def little_memory(monkeypatch):
+    """Measure the machine on less than a processor's cache: the figure means nothing here."""
+    monkeypatch.setattr(bench, "_READ_BYTES", 2**20)
+
+
+def run(capsys, *arguments: str) -> tuple[str, dict]:
+    """Return what was printed before the last line, and that line's JSON."""
+    assert cli.main(["bench", *arguments, "--quiet"]) == 0
+    done = capsys.readouterr()
+    assert done.err == ""
+    shown, _, last = done.out.rstrip("\n").rpartition("\n")
+    return shown, json.loads(last)
+
+
+def check_common(report: dict, what: str) -> None:
+    assert report["benchmark"] == what
+    assert report["model"] == "tiny gemma-3-270m"
+    assert set(report["versions"]) == {"python", "gemlax", "jax", "flax"}
+    assert report["versions"]["jax"] == jax.__version__
+    assert report["device"].endswith(f"({jax.default_backend()})")
+    assert (report["layers"], report["rounds"]) == ("scan", 2)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_decode_reports_times_bytes_and_their_share_of_the_machine(capsys, name):
+    shown, report = run(capsys, *FORMS[name])
+    assert shown == ""
+    check_common(report, "decode")
+    itemsize, batch = (2 if name == "bfloat16" else 4), (2 if name == "paged" else 1)
+    assert report["cache"] == (name if name in ("list", "paged") else "stacked")
+    assert report["linen"] == (name == "linen")
+    assert (report["depth"], report["steps"], report["capacity"]) == (128, 2, 256)
+    assert report["step_ms_min"] <= report["step_ms"] <= report["step_ms_max"]
+    assert report["tok_s"] == pytest.approx(1e3 * batch / report["step_ms"], rel=0.02)
+    assert report["weight_bytes"] == itemsize * cost.parameters(TEXT)
+    assert report["read_bytes"] == cost.decode_bytes(TEXT, 129, batch, itemsize, itemsize)
+    gb_s = report["read_bytes"] / report["step_ms"] / 1e6
+    assert report["gb_s"] == pytest.approx(gb_s, rel=0.02)
+    share = report["gb_s"] / report["machine_gb_s"]
+    assert report["bandwidth_share"] == pytest.approx(share, rel=0.02)
+    if name in ("stacked", "linen", "bfloat16"):
+        assert report["cache_bytes"] == cost.kv_bytes(TEXT, 256, itemsize)
+    assert report["alias_bytes"] == report["cache_bytes"] > 0
+    assert report["argument_bytes"] >= report["weight_bytes"] + report["cache_bytes"]
+    assert report["temporary_bytes"] > 0
+    assert report["compile_s"] > 0
+
+
+def test_the_cost_of_a_list_is_seen_in_its_temporaries(capsys):
+    stacked, listed = (run(capsys, *FORMS[name])[1] for name in ("stacked", "list"))
+    more = listed["temporary_bytes"] - stacked["temporary_bytes"]
+    assert more > 0.5 * listed["cache_bytes"]
+
+
+def test_prefill_takes_a_prompt_in_the_chunks_of_the_engine(capsys):
+    prompt = ["--prompt-length", "600", "--depth", "10"]
+    _, report = run(capsys, "prefill", *COMMON, *prompt)
+    check_common(report, "prefill")
+    assert (report["prompt_length"], report["chunk"], report["capacity"]) == (600, 512, 1024)
+    assert report["tok_s"] == pytest.approx(600e3 / report["prompt_ms"], rel=0.02)
+    assert report["alias_bytes"] == report["cache_bytes"] == cost.kv_bytes(TEXT, 1024, 4)
+
+
+def test_compile_reports_both_programs(capsys):
+    _, report = run(capsys, "compile", *COMMON, "--prompt-length", "20")
+    check_common(report, "compile")
+    assert report["chunk"] == 32
+    for name in ("decode", "prefill"):
+        for key in ("trace_s", "compile_s"):
+            least, most = (report[f"{name}_{key}_{end}"] for end in ("min", "max"))
+            assert 0 < least <= report[f"{name}_{key}"] <= most
+        assert report[f"{name}_alias_bytes"] == report["cache_bytes"]
+        assert report[f"{name}_temporary_bytes"] > 0
+
+
+def test_without_json_a_table_stands_before_the_last_line(capsys):
+    shown, report = run(capsys, *(part for part in DECODE if part != "--json"))
+    lines = (re.split(r" {2,}", line.strip()) for line in shown.splitlines())
+    table = {name.replace(" ", "_"): value for name, value in lines}
+    assert list(table) == [key for key in report if key != "versions"]
+    assert table["weight_bytes"] == f"{report['weight_bytes']:,}"
+    assert table["cache"] == "stacked"
+    assert table["linen"] == "False"
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_option_is_one_line_of_error(capsys, name):
+    assert cli.main(["bench", *DECODE, *name.split()]) == 1
+    done = capsys.readouterr()
+    assert done.out == ""
+    assert done.err.count("\n") == 1
+    assert BAD[name] in done.err
+
+
+@pytest.mark.parametrize("wrong", ["decode --prompt-length 3", "prefill --steps 3", "run", ""])
+def test_an_option_of_another_benchmark_is_refused(capsys, wrong):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", *wrong.split()])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("gemlax: ")
+
+
+def test_every_form_of_cache_holds_the_same_after_the_same_run():
+    """Two rows, a prompt that ends inside a chunk, and steps: so rows and padding are told apart."""
+    decoder = bench.random_decoder(TEXT, layers="scan")
+    keys = {}
+    for cache in ("stacked", "list", "paged"):
+        case = bench.Case(decoder, batch=2, capacity=64, cache=cache)
+        case.prefill(case.compile_prefill(16), 16, 0, 21)
+        held = case.decode(21, 3)
+        if cache == "list":
+            keys[cache] = np.stack([held[i].k for i in (5, 11, 17)])
+        elif cache == "paged":
+            pages = held["full_attention"].pages
+            keys[cache] = pages.reshape(3, 2, 64, *pages.shape[3:])[..., 0::2, :]
+        else:
+            keys[cache] = held["full_attention"].k
+    for found in keys.values():
+        np.testing.assert_allclose(found, keys["stacked"], rtol=1e-5, atol=1e-5)
+        assert np.abs(found[:, :, :24]).max(axis=(-1, -2)).min() > 0.1
+        assert not np.any(found[:, :, 24:])
+
+
+def test_the_machine_is_read_by_a_product_over_the_whole_buffer(monkeypatch):
+    """Twice the bytes at the same speed take about twice as long: GB/s counts bytes read."""
+    seen = []
+
+    def fixed(works, rounds):
+        (work,) = works.values()
+        seen.append(work().shape)
+        return {"read": bench.Times(0.5, 0.5, 0.5)}
+
+    monkeypatch.setattr(bench, "timed", fixed)
+    monkeypatch.setattr(bench, "_READ_BYTES", 2**22)
+    assert bench.streaming_read() == pytest.approx(2**22 / 0.5 / 1e9)
+    assert seen == [(1024,)]

@@ -1,0 +1,83 @@
+"""The matrix of front ends, layouts, caches and ways of feeding: see matrix.py.
+
+All of it for three patterns that differ most, its diagonals for the others; the rest is slow.
+"""
+
+import functools
+
+import jax
+import matrix
+import numpy as np
+import pytest
+
+WHOLE = ("gemma-3-4b", "gemma-4-e2b", "gemma-4-26b-a4b")
+# Of Linen and of unrolled layers, a prompt in chunks through each cache, unless all is asked for.
+CASES = [
+    (name, front, layers, form, feed)
+    for name in matrix.LAYERS
+    for front in ("NNX", "Linen")
+    for layers in ("scan", "unroll")
+    for form in matrix.CACHES
+    for feed in matrix.FEEDS
+]
+
+
+def is_quick(name, front, layers, form, feed):
+    if name in WHOLE and (front, layers) == ("NNX", "scan"):
+        return True
+    if (front == "NNX" and layers == "scan") or name in WHOLE:
+        return feed == "chunks" and (front, layers) != ("Linen", "unroll")
+    return feed == "chunks" and form == "stacked" and (front, layers) == ("Linen", "scan")
+
+
+@functools.cache
+def held(name, front, layers):
+    return matrix.hold(name, matrix.pattern(name), front, layers)
+
+
+@functools.cache
+def reference(name):
+    return matrix.full(held(name, "NNX", "unroll"))
+
+
+@pytest.mark.parametrize(
+    ("name", "front", "layers", "form", "feed"),
+    [pytest.param(*case, marks=[] if is_quick(*case) else pytest.mark.slow) for case in CASES],
+)
+def test_every_way_through_the_decoder_equals_the_full_forward(name, front, layers, form, feed):
+    out = matrix.fed(held(name, front, layers), form, feed)
+    assert matrix.error(out, reference(name)) < matrix.SAME
+
+
+@pytest.mark.parametrize("front", ["NNX", "Linen"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_full_forward_through_the_scan_equals_the_unrolled_one(name, front):
+    out = matrix.full(held(name, front, "scan"))
+    assert matrix.error(out, reference(name)) < matrix.SAME
+
+
+def test_linen_unrolled_traces_to_the_same_program_as_nnx():
+    """So that its numbers need no run of their own here."""
+    name = "gemma-4-e2b"
+    programs = []
+    for front in ("NNX", "Linen"):
+        made = held(name, front, "unroll")
+        caches = matrix.new_caches(made.config, "stacked", matrix.CHUNK)
+        ids = jax.ShapeDtypeStruct((2, matrix.CHUNK), np.int32)
+        lowered = jax.jit(lambda *args, made=made: made.call(*args, None)).lower(
+            made.state, ids, ids, caches
+        )
+        text = lowered.as_text()
+        operations = [line.split("=", 1)[-1].split("(")[0].split()[0] for line in text.splitlines()
+                      if " = stablehlo." in line]  # fmt: skip
+        programs.append(operations)
+    assert programs[0] == programs[1]
+    assert len(programs[0]) > 1000
+
+
+def test_rings_of_the_matrix_wrap_and_prompts_pass_two_windows():
+    caches = matrix.new_caches(matrix.pattern("gemma-3-4b").text, "stacked", matrix.CHUNK)
+    ring = caches["sliding_attention"].positions.shape[1]
+    assert type(caches["sliding_attention"]).__name__ == "RingCache"
+    assert matrix.LENGTHS.min() > 2 * 32
+    assert ring < matrix.LENGTHS.min()

@@ -1,0 +1,527 @@
+"""Meshes: what lies where, the same tokens as on one device, and programs that move no weight.
+
+A gate on a program is a function that returns a list of faults, and a bad twin must fail it.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from adapters import logits
+from flax import nnx
+from golden.conditioned import conditioned_weights
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gemlax import generate, model, sharding
+from gemlax.checkpoints import text_weights
+from gemlax.decoder import Decoder
+from gemlax.errors import RequestError
+from gemlax.generate import Engine
+from gemlax.ops import moe
+from gemlax.presets import PRESETS, preset, tiny
+from gemlax.qtensor import Split
+from gemlax.sampling import make_sampling
+from gemlax.sharding import make_mesh
+from gemlax.weights import build_decoder, default_layers, named_weights, place
+
+# (5 sliding, 1 full) twice, so that there is a scan in a scan, and 2 sliding.
+TINY = tiny(preset("gemma-3-4b"), num_hidden_layers=14).text
+MOE = tiny(preset("gemma-4-26b-a4b"), num_hidden_layers=6).text
+MESHES = ("tensor=8", "data=2,tensor=4", "fsdp=8")
+NEW_TOKENS = 24
+# Room for so many tokens makes the sliding layers' caches rings.
+ROOM = 1500
+
+
+def random_weights(config, seed=0):
+    return conditioned_weights(f"sharding {seed}", text_weights(config))
+
+
+def decoder_on(config, weights, mesh, layers="scan", dtype=jnp.float32):
+    def fill(name, out):
+        out[...] = weights[name]
+
+    return build_decoder(config, fill, layers=layers, dtype=dtype, mesh=mesh)
+
+
+def engine_on(config, weights, mesh, **options) -> Engine:
+    decoder = decoder_on(config, weights, mesh, **options)
+    dtype = decoder.norm.weight.get_value().dtype
+    return Engine(decoder, num_tokens=config.vocab_size, dtype=dtype, mesh=mesh)
+
+
+def prompts(config):
+    rng = np.random.default_rng(11)
+    return [rng.integers(3, config.vocab_size, n).tolist() for n in (70, 41, 33, 5, 1)]
+
+
+def start(engine, asked=None, before=None):
+    asked = asked or prompts(engine.config)
+    return engine.start(asked, ROOM, 2048, [1], before=before)
+
+
+def decode(engine, state, limits):
+    batch = state.tokens.shape[0]
+    settings = make_sampling(batch, engine.config.vocab_size, [0] * batch, temperature=0.0)
+    return next(engine.steps(state, limits, settings, iter([NEW_TOKENS])))
+
+
+def generated(engine) -> np.ndarray:
+    """The prompts and what follows them, in rows that end where the longest does."""
+    rows = decode(engine, *start(engine))
+    return rows.tokens[: len(prompts(engine.config)), : rows.lengths.max()]
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return random_weights(TINY)
+
+
+@pytest.fixture(scope="module")
+def alone(weights):
+    return engine_on(TINY, weights, None)
+
+
+@pytest.fixture(scope="module")
+def expected(alone):
+    return generated(alone)
+
+
+@pytest.fixture(scope="module")
+def engines(weights):
+    """An engine per mesh, made once; its programs are kept."""
+    return functools.cache(lambda axes: engine_on(TINY, weights, make_mesh(axes)))
+
+
+# --- a mesh from text --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "axes", ["data=2,tensor=4", " data = 2 , tensor=4", {"tensor": 4, "data": 2}]
+)
+def test_a_mesh_is_made_from_text_or_a_mapping(axes):
+    mesh = make_mesh(axes)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "expert": 1, "tensor": 4}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert make_mesh(mesh) is mesh
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        ("model=8", "'model' is unknown; there are data, fsdp, expert, tensor"),
+        ("tensor=4", "tensor=4 has 4 places, but there are 8 devices"),
+        ({}, "without axes has 1 places"),
+        ("tensor=two", "'tensor' must be a positive integer, got 'two'"),
+        ("tensor", "'tensor' must be a positive integer, got ''"),
+        ("data=-8", "'data' must be a positive integer, got '-8'"),
+        ({"tensor": 8.0}, "'tensor' must be a positive integer, got 8.0"),
+        ({"tensor": True}, "'tensor' must be a positive integer, got True"),
+        ("data=2,data=4", "'data' is given twice"),
+        ("", "'' is unknown"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_one_clear_error(axes, said):
+    with pytest.raises(RequestError, match=re.escape(said)):
+        make_mesh(axes)
+
+
+@pytest.mark.parametrize("kind", ["name", "type"])
+def test_a_mesh_with_other_axes_is_refused(kind):
+    name, axis_type = ("x", AxisType.Auto) if kind == "name" else ("data", AxisType.Explicit)
+    mesh = Mesh(np.asarray(jax.devices()), (name,), axis_types=(axis_type,))
+    with pytest.raises(RequestError, match="must have Auto axes named data, fsdp, expert, tensor"):
+        make_mesh(mesh)
+
+
+# --- where weights and caches lie --------------------------------------------------------------
+
+
+def variables(config):
+    decoder = nnx.eval_shape(lambda: Decoder(config, layers="scan", rngs=nnx.Rngs(0)))
+    return dict(nnx.to_flat_state(nnx.state(decoder)))
+
+
+def test_every_weight_of_every_size_has_axes_and_every_rule_is_used():
+    used = {"batch", "layers"}  # of caches, and of stacks
+    for name in PRESETS:
+        for path, variable in variables(tiny(preset(name)).text).items():
+            axes = variable.get_metadata()["axes"]
+            assert len(axes) + (path[0] == "layers") == variable.get_value().ndim, path
+            used |= set(axes) - {None}
+    assert used == set(sharding.RULES)
+    assert set(itertools.chain(*sharding.RULES.values())) == set(sharding.AXES)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("axes", ["tensor=8", "data=2,fsdp=2,tensor=2", "fsdp=8"])
+def test_every_published_size_fits_the_usual_meshes(name, axes):
+    config = preset(name).text
+    found = place(config, "scan", make_mesh(axes))
+    assert found.shardings.keys() == variables(config).keys()
+
+
+def test_where_tensor_does_not_divide_the_query_heads_attention_is_repeated():
+    """Four query heads and eight devices: only attention and norms are held by each."""
+    assert TINY.num_attention_heads == 4
+    found = place(TINY, "scan", make_mesh("tensor=8"))
+    matrices = {name for name in found.repeated if "norm" not in name}
+    kept = {f"layers.{i}.self_attn.{p}_proj.weight" for i in range(14) for p in "qkvo"}
+    assert matrices == kept
+    spec = found.shardings["layers", 0, "sliding_attention", "mlp", "down_proj", "weight"].spec
+    assert spec == PartitionSpec(None, None, "tensor")
+
+
+def test_where_tensor_divides_only_the_query_heads_keys_and_values_are_repeated():
+    found = place(TINY, "unroll", make_mesh("data=2,tensor=4"))
+    matrices = {name for name in found.repeated if "norm" not in name}
+    assert matrices == {f"layers.{i}.self_attn.{p}_proj.weight" for i in range(14) for p in "kv"}
+    attention = ("layers", 3, "self_attn")
+    assert found.shardings[*attention, "q_proj", "weight"].spec[0] == "tensor"
+    assert found.shardings[*attention, "o_proj", "weight"].spec[1] == "tensor"
+
+
+@pytest.mark.parametrize(
+    ("change", "axes", "said"),
+    [
+        (
+            {"vocab_size": 511},
+            "tensor=8",
+            "embed_tokens.weight has 511 'vocab' entries, which tensor=8",
+        ),
+        ({"hidden_size": 84}, "fsdp=8", "embed_tokens.weight has 84 'embed' entries, which fsdp=8"),
+    ],
+)
+def test_a_weight_that_the_mesh_does_not_divide_is_named(change, axes, said):
+    with pytest.raises(RequestError, match=re.escape(said)):
+        place(dataclasses.replace(TINY, **change), "scan", make_mesh(axes))
+
+
+def test_an_mlp_or_experts_that_the_mesh_does_not_divide_are_named():
+    odd = tuple(dataclasses.replace(spec, intermediate_size=100) for spec in TINY.layers)
+    with pytest.raises(RequestError, match=r"mlp\.down_proj\.weight has 100 'mlp' entries"):
+        place(dataclasses.replace(TINY, layers=odd), "scan", make_mesh("tensor=8"))
+    odd = tuple(dataclasses.replace(spec, num_experts=20) for spec in MOE.layers)
+    with pytest.raises(RequestError, match="has 20 'experts' entries, which expert=8 does not"):
+        place(dataclasses.replace(MOE, layers=odd), "scan", make_mesh("expert=8"))
+
+
+def device_bytes(tree) -> int:
+    """Bytes that one device holds; every device holds as much."""
+    arrays = jax.tree.leaves(tree)
+    sizes = {sum(a.addressable_shards[i].data.nbytes for a in arrays) for i in range(8)}
+    (size,) = sizes
+    return size
+
+
+@pytest.mark.parametrize("axes", MESHES)
+def test_a_device_holds_its_share_of_the_weights_and_what_is_named(engines, weights, axes):
+    engine = engines(axes)
+    cuts = engine.mesh.size // engine.mesh.shape["data"]
+    repeated = place(TINY, "scan", engine.mesh).repeated
+    kept = sum(weights[name].nbytes for name in repeated)
+    total = sum(w.nbytes for w in weights.values())
+    assert kept < 0.6 * total
+    assert device_bytes(engine._weights) <= 1.15 / cuts * total + kept
+
+
+def test_a_device_holds_its_share_of_the_caches(weights):
+    engine = engine_on(TINY, weights, make_mesh("data=4,tensor=2"))
+    caches = start(engine)[0].caches
+    whole = sum(a.nbytes for c in caches.values() for a in (c.k, c.v))
+    assert {type(cache).__name__ for cache in caches.values()} == {"RingCache", "DenseCache"}
+    held = device_bytes([(c.k, c.v) for c in caches.values()])
+    assert held <= 1.05 / 8 * whole
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_repeated():
+    mesh, spec = make_mesh("data=4,tensor=2"), TINY.layers[0]
+    rows = [sharding.cache_sharding(mesh, TINY, spec, batch).spec[1] for batch in (8, 6)]
+    assert rows == [("data", "fsdp"), None]
+    assert sharding.rows_sharding(mesh, 6).spec == PartitionSpec(None)
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+def numpy_bytes() -> int:
+    domain = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
+    found = tracemalloc.take_snapshot().filter_traces([domain])
+    return sum(trace.size for trace in found.traces)
+
+
+def peak_of(build) -> int:
+    """The most bytes that NumPy holds while `build(fill)` is filled."""
+    sizes = []
+
+    def fill(name, out):
+        out[...] = 0.5
+        sizes.append(numpy_bytes())
+
+    tracemalloc.start()
+    try:
+        build(fill)
+        sizes.append(numpy_bytes())
+    finally:
+        tracemalloc.stop()
+    return max(sizes)
+
+
+def test_the_host_holds_the_parts_and_one_weight_more():
+    config = dataclasses.replace(TINY, layers=TINY.layers[:6], vocab_size=4096)
+    sizes = [math.prod(w.shape) * 4 for w in random_weights(config).values()]
+    limit = 1.02 * sum(sizes) + max(sizes)
+    mesh = make_mesh("data=2,tensor=4")
+    assert peak_of(lambda fill: build_decoder(config, fill, layers="scan", mesh=mesh)) <= limit
+
+    def twin(fill):
+        """Load whole, then cut: the host holds the model twice."""
+        decoder = build_decoder(config, fill, layers="scan")
+        placed = place(config, "scan", mesh).shardings
+        for path, variable in nnx.to_flat_state(nnx.state(decoder)):
+            np.array(jax.device_put(variable.get_value(), placed[path]))
+        kept = [np.array(v.get_value()) for _, v in nnx.to_flat_state(nnx.state(decoder))]
+        fill("", np.zeros(1))
+        return kept
+
+    assert peak_of(twin) > limit
+
+
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+@pytest.mark.parametrize("axes", ["data=2,tensor=4", "fsdp=2,tensor=4"])
+def test_weights_come_back_from_a_mesh_bit_for_bit(weights, axes, layers):
+    found = dict(named_weights(decoder_on(TINY, weights, make_mesh(axes), layers)))
+    assert found.keys() == weights.keys()
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, weights[name], err_msg=name)
+
+
+def test_bfloat16_experts_come_back_from_a_mesh_bit_for_bit():
+    config = dataclasses.replace(MOE, layers=MOE.layers[:2])
+    weights = random_weights(config)
+    decoder = decoder_on(config, weights, make_mesh("expert=8"), dtype=jnp.bfloat16)
+    for name, array in named_weights(decoder):
+        assert array.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(array, weights[name].astype(jnp.bfloat16), err_msg=name)
+
+
+# --- the same tokens ---------------------------------------------------------------------------
+
+
+def near_ties(found, expected, reference, other) -> int:
+    """Count rows that leave the reference at a near tie; assert that no row does elsewhere."""
+    lengths = np.asarray([len(prompt) for prompt in prompts(reference.config)])
+    ties = 0
+    for row in range(len(lengths)):
+        differs = np.flatnonzero(found[row] != expected[row])
+        if not differs.size:
+            continue
+        at = int(differs[0])
+        assert at >= lengths[row]
+        both = [
+            logits(decoder, expected[row : row + 1, :at], np.array([at]))
+            for decoder in (reference, other)
+        ]
+        noise = np.abs(both[0] - both[1]).max()
+        candidates = both[0][0, -1, [expected[row, at], found[row, at]]]
+        assert abs(candidates[0] - candidates[1]) < 4 * noise
+        ties += 1
+    return ties
+
+
+def merged(engine) -> Decoder:
+    decoder = nnx.eval_shape(lambda: Decoder(engine.config, layers="scan", rngs=nnx.Rngs(0)))
+    return nnx.merge(nnx.split(decoder)[0], engine._weights)
+
+
+@pytest.mark.parametrize("axes", MESHES)
+def test_a_mesh_gives_the_tokens_of_one_device(engines, alone, expected, axes):
+    found = generated(engines(axes))
+    assert found.shape == expected.shape
+    assert len(np.unique(found)) > 60  # no row repeats one token
+    if not np.array_equal(found, expected):
+        assert near_ties(found, expected, merged(alone), merged(engines(axes))) <= 1
+
+
+def test_an_unrolled_decoder_gives_the_same_tokens_on_a_mesh(weights, expected):
+    found = generated(engine_on(TINY, weights, make_mesh("data=2,tensor=4"), layers="unroll"))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_kept_state_goes_on_on_a_mesh_as_on_one_device(engines, alone):
+    """A second turn prefills only what is new, and both say the same."""
+    found = []
+    for engine in (alone, engines("data=2,tensor=4")):
+        first = decode(engine, *start(engine))
+        told = [
+            [*row[:n].tolist(), 7, 8, 9] for row, n in zip(first.tokens, first.lengths, strict=True)
+        ]
+        told = told[: len(prompts(TINY))]
+        before = engine.counters.prefill_tokens
+        second = decode(engine, *start(engine, told, first.state))
+        # A row's last token was not prefilled yet, and its new last one is not.
+        assert engine.counters.prefill_tokens - before == 3 * len(told)
+        found.append(second.tokens[: len(told)])
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("axes", ["expert=8", "data=2,expert=2,tensor=2"])
+def test_experts_on_a_mesh_give_the_tokens_of_one_device(axes):
+    weights = random_weights(MOE)
+    found = [generated(engine_on(MOE, weights, mesh)) for mesh in (None, make_mesh(axes))]
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_model_scores_the_same_on_a_mesh(weights):
+    config = dataclasses.replace(preset("gemma-3-4b"), text=TINY)
+    scores = []
+    for mesh in (None, make_mesh("fsdp=2,tensor=4")):
+        one = model.Model(config, decoder_on(TINY, weights, mesh), mesh=mesh)
+        scores.append(one.score([prompts(TINY)[0]])[0].log_likelihood)
+    assert abs(scores[0] - scores[1]) < 1e-4 * abs(scores[0])
+
+
+# --- gates on the programs ---------------------------------------------------------------------
+
+COLLECTIVE = re.compile(
+    r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
+Shape = tuple[int, ...]
+
+
+def gather_faults(hlo_text: str, shapes: list[tuple[Shape, Shape]]) -> list[str]:
+    """Name every collective whose result is a part, at least a device's, of something held.
+
+    `shapes` are pairs of the whole and of what one device holds of it.
+    """
+    faults = []
+    for line in hlo_text.splitlines():
+        found = COLLECTIVE.search(line)
+        results = re.findall(r"\w+\[([\d,]+)\]", found[1]) if found else []
+        for result in results:
+            sizes = tuple(int(n) for n in result.split(","))
+            if any(_is_part(sizes, *pair) for pair in shapes):
+                faults.append(line.strip()[:120])
+    return faults
+
+
+def _is_part(sizes: Shape, whole: Shape, own: Shape) -> bool:
+    while len(sizes) > len(whole) and sizes[0] == 1:
+        sizes = sizes[1:]
+    fits = (a <= n <= b and n % a == 0 for n, a, b in zip(sizes, own, whole, strict=False))
+    return len(sizes) == len(whole) and all(fits)
+
+
+def held_shapes(engine, caches) -> list[tuple[Shape, Shape]]:
+    """Caches, stacks of weights, one layer of each, and one expert."""
+    arrays = jax.tree.leaves((engine._weights, [(c.k, c.v) for c in caches.values()]))
+    pairs = [(a.shape, a.sharding.shard_shape(a.shape)) for a in arrays if a.ndim > 1]
+    for whole, own in list(pairs):
+        pairs += [(whole[i:], own[i:]) for i in range(1, len(whole) - 1) if len(whole) > 2]
+    return pairs
+
+
+def decode_faults(engine) -> list[str]:
+    state, limits = start(engine)
+    decode(engine, state, limits)
+    ((_, program),) = [item for item in engine._compiled.items() if item[0][0] == "decode"]
+    again = start(engine)[0]
+    return gather_faults(program.as_text(), held_shapes(engine, again.caches))
+
+
+@pytest.mark.parametrize("axes", ["tensor=8", "data=2,tensor=4"])
+def test_decoding_gathers_neither_a_cache_nor_a_weight(engines, axes):
+    assert decode_faults(engines(axes)) == []
+
+
+@pytest.mark.parametrize("axes", ["tensor=8", "data=2,tensor=4"])
+def test_decoding_on_a_mesh_writes_the_caches_in_place(engines, axes):
+    engine = engines(axes)
+    state, limits = start(engine)
+    held = device_bytes([jax.tree.leaves(cache) for cache in state.caches.values()])
+    decode(engine, state, limits)
+    ((_, program),) = [item for item in engine._compiled.items() if item[0][0] == "decode"]
+    assert program.memory_analysis().alias_size_in_bytes >= held
+    assert program.memory_analysis().temp_size_in_bytes < 0.1 * held
+
+
+def test_twin_without_held_caches_gathers_them(weights, monkeypatch):
+    monkeypatch.setattr(generate, "_run", lambda decoder, mesh, *args: decoder(*args))
+    assert decode_faults(engine_on(TINY, weights, make_mesh("data=2,tensor=4")))
+
+
+def stack_program(spec: PartitionSpec) -> tuple[str, Shape, Shape]:
+    """Scan over the layers of a stack of square matrices."""
+    mesh = make_mesh("tensor=8")
+    placed = NamedSharding(mesh, spec)
+    stack = jax.ShapeDtypeStruct((8, 64, 64), jnp.float32, sharding=placed)
+    x = jax.ShapeDtypeStruct((4, 64), jnp.float32, sharding=sharding.replicated(mesh))
+
+    def run(stack, x):
+        def layer(x, index):
+            return x @ stack[index].T, None
+
+        return jax.lax.scan(layer, x, jnp.arange(8, dtype=jnp.int32))[0]
+
+    program = jax.jit(run, out_shardings=sharding.replicated(mesh)).lower(stack, x).compile()
+    return program.as_text(), stack.shape, placed.shard_shape(stack.shape)
+
+
+def test_twin_that_cuts_the_axis_of_layers_gathers_weights():
+    for spec, gathers in ((PartitionSpec(None, "tensor"), False), (PartitionSpec("tensor"), True)):
+        text, whole, own = stack_program(spec)
+        assert bool(gather_faults(text, [(whole, own), (whole[1:], own[1:])])) == gathers
+
+
+@pytest.fixture(scope="module")
+def moe_weights():
+    return random_weights(MOE)
+
+
+def test_decoding_moves_no_expert(moe_weights):
+    engine = engine_on(MOE, moe_weights, make_mesh("expert=8"))
+    stacks = [v for v in jax.tree.leaves(engine._weights, is_leaf=_is_split) if _is_split(v)]
+    assert len(stacks) == 4
+    assert {stack.parts for stack in stacks} == {8}
+    assert decode_faults(engine) == []
+
+
+def test_twin_that_reads_experts_one_by_one_moves_them(moe_weights, monkeypatch):
+    monkeypatch.setattr(moe, "_default", lambda pairs, parts: "gather")
+    assert decode_faults(engine_on(MOE, moe_weights, make_mesh("expert=8")))
+
+
+def _is_split(value) -> bool:
+    return isinstance(value, Split)
+
+
+# --- at full size ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma-3-4b", "gemma-4-e2b"])
+def test_a_mesh_gives_the_tokens_of_one_device_at_full_depth(name):
+    config = tiny(preset(name)).text
+    weights = random_weights(config)
+    engines = [engine_on(config, weights, mesh) for mesh in (None, make_mesh("data=2,tensor=4"))]
+    expected, found = map(generated, engines)
+    assert near_ties(found, expected, *map(merged, engines)) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", ["tensor=8", "data=2,tensor=4"])
+def test_the_real_model_gives_the_same_text_on_a_mesh(gguf_path, axes):
+    prompt = ["The capital of France is", "Once upon a time"]
+    texts = []
+    for mesh in (None, axes):
+        one = model.load(gguf_path, layers="scan", mesh=mesh)
+        texts.append([c.text for c in one.generate(prompt, max_new_tokens=12)])
+    assert default_layers(jnp.dtype(jnp.float32)) == "unroll"
+    assert texts[0] == texts[1]
