@@ -139,7 +139,7 @@ def test_an_option_of_another_benchmark_is_refused(capsys, wrong):
 
 
 def test_every_form_of_cache_holds_the_same_after_the_same_run():
-    """Two rows, a prompt that ends inside a chunk, and steps: so rows and padding are told apart."""
+    """Two rows, and a prompt that ends inside a chunk: rows and padding are told apart."""
     decoder = bench.random_decoder(TEXT, layers="scan")
     keys = {}
     for cache in ("stacked", "list", "paged"):

@@ -31,7 +31,7 @@ ENVIRONMENT = INHERITED | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
 CONFIG = gemlax.tiny(gemlax.preset("gemma-3-270m"), num_hidden_layers=6)
 TIMEOUT = 300
 PROMPT = "hello world"
-COMMANDS = ("generate", "chat", "convert", "info", "perplexity")
+COMMANDS = ("generate", "chat", "convert", "info", "perplexity", "bench")
 GENERATE = ["generate", "--model", "{model}", "--layers", "scan", "--max-new-tokens", "12"]
 SCORE = ["perplexity", "--model", "{model}"]
 
@@ -49,6 +49,8 @@ GOOD = {
     "perplexity plain": [*SCORE, "{bad}/prompt.txt"],
     "info": ["info", "{model}", "--json"],
     "info plain": ["info", "{model}"],
+    "info all": ["info", "--all", "--json"],
+    "info all plain": ["info", "--all"],
     "info context": ["info", "{model}", "--json", "--context", "7"],
     **{f"info {name}": ["info", name, "--json"] for name in gemlax.PRESETS},
     **{f"help {name}": [name, "--help"] for name in COMMANDS},
@@ -92,6 +94,8 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "cache in a file": ([*GENERATE, "--compilation-cache", "{bad}/prompt.txt/x", PROMPT], 1,
                         "prompt.txt/x: Not a directory"),
     "zero info context": (["info", "gemma-3-1b", "--context", "0"], 1, "--context"),
+    "all and one": (["info", "gemma-3-1b", "--all"], 1, "--all takes neither a model nor"),
+    "all and context": (["info", "--all", "--context", "9"], 1, "--all takes neither a model nor"),
     "unknown flag": (["generate", "--loud", PROMPT], 2, "--loud"),
     "unknown command": (["sing"], 2, "sing"),
     "no tokenizer to chat": (["chat", "--model", "{bad}/mute"], 1, "no tokenizer"),
@@ -308,6 +312,7 @@ def check_info(report: dict[str, Any], text: Any, context: int) -> None:
         assert report[f"weight_bytes_{dtype}"] == size * cost.parameters(text)
         assert report[f"kv_bytes_per_token_{dtype}"] == cost.kv_bytes_per_token(text, size)
         assert report[f"kv_bytes_at_context_{dtype}"] == cost.kv_bytes(text, context, size)
+    assert report["kv_memory"] == [row._asdict() for row in cost.kv_memory(text)]
 
 
 @pytest.mark.parametrize("name", gemlax.PRESETS)
@@ -327,6 +332,21 @@ def test_info_of_a_checkpoint_is_what_it_costs(outcomes, model):
     for key, value in outcomes["info"].report.items():
         assert key.replace("_", " ") in shown
         assert not isinstance(value, int) or f"{value:,}" in shown
+
+
+def test_info_shows_the_kv_memory_of_a_model_and_of_every_size(outcomes):
+    sizes = [(n, r) for n in gemlax.PRESETS for r in cost.kv_memory(gemlax.preset(n).text)]
+    assert outcomes["info all"].report == {
+        "kv_memory": [{"model": name, **row._asdict()} for name, row in sizes]
+    }
+    title, head, *lines = outcomes["info all plain"].out.splitlines()
+    assert title.startswith("kv memory of one row, MB")
+    assert head.split() == ["model", "tokens", "naive", "bfloat16", "int8"]
+    shown = [(n, f"{r.tokens:,}", *(f"{x / 1e6:,.1f}" for x in r[1:])) for n, r in sizes]
+    assert [tuple(line.split()) for line in lines] == shown
+    own = outcomes["info plain"].out.splitlines()[-2:]
+    rows = cost.kv_memory(CONFIG.text)
+    assert [line.split()[-1] for line in own] == [f"{r.int8_bytes / 1e6:,.1f}" for r in rows]
 
 
 def test_info_of_the_real_file_reads_no_weight(gguf_path, monkeypatch, capsys):

@@ -254,7 +254,7 @@ def random_decoder(
     random = np.random.default_rng(0)
 
     def fill(name: str, out: np.ndarray) -> None:
-        noise = random.standard_normal(out.shape[-1], np.float32) * 0.03
+        noise = random.standard_normal(out.shape[-1], np.float32) * np.float32(0.03)
         out[...] = noise.astype(out.dtype)
 
     return build_decoder(config, fill, dtype=dtype, layers=layers, read=read, progress=progress)

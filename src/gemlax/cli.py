@@ -345,7 +345,11 @@ def _bench(args: argparse.Namespace) -> int:
     from gemlax import bench
 
     name, build = _bench_model(args)
-    measure = {"decode": bench.decode, "prefill": bench.prefill, "compile": bench.compilation}
+    measure: dict[str, Any] = {
+        "decode": bench.decode,
+        "prefill": bench.prefill,
+        "compile": bench.compilation,
+    }
     names = ("depth", "prompt_length", "steps", "rounds", "capacity", "batch", "cache", "linen")
     options = {key: value for key, value in vars(args).items() if key in names}
     with _status(args, "measuring"):

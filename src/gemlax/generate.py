@@ -358,10 +358,9 @@ def _step(
     settings: Sampling,
 ) -> DecodeState:
     if mesh is not None:  # all but the caches: every device knows what every row has said
-        caches = state.caches
-        known = state._replace(caches=None)
+        known = state._replace(caches={})
         known = jax.lax.with_sharding_constraint(known, sharding.replicated(mesh))
-        state = known._replace(caches=caches)
+        state = known._replace(caches=state.caches)
     batch, capacity = state.tokens.shape
     rows = jnp.arange(batch, dtype=jnp.int32)
     last = state.lengths - 1

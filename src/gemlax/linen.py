@@ -112,7 +112,7 @@ def to_linen(decoder: Any, layers: Layers | None = None) -> dict[str, Any]:
     Args:
         decoder: a `gemlax.Decoder`, such as `gemlax.load(...).decoder`; the arrays are shared.
     """
-    if isinstance(decoder, nnx.Module):
+    if isinstance(decoder, blocks.Decoder):
         layers = "scan" if decoder.scanned else "unroll"
         decoder = nnx.state(decoder)
     boxed = {}
@@ -125,7 +125,8 @@ def to_linen(decoder: Any, layers: Layers | None = None) -> dict[str, Any]:
 
 def to_nnx(module: Decoder, variables: Mapping[str, Any]) -> blocks.Decoder:
     """Return an NNX decoder that holds the parameters of `module`."""
-    return module.apply(variables, method=lambda bound: bound._decoder())
+    bound: Any = module.apply(variables, method=lambda bound: bound._decoder())
+    return bound
 
 
 def _leaves(tree: Any) -> dict[tuple[str, ...], Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemlax.config import LayerSpec, TextConfig
 from gemlax.errors import RequestError
@@ -88,7 +88,7 @@ def _parse(text: str) -> dict[str, Any]:
     return sizes
 
 
-def parts(mesh: Mesh | None, axis: str) -> int:
+def parts(mesh: Mesh | AbstractMesh | None, axis: str) -> int:
     """Return into how many parts a mesh cuts a logical axis that it can divide."""
     return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in RULES[axis])
 
@@ -112,7 +112,7 @@ def weight_sharding(
     """
     layer = name.split(".")[1]
     spec = config.layers[int(layer)] if name.startswith("layers.") else None
-    cut = []
+    cut: list[tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
         if axis is None or parts(mesh, axis) == 1:
             cut.append(None)

@@ -74,7 +74,7 @@ def build_decoder(
         shape = flat[path].get_value().shape
         parts = _Parts(shape, dtype, placed.get(path))
         for row, name in names:
-            parts.fill(row, lambda out, name=name: fill(name, out))
+            parts.fill(row, functools.partial(fill, name))
             done += math.prod(shape) * dtype.itemsize // len(names)
             if progress is not None:
                 progress(done, total)

@@ -49,7 +49,7 @@ def stack_layers(entries: list[Any] | None, count: int) -> Any:
         raise TypeError(f"layers are stacked from a list, got {type(entries).__name__}")
     if len(entries) != count:
         raise ValueError(f"expected {count} entries to stack, got {len(entries)}")
-    forms = [jax.tree.structure(entry) for entry in entries]
+    forms: list[Any] = [jax.tree.structure(entry) for entry in entries]
     for i, form in enumerate(forms):
         if form != forms[0]:
             raise TypeError(f"entry {i} is {form}, entry 0 is {forms[0]}")
