@@ -64,8 +64,8 @@ class Held(NamedTuple):
     call: Any  # (state, tokens, positions, kv_caches, metadata) -> (logits, kv_caches)
 
 
-def hold(name: str, config: GemmaConfig, front: str, layers: str) -> Held:
-    weights = conditioned_weights(f"matrix {name}", text_weights(config.text))
+def hold(name: str, config: GemmaConfig, front: str, layers: str, seed: str = "matrix") -> Held:
+    weights = conditioned_weights(f"{seed} {name}", text_weights(config.text))
     decoder = build(config, weights, "index" if layers == "scan" else "unroll")
     if front == "NNX":
         graphdef, state = nnx.split(decoder)

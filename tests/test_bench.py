@@ -4,6 +4,7 @@ No time is asserted: the figures are checked for what they must be made of.
 """
 
 import json
+import os
 import re
 
 import jax
@@ -172,3 +173,11 @@ def test_the_machine_is_read_by_a_product_over_the_whole_buffer(monkeypatch):
     monkeypatch.setattr(bench, "_READ_BYTES", 2**22)
     assert bench.streaming_read() == pytest.approx(2**22 / 0.5 / 1e9)
     assert seen == [(1024,)]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs RssAnon of /proc")
+def test_the_increase_of_memory_counts_what_was_written():
+    before = bench._anonymous_bytes()
+    written = np.ones(2**26, np.uint8)
+    grown = bench._anonymous_bytes() - before
+    assert 0.9 * written.nbytes < grown < 1.5 * written.nbytes

@@ -280,12 +280,12 @@ def decode(
         form: see `Case`.
     """
     _check(1, steps=steps, rounds=rounds)
-    machine_gb_s = streaming_read(rounds)
     before = _anonymous_bytes()
     case = _case(build, depth, steps, capacity, form)
     program = case.decode_program
     times = timed({"step": lambda: case.decode(depth, steps)}, rounds)["step"]
     taken = None if before is None else (_anonymous_bytes() or 0) - before
+    machine_gb_s = streaming_read(rounds)
     step_s = times.median / steps
     sizes = case.sizes()
     read_bytes = cost.decode_bytes(

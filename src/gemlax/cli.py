@@ -424,6 +424,9 @@ def _join(args: argparse.Namespace) -> None:
             f"--process-id must be in [0, {args.num_processes - 1}], as there are "
             f"{args.num_processes} processes; got {args.process_id}"
         )
+    # Gloo, which joins CPUs, writes to file descriptor 1 by itself: that becomes stderr.
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
+    os.dup2(2, 1)
     import jax
 
     jax.distributed.initialize(*given)

@@ -36,7 +36,7 @@ class LayerCache(NamedTuple):
 Entry = Any  # LayerCache | jax.Array
 
 
-def stack_layers(entries: list[Any] | None, count: int) -> Any:
+def stack_layers(entries: Any, count: int) -> Any:
     """Stack a list of `count` equal pytrees along a new first axis; None stays None.
 
     Raises:
