@@ -241,6 +241,13 @@ def test_a_device_holds_its_share_of_the_caches(weights):
     assert held <= 1.05 / 8 * whole
 
 
+def test_a_bucket_of_rows_is_a_multiple_of_what_cuts_them(engines, alone):
+    meshes = [alone, *map(engines, MESHES)]
+    assert [[engine.rows(n) for n in (1, 3, 9)] for engine in meshes] == [
+        [1, 4, 16], [1, 4, 16], [2, 4, 16], [8, 8, 16],
+    ]  # fmt: skip
+
+
 def test_a_batch_that_the_mesh_does_not_divide_is_repeated():
     mesh, spec = make_mesh("data=4,tensor=2"), TINY.layers[0]
     rows = [sharding.cache_sharding(mesh, TINY, spec, batch).spec[1] for batch in (8, 6)]
@@ -438,7 +445,12 @@ def decode_faults(engine) -> list[str]:
 
 @pytest.mark.parametrize("axes", ["tensor=8", "data=2,tensor=4"])
 def test_decoding_gathers_neither_a_cache_nor_a_weight(engines, axes):
-    assert decode_faults(engines(axes)) == []
+    engine = engines(axes)
+    assert decode_faults(engine) == []
+    # Every device holds all tokens: none of them is told by another.
+    (key,) = [key for key in engine._compiled if key[0] == "decode"]
+    moved = [found[1] for found in COLLECTIVE.finditer(engine._compiled[key].as_text())]
+    assert not any("s32[8,2048]" in result or "s32[4,2048]" in result for result in moved)
 
 
 @pytest.mark.parametrize("axes", ["tensor=8", "data=2,tensor=4"])

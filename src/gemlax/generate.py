@@ -253,7 +253,7 @@ class Engine:
             begin = time.perf_counter()
             if self.mesh is not None:  # the result lies where the argument donated for it does
                 placed = jax.tree.map(lambda x: x.sharding, args[donated])
-                jitted = jax.jit(jitted.__wrapped__, donate_argnums=donated, out_shardings=placed)
+                jitted = jax.jit(jitted.__wrapped__, donate_argnums=donated)
             self._compiled[key] = jitted.lower(*args).compile()
             self.counters.compile_s += time.perf_counter() - begin
             self.counters.programs += 1

@@ -219,7 +219,11 @@ class _Parts:
             part[...] = weight[index]
 
     def to_devices(self, metadata: dict[str, Any]) -> Any:
-        """Give up the parts. Without a mesh, CPU holds bfloat16 matrices as bits (`QTensor`)."""
+        """Give up the parts. Without a mesh, CPU holds bfloat16 matrices as bits (`QTensor`).
+
+        On a mesh it does not: `unembed` takes bits by blocks of rows, which gathers a table that
+        is cut by rows (seen in the program). The price is a float32 copy of each device's part.
+        """
         if self.placed is None:
             ((_, whole),) = self.parts.values()
             bits = "matrix" in metadata and whole.dtype == jnp.bfloat16
