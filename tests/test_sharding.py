@@ -451,6 +451,10 @@ def test_decoding_gathers_neither_a_cache_nor_a_weight(engines, axes):
     (key,) = [key for key in engine._compiled if key[0] == "decode"]
     moved = [found[1] for found in COLLECTIVE.finditer(engine._compiled[key].as_text())]
     assert not any("s32[8,2048]" in result or "s32[4,2048]" in result for result in moved)
+    # And works on its share of the rows alone: eight, or four of them.
+    rows = 8 // engine.mesh.shape["data"]
+    hidden = {result.partition("{")[0] for result in moved if ",80]" in result}
+    assert hidden == {f"f32[{rows},80]", f"f32[{rows},1,80]"}
 
 
 @pytest.mark.parametrize("axes", ["tensor=8", "data=2,tensor=4"])

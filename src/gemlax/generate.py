@@ -253,7 +253,7 @@ class Engine:
             begin = time.perf_counter()
             if self.mesh is not None:  # the result lies where the argument donated for it does
                 placed = jax.tree.map(lambda x: x.sharding, args[donated])
-                jitted = jax.jit(jitted.__wrapped__, donate_argnums=donated)
+                jitted = jax.jit(jitted.__wrapped__, donate_argnums=donated, out_shardings=placed)
             self._compiled[key] = jitted.lower(*args).compile()
             self.counters.compile_s += time.perf_counter() - begin
             self.counters.programs += 1
@@ -307,14 +307,14 @@ def _prefill(
 def _run(
     decoder: Decoder, mesh: Mesh | None, tokens: Array, positions: Array, caches: Caches
 ) -> tuple[Array, Caches]:
-    """Run the decoder; on a mesh, rows and caches stay cut as they are on the way through."""
+    """Run the decoder; on a mesh, caches stay cut as they are on the way through.
+
+    The other rows and heads follow: XLA works on the part of each that the caches have.
+    """
     if mesh is None:
         return decoder(tokens, positions, caches)
-    batch = len(tokens)
-    by_rows = sharding.rows_sharding(mesh, batch)
-    tokens, positions = jax.lax.with_sharding_constraint((tokens, positions), by_rows)
     held = {
-        kind: sharding.Placed(cache, _cache_sharding(mesh, decoder.config, kind, batch))
+        kind: sharding.Placed(cache, _cache_sharding(mesh, decoder.config, kind, len(tokens)))
         for kind, cache in mark(caches, positions).items()
     }
     hidden, held = decoder(tokens, positions, held)
@@ -373,8 +373,6 @@ def _step(
     is_output = (columns >= limits.prompts[:, None]) & (columns < state.lengths[:, None])
     logits = sampling.adjust(raw, settings, state.tokens, is_output)
     token = sampling.sample(logits, settings, state.lengths - limits.prompts)
-    if mesh is not None:
-        token = jax.lax.with_sharding_constraint(token, sharding.replicated(mesh))
     slot = jnp.where(state.done, capacity, state.lengths)
     logprobs = state.logprobs
     if logprobs is not None:

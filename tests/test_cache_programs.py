@@ -1,0 +1,108 @@
+"""The gates of test_programs.py on Linen, rings, pools and lists, with bad twins."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from test_programs import CAPACITIES, TINY, copy_faults, growth_faults, num_bytes, temporaries
+
+from gemlax import cache, linen, ops
+from gemlax.weights import build_decoder
+
+FORMS = [(front, dtype) for front in ("NNX", "Linen") for dtype in ("float32", "bfloat16")]
+
+
+@functools.cache
+def made(front, dtype):
+    decoder = build_decoder(TINY, lambda name, out: None, dtype=dtype, layers="scan")
+    if front == "NNX":
+        graphdef, state = nnx.split(decoder)
+        return state, lambda state, *args: nnx.merge(graphdef, state)(*args)
+    module = linen.Decoder(TINY, read="index", dtype=jnp.dtype(dtype))
+    return linen.to_linen(decoder), module.apply
+
+
+def compile_step(front, dtype, caches, metadata=None, *, donate=True):
+    """Compile a loop of decode steps, as an engine runs it, over donated caches."""
+    state, call = made(front, dtype)
+    tokens = 2
+    flat = metadata is not None
+    ids = jax.ShapeDtypeStruct((tokens,) if flat else (tokens, 1), jnp.int32)
+
+    def run(state, ids, caches, metadata, steps):
+        def body(i, carry):
+            at = jnp.full(ids.shape, i, jnp.int32)
+            hidden, caches = call(state, carry[0], at, carry[1], metadata)
+            return carry[0] + hidden[..., 0].astype(jnp.int32), caches
+
+        return jax.lax.fori_loop(0, steps, body, (ids, caches))
+
+    jitted = jax.jit(run, donate_argnums=2 if donate else ())
+    steps = jax.ShapeDtypeStruct((), jnp.int32)
+    return jitted.lower(state, ids, caches, metadata, steps).compile()
+
+
+def stacked(capacity, dtype, **options):
+    return jax.eval_shape(
+        lambda: cache.new_caches(TINY, 2, capacity, jnp.dtype(dtype), chunk=16, **options)
+    )
+
+
+@pytest.mark.parametrize(("front", "dtype"), FORMS)
+def test_scanned_steps_write_dense_and_ring_caches_in_place(front, dtype):
+    caches = [stacked(capacity, dtype) for capacity in CAPACITIES]
+    assert isinstance(caches[0]["sliding_attention"], cache.RingCache)
+    programs = [compile_step(front, dtype, c) for c in caches]
+    growth = num_bytes(caches[1]) - num_bytes(caches[0])
+    assert growth_faults(*programs, growth) == []
+    assert copy_faults(programs[1], caches[1]) == []
+
+
+def test_twin_of_linen_without_donation_fails():
+    caches = stacked(2048, "float32")
+    assert copy_faults(compile_step("Linen", "float32", caches, donate=False), caches)
+
+
+def test_rings_do_not_grow_with_the_capacity():
+    small, large = (stacked(capacity, "float32")["sliding_attention"] for capacity in CAPACITIES)
+    assert num_bytes(small) == num_bytes(large)
+
+
+def test_8_bit_caches_are_written_in_place():
+    caches = [stacked(capacity, "float32", storage="int8") for capacity in CAPACITIES]
+    programs = [compile_step("NNX", "float32", c) for c in caches]
+    growth = num_bytes(caches[1]) - num_bytes(caches[0])
+    assert growth_faults(*programs, growth) == []
+    assert programs[1].memory_analysis().alias_size_in_bytes >= num_bytes(caches[1])
+
+
+@pytest.mark.parametrize("front", ["NNX", "Linen"])
+def test_pools_are_written_in_place(front):
+    programs, pools = [], []
+    for blocks in (256, 1024):
+        pool = jax.eval_shape(lambda n=blocks: cache.new_pools(TINY, n, 16, jnp.float32))
+        shapes = ((2,), (2, blocks // 2), (2,), (3,), (3,))
+        about = ops.AttentionMetadata(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in shapes))
+        programs.append(compile_step(front, "float32", pool, about))
+        pools.append(pool)
+    assert growth_faults(*programs, num_bytes(pools[1]) - num_bytes(pools[0])) == []
+    assert programs[1].memory_analysis().alias_size_in_bytes >= num_bytes(pools[1])
+
+
+def listed(capacity):
+    caches = stacked(capacity, "float32")
+    return [
+        cache.LayerCache(*(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (c.k, c.v)),
+                         c.positions)
+        for c in (caches[spec.kind] for spec in TINY.layers if spec.owns_kv)
+    ]  # fmt: skip
+
+
+def test_a_list_through_the_scan_costs_about_one_copy_and_so_fails_the_growth_gate():
+    lists = [listed(capacity) for capacity in CAPACITIES]
+    programs = [compile_step("NNX", "float32", entries) for entries in lists]
+    growth = num_bytes(lists[1]) - num_bytes(lists[0])
+    assert growth_faults(*programs, growth)
+    assert temporaries(programs[1]) - temporaries(programs[0]) < 2.5 * growth
