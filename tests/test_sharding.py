@@ -100,6 +100,17 @@ def engines(weights):
     return functools.cache(lambda axes: engine_on(TINY, weights, make_mesh(axes)))
 
 
+@pytest.fixture(scope="module")
+def moe_weights():
+    return random_weights(MOE)
+
+
+@pytest.fixture(scope="module")
+def moe_engines(moe_weights):
+    """The same for experts; None: one device."""
+    return functools.cache(lambda axes: engine_on(MOE, moe_weights, axes and make_mesh(axes)))
+
+
 # --- a mesh from text --------------------------------------------------------------------------
 
 
@@ -380,9 +391,8 @@ def test_a_kept_state_goes_on_on_a_mesh_as_on_one_device(engines, alone):
 
 
 @pytest.mark.parametrize("axes", ["expert=8", "data=2,expert=2,tensor=2"])
-def test_experts_on_a_mesh_give_the_tokens_of_one_device(axes):
-    weights = random_weights(MOE)
-    found = [generated(engine_on(MOE, weights, mesh)) for mesh in (None, make_mesh(axes))]
+def test_experts_on_a_mesh_give_the_tokens_of_one_device(moe_engines, axes):
+    found = [generated(moe_engines(mesh)) for mesh in (None, axes)]
     np.testing.assert_array_equal(*found)
 
 
@@ -496,13 +506,8 @@ def test_twin_that_cuts_the_axis_of_layers_gathers_weights():
         assert bool(gather_faults(text, [(whole, own), (whole[1:], own[1:])])) == gathers
 
 
-@pytest.fixture(scope="module")
-def moe_weights():
-    return random_weights(MOE)
-
-
-def test_decoding_moves_no_expert(moe_weights):
-    engine = engine_on(MOE, moe_weights, make_mesh("expert=8"))
+def test_decoding_moves_no_expert(moe_engines):
+    engine = moe_engines("expert=8")
     stacks = [v for v in jax.tree.leaves(engine._weights, is_leaf=_is_split) if _is_split(v)]
     assert len(stacks) == 4
     assert {stack.parts for stack in stacks} == {8}
