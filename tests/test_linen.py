@@ -39,8 +39,10 @@ def paths(tree):
     return {"/".join(map(str, path)) for path in traverse_util.flatten_dict(tree)}
 
 
-@pytest.mark.parametrize("layers", ["scan", "unroll"])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [(name, "scan") for name in PRESETS] + [("gemma-3-270m", "unroll"), ("gemma-4-e2b", "unroll")],
+)
 def test_every_size_has_the_paths_and_shapes_of_nnx(name, layers):
     config = preset(name).text
     module = linen.Decoder(config, layers=layers)
@@ -67,10 +69,10 @@ def test_the_partition_spec_names_the_axis_of_layers(variables):
 
 def test_init_gives_other_weights_for_another_key_and_they_run():
     module = linen.Decoder(tiny(preset("gemma-3-4b"), num_hidden_layers=8).text)
-    made = [module.init(jax.random.key(seed), IDS, AT) for seed in (0, 1)]
+    made = [jax.jit(module.init)(jax.random.key(seed), IDS, AT) for seed in (0, 1)]
     first, second = (nn.meta.unbox(v)["params"]["embed_tokens"]["weight"] for v in made)
     assert not np.allclose(first, second)
-    hidden, caches = module.apply(made[0], IDS, AT)
+    hidden, caches = jax.jit(module.apply)(made[0], IDS, AT)
     assert caches is None
     assert np.isfinite(module.apply(made[0], hidden, method="logits")).all()
 

@@ -368,6 +368,7 @@ def test_a_mesh_gives_the_tokens_of_one_device(engines, alone, expected, axes):
         assert near_ties(found, expected, merged(alone), merged(engines(axes))) <= 1
 
 
+@pytest.mark.slow
 def test_an_unrolled_decoder_gives_the_same_tokens_on_a_mesh(weights, expected):
     found = generated(engine_on(TINY, weights, make_mesh("data=2,tensor=4"), layers="unroll"))
     np.testing.assert_array_equal(found, expected)
@@ -390,7 +391,9 @@ def test_a_kept_state_goes_on_on_a_mesh_as_on_one_device(engines, alone):
     np.testing.assert_array_equal(*found)
 
 
-@pytest.mark.parametrize("axes", ["expert=8", "data=2,expert=2,tensor=2"])
+@pytest.mark.parametrize(
+    "axes", ["expert=8", pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.slow)]
+)
 def test_experts_on_a_mesh_give_the_tokens_of_one_device(moe_engines, axes):
     found = [generated(moe_engines(mesh)) for mesh in (None, axes)]
     np.testing.assert_array_equal(*found)
