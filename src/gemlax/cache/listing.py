@@ -1,8 +1,8 @@
 """The list contract: caches that an outside engine owns, one entry per layer.
 
 Entries are in the order of the layers that own keys and values; a layer that shares its donor's
-has none. A scan needs them stacked, so the list costs one copy of the caches per call
-(docs/performance.md); unrolled layers take each entry as it is.
+has none. A scan needs them stacked, and XLA copies the entries of unrolled layers too: the list
+costs about one copy of the caches per call (docs/performance.md).
 """
 
 from typing import Any, NamedTuple
@@ -102,7 +102,7 @@ class KVList:
         self.capacity = min(full) if full else None
 
     def by_layer(self) -> dict[Any, Any]:
-        """Return each entry as a stack of one, by its index: nothing is copied."""
+        """Return each entry as a stack of one, by its index."""
         return {i: _lift(self._native(i)) for i in range(len(self.entries))}
 
     def by_kind(self) -> dict[Any, Any]:
