@@ -101,19 +101,8 @@ def new_caches(config: TextConfig, form: str, chunk: int) -> Any:
     """Return empty caches for steps of `chunk` tokens, as stacks, as a list, or in pages."""
     if form == "paged":
         return cache.new_pools(config, 2 * BLOCKS, BLOCK, jnp.float32)
-    stacked = cache.new_caches(config, 2, CAPACITY, jnp.float32, chunk=chunk)
-    if form == "stacked":
-        return stacked
-    rows = {kind: iter(range(len(stack.k))) for kind, stack in stacked.items()}
-    entries = []
-    for spec in config.layers:
-        if spec.owns_kv:
-            stack, row = stacked[spec.kind], next(rows[spec.kind])
-            # Each its own array: the caches are donated.
-            entries.append(
-                cache.LayerCache(stack.k[row], stack.v[row], jnp.array(stack.positions, copy=True))
-            )
-    return entries
+    make = cache.new_list if form == "list" else cache.new_caches
+    return make(config, 2, CAPACITY, jnp.float32, chunk=chunk)
 
 
 def metadata(starts: np.ndarray, stops: np.ndarray, width: int) -> ops.AttentionMetadata:

@@ -176,7 +176,6 @@ def test_the_machine_is_read_by_a_product_over_the_whole_buffer(monkeypatch):
     assert seen == [(1024,)]
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs RssAnon of /proc")
 def test_the_increase_of_memory_counts_what_was_written():
     before = bench._anonymous_bytes()
     # A mapping of its own: the allocator may hand out memory that was touched before.

@@ -92,12 +92,7 @@ def test_pools_are_written_in_place(front):
 
 
 def listed(capacity):
-    caches = stacked(capacity, "float32")
-    return [
-        cache.LayerCache(*(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (c.k, c.v)),
-                         c.positions)
-        for c in (caches[spec.kind] for spec in TINY.layers if spec.owns_kv)
-    ]  # fmt: skip
+    return jax.eval_shape(lambda: cache.new_list(TINY, 2, capacity, jnp.float32, chunk=16))
 
 
 def test_a_list_through_the_scan_costs_about_one_copy_and_so_fails_the_growth_gate():

@@ -28,6 +28,9 @@ def decoders():
     return {layers: Decoder(TEXT, layers=layers, rngs=nnx.Rngs(0)) for layers in ("scan", "unroll")}
 
 
+METADATA = matrix.metadata(np.array([0, 0]), np.array([3, 3]), 3)
+
+
 def step(decoder, kv_caches, metadata=None, *, flat=False):
     ids = jnp.ones((2, 3), jnp.int32)
     at = jnp.broadcast_to(jnp.arange(3, dtype=jnp.int32)[None], (2, 3))
@@ -141,6 +144,27 @@ def test_pages_need_attention_metadata(decoders):
         step(decoders["scan"], pages(), flat=True)
 
 
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_pages_take_no_rows_of_tokens(decoders, layers):
+    with pytest.raises(ValueError, match=r"flat tokens \[T\] or \[1, T\], got 2 rows"):
+        step(decoders[layers], pages(), METADATA)
+    pools = cache.new_pools(TEXT, 16, 16, jnp.float32)
+    with pytest.raises(ValueError, match="got 2 rows"):
+        step(decoders[layers], pools, METADATA)
+
+
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_stacked_caches_must_name_the_kinds_of_the_layers(decoders, layers):
+    caches = cache.new_caches(TEXT, 2, 16, jnp.float32)
+    full = caches.pop("full_attention")
+    with pytest.raises(ValueError, match="full_attention, sliding_attention; got sliding_att"):
+        step(decoders[layers], caches)
+    with pytest.raises(ValueError, match="got none"):
+        step(decoders[layers], {})
+    with pytest.raises(ValueError, match="got sliding_attention, full_attention, full$"):
+        step(decoders[layers], caches | {"full_attention": full, "full": full})
+
+
 def test_pages_and_layer_caches_do_not_mix(decoders):
     mine = listed()
     mine[0] = pages()[0]
@@ -148,9 +172,6 @@ def test_pages_and_layer_caches_do_not_mix(decoders):
         step(decoders["scan"], mine)
     with pytest.raises(ValueError, match=r"expected pages \[blocks"):
         step(decoders["scan"], [page[..., :8] for page in pages()])
-
-
-METADATA = matrix.metadata(np.array([0, 0]), np.array([3, 3]), 3)
 
 
 @pytest.mark.parametrize("layers", ["scan", "unroll"])

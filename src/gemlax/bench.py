@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from gemlax import cost, linen, ops
-from gemlax.cache import LayerCache, new_caches, new_pools, round_capacity
+from gemlax.cache import new_caches, new_list, new_pools, round_capacity
 from gemlax.config import CHUNK, TextConfig
 from gemlax.decoder import Decoder, Layers, Read
 from gemlax.errors import RequestError
@@ -205,14 +205,7 @@ class Case:
         if self.cache == "paged":
             blocks = self.batch * self.capacity // _BLOCK_SIZE
             return new_pools(self.config, blocks, _BLOCK_SIZE, self.dtype)
-        entries = []
-        for spec in self.config.layers:
-            if spec.owns_kv:
-                shape = (self.batch, spec.cache_slots(self.capacity))
-                k = jnp.zeros((*shape, spec.num_key_value_heads, spec.head_dim), self.dtype)
-                positions = jnp.full(shape, ops.EMPTY, jnp.int32)
-                entries.append(LayerCache(k, jnp.zeros_like(k), positions))
-        return entries
+        return new_list(self.config, self.batch, self.capacity, self.dtype)
 
     def _compile(self, function: Any, width: int) -> Program:
         """Compile a function from the shapes of what it takes; the caches are donated."""

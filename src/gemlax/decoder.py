@@ -116,7 +116,8 @@ class Decoder(nnx.Module):
 
         Raises:
             TypeError: `kv_caches` of another type, or pages without `attention_metadata`.
-            ValueError: a list that does not fit the layers, or too many tokens for a ring.
+            ValueError: a list or dict that does not fit the layers, too many tokens for a ring,
+                or several rows of tokens for pages.
         """
         metadata = kv.metadata_by_kind(attention_metadata)
         if positions is None:
@@ -139,6 +140,12 @@ class Decoder(nnx.Module):
         if kv_caches is None:
             return run(x, step, _fresh(self.config, step.positions, x.dtype))[0], None
         if isinstance(kv_caches, dict):
+            kinds = {spec.kind for spec in self.config.layers if spec.owns_kv}
+            if kv_caches.keys() != kinds:
+                raise ValueError(
+                    f"kv_caches by kind needs the keys {', '.join(sorted(kinds))}; "
+                    f"got {', '.join(map(str, kv_caches)) or 'none'}"
+                )
             return run(x, step, kv.mark(kv_caches, step.positions))
         if not isinstance(kv_caches, list):
             raise TypeError(

@@ -5,7 +5,7 @@
 in its new keys and values, and attends through what comes back.
 """
 
-from gemlax.cache.listing import KVList, LayerCache, stack_layers, unstack_layers
+from gemlax.cache.listing import KVList, LayerCache, new_list, stack_layers, unstack_layers
 from gemlax.cache.pool import PagedPool, metadata_by_kind, new_pools
 from gemlax.cache.stacked import (
     Caches,
@@ -33,6 +33,7 @@ __all__ = [
     "mark",
     "metadata_by_kind",
     "new_caches",
+    "new_list",
     "new_pools",
     "resume",
     "rollback",

@@ -14,10 +14,10 @@ from jaxtyping import Array
 from gemlax import ops
 from gemlax.cache.pool import PagedPool
 from gemlax.cache.stacked import DenseCache, RingCache
-from gemlax.config import Kind, LayerSpec, TextConfig
+from gemlax.config import CHUNK, Kind, LayerSpec, TextConfig
 from gemlax.ops.storage import Int8, decode, hold
 
-__all__ = ["KVList", "LayerCache", "stack_layers", "unstack_layers"]
+__all__ = ["KVList", "LayerCache", "new_list", "stack_layers", "unstack_layers"]
 
 
 class LayerCache(NamedTuple):
@@ -34,6 +34,20 @@ class LayerCache(NamedTuple):
 
 
 Entry = Any  # LayerCache | jax.Array
+
+
+def new_list(
+    config: TextConfig, batch: int, capacity: int, dtype: Any, *, chunk: int = CHUNK
+) -> list[LayerCache]:
+    """Allocate an empty entry for each layer that owns K/V; arguments as for `new_caches`."""
+    entries = []
+    for spec in config.layers:
+        if spec.owns_kv:
+            slots = (batch, spec.cache_slots(capacity, chunk))
+            shape = (*slots, spec.num_key_value_heads, spec.head_dim)
+            positions = jnp.full(slots, ops.EMPTY, jnp.int32)
+            entries.append(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions))
+    return entries
 
 
 def stack_layers(entries: Any, count: int) -> Any:

@@ -31,9 +31,14 @@ class PagedPool(NamedTuple):
 
         Raises:
             TypeError: there is no `attention_metadata`.
+            ValueError: tokens in several rows.
         """
         if metadata is None:
             raise TypeError("a cache of pages needs attention_metadata, got None")
+        if positions.shape[0] != 1:
+            raise ValueError(
+                f"a cache of pages takes flat tokens [T] or [1, T], got {positions.shape[0]} rows"
+            )
         return PageView(self, row, positions, metadata, spec.num_key_value_heads)
 
 
