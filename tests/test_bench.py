@@ -5,7 +5,6 @@ No time is asserted: the figures are checked for what they must be made of.
 
 import json
 import mmap
-import os
 import re
 
 import jax

@@ -1,6 +1,7 @@
 """The gates of test_programs.py on Linen, rings, pools and lists, with bad twins."""
 
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -101,3 +102,47 @@ def test_a_list_through_the_scan_costs_about_one_copy_and_so_fails_the_growth_ga
     growth = num_bytes(lists[1]) - num_bytes(lists[0])
     assert growth_faults(*programs, growth)
     assert temporaries(programs[1]) - temporaries(programs[0]) < 2.5 * growth
+
+
+# --- what XLA:CPU does to small writes, as ratios -----------------------------------------------
+
+
+def write_times(write, dtype):
+    """Return the least seconds of 64 one-row writes into a small buffer and one eight times it."""
+    times = []
+    for capacity in (2048, 16_384):
+
+        def run(stack, new):
+            return jax.lax.fori_loop(0, 64, lambda i, k: write(k, i, new), stack)
+
+        stack = jnp.zeros((8, 1, capacity, 2, 32), dtype)
+        program = jax.jit(run, donate_argnums=0).lower(stack, stack[0, 0, 0]).compile()
+        new, taken = jnp.ones((2, 32), dtype), []
+        for _ in range(8):
+            begin = time.perf_counter()
+            stack = jax.block_until_ready(program(stack, new))
+            taken.append(time.perf_counter() - begin)
+        times.append(min(taken))
+    return times
+
+
+def write_row(stack, i, new):
+    return stack.at[i % 8, 0, i].set(new, mode="drop")
+
+
+def select_row(stack, i, new):
+    """The twin: the same result by a pass over the whole buffer."""
+    layer, _, slot = (jax.lax.broadcasted_iota(jnp.int32, stack.shape, axis) for axis in range(3))
+    return jnp.where((layer == i % 8) & (slot == i), new[None, None, None], stack)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint16", "int8"])
+def test_a_small_write_takes_as_long_in_a_buffer_eight_times_as_large(dtype):
+    """jaxlib 0.11.1 rewrote the buffer for each (jax issue 40101); bfloat16 is why uint16 is."""
+    small, large = write_times(write_row, jnp.dtype(dtype))
+    assert large < 3 * small
+
+
+def test_twin_that_passes_over_the_buffer_takes_longer_in_a_larger_one():
+    small, large = write_times(select_row, jnp.dtype("float32"))
+    assert large > 5 * small

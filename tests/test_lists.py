@@ -161,7 +161,7 @@ def test_stacked_caches_must_name_the_kinds_of_the_layers(decoders, layers):
         step(decoders[layers], caches)
     with pytest.raises(ValueError, match="got none"):
         step(decoders[layers], {})
-    with pytest.raises(ValueError, match="got sliding_attention, full_attention, full$"):
+    with pytest.raises(ValueError, match=r"got sliding_attention, full_attention, full$"):
         step(decoders[layers], caches | {"full_attention": full, "full": full})
 
 

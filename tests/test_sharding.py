@@ -243,6 +243,14 @@ def test_a_device_holds_its_share_of_the_weights_and_what_is_named(engines, weig
     assert device_bytes(engine._weights) <= 1.15 / cuts * total + kept
 
 
+def test_a_device_holds_its_share_of_the_experts_and_what_is_named(moe_engines, moe_weights):
+    engine = moe_engines("expert=8")
+    kept = sum(moe_weights[name].nbytes for name in place(MOE, "scan", engine.mesh).repeated)
+    total = sum(w.nbytes for w in moe_weights.values())
+    assert not any("experts" in name for name in place(MOE, "scan", engine.mesh).repeated)
+    assert device_bytes(engine._weights) <= 1.15 / 8 * total + kept
+
+
 def test_a_device_holds_its_share_of_the_caches(weights):
     engine = engine_on(TINY, weights, make_mesh("data=4,tensor=2"))
     caches = start(engine)[0].caches

@@ -18,6 +18,7 @@ from gemlax import decoder as blocks
 from gemlax.config import TextConfig
 from gemlax.decoder import Layers, Read
 from gemlax.errors import CheckpointError
+from gemlax.weights import abstract_decoder
 
 __all__ = ["Decoder", "to_linen", "to_nnx"]
 
@@ -46,26 +47,18 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         """Declare the parameters, or check those that are there."""
-        graphdef, expected = nnx.split(nnx.eval_shape(self._new))
+        form: Any = {"layers": self.layers, "read": self.read, "dtype": jnp.dtype(self.dtype)}
+        graphdef, variables = abstract_decoder(self.config, **form)
         if self.is_initializing():
-            state = nnx.state(self._new(nnx.Rngs(self.make_rng("params"))))
+            rngs = nnx.Rngs(self.make_rng("params"))
+            state = nnx.state(blocks.Decoder(self.config, **form, rngs=rngs))
             for name, tree in to_linen(state, self.layers)["params"].items():
                 self.param(name, lambda _, tree=tree: tree)
         given = _leaves(self.variables.get("params", {}))
-        _check(given, _leaves(nnx.to_pure_dict(expected)))
-        flat = nnx.to_flat_state(expected)
-        filled = {path: v.replace(given[_key(path)]) for path, v in flat}
+        _check(given, {_key(path): v.get_value().shape for path, v in variables.items()})
+        filled = {path: v.replace(given[_key(path)]) for path, v in variables.items()}
         # In a function, or Linen would take it for a submodule of its own.
         self._decoder: Callable[[], Any] = lambda: nnx.merge(graphdef, nnx.from_flat_state(filled))
-
-    def _new(self, rngs: nnx.Rngs | None = None) -> blocks.Decoder:
-        return blocks.Decoder(
-            self.config,
-            layers=self.layers,
-            read=self.read,
-            dtype=self.dtype,
-            rngs=rngs or nnx.Rngs(0),
-        )
 
     def __call__(
         self,
@@ -140,10 +133,11 @@ def _key(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def _check(given: dict[tuple[str, ...], Any], expected: dict[tuple[str, ...], Any]) -> None:
+    """Compare leaves with the shapes that are expected, by path."""
     wrong = [f"{'/'.join(path)} is missing" for path in expected.keys() - given.keys()]
     wrong += [f"{'/'.join(path)} is unknown" for path in given.keys() - expected.keys()]
     for path in expected.keys() & given.keys():
-        got, want = given[path].shape, expected[path].shape
+        got, want = given[path].shape, expected[path]
         if got != want:
             wrong.append(f"{'/'.join(path)} is {list(got)}, expected {list(want)}")
     if wrong:

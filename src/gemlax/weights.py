@@ -7,7 +7,8 @@ without a copy where the backend can take one.
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,14 @@ from gemlax.config import TextConfig
 from gemlax.decoder import Decoder, Layers, Read, weight_path
 from gemlax.qtensor import QTensor, Split, pack_bfloat16
 
-__all__ = ["Placement", "build_decoder", "default_layers", "named_weights", "place"]
+__all__ = [
+    "Placement",
+    "abstract_decoder",
+    "build_decoder",
+    "default_layers",
+    "named_weights",
+    "place",
+]
 
 # XLA:CPU takes over NumPy memory that is aligned to this.
 _ALIGNMENT = 64
@@ -66,7 +74,7 @@ def build_decoder(
     dtype = jnp.dtype(dtype)
     layers = layers or default_layers(dtype)
     placed = {} if mesh is None else place(config, layers, mesh).shardings
-    graphdef, flat = _abstract(config, layers, read, dtype)
+    graphdef, flat = abstract_decoder(config, layers, read, dtype)
     total = sum(v.get_value().size for v in flat.values()) * dtype.itemsize
     done = 0
     filled = {}
@@ -98,7 +106,7 @@ def place(config: TextConfig, layers: Layers, mesh: Mesh) -> Placement:
     Raises:
         RequestError: a weight that the mesh does not divide.
     """
-    _, flat = _abstract(config, layers, "slice", jnp.dtype(jnp.float32))
+    _, flat = abstract_decoder(config, layers, "slice", jnp.dtype(jnp.float32))
     shardings, repeated = {}, []
     most = math.prod(sharding.parts(mesh, axis) for axis in ("embed", "experts", "mlp"))
     for path, names in _names_by_path(config, layers).items():
@@ -113,15 +121,16 @@ def place(config: TextConfig, layers: Layers, mesh: Mesh) -> Placement:
     return Placement(shardings, tuple(repeated))
 
 
-def _abstract(
+@functools.cache
+def abstract_decoder(
     config: TextConfig, layers: Layers, read: Read, dtype: jnp.dtype
-) -> tuple[Any, dict[tuple[Any, ...], Any]]:
+) -> tuple[Any, Mapping[tuple[Any, ...], Any]]:
     """Return the graph of a decoder, and its variables by path without any values."""
     decoder = nnx.eval_shape(
         lambda: Decoder(config, layers=layers, read=read, dtype=dtype, rngs=nnx.Rngs(0))
     )
     graphdef, state = nnx.split(decoder)
-    return graphdef, dict(nnx.to_flat_state(state))
+    return graphdef, MappingProxyType(dict(nnx.to_flat_state(state)))
 
 
 def named_weights(decoder: Decoder) -> Iterator[tuple[str, np.ndarray]]:
