@@ -32,12 +32,9 @@ def main() -> None:
     }
     rows = []
     for capacity, times in bench.timed(works, args.rounds).items():
-        memory = cases[capacity].decode_program.memory()
         rows.append({
             "capacity": capacity,
-            "cache_mb": round(cases[capacity].sizes()["cache_bytes"] / 1e6, 1),
-            "temporary_mb": round(memory["temporary_bytes"] / 1e6, 1),
-            **times.report("step", "ms", args.steps),
+            **report.step(cases[capacity], times, args.steps),
         })  # fmt: skip
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
     ratio = round(rows[1]["step_ms"] / rows[0]["step_ms"], 2)

@@ -37,12 +37,9 @@ def main() -> None:
     }
     rows = []
     for form, times in bench.timed(works, args.rounds).items():
-        memory = cases[form].decode_program.memory()
         rows.append({
             "layers": form[0], "cache": form[1],
-            "cache_mb": round(cases[form].sizes()["cache_bytes"] / 1e6, 1),
-            "temporary_mb": round(memory["temporary_bytes"] / 1e6, 1),
-            **times.report("step", "ms", args.steps),
+            **report.step(cases[form], times, args.steps),
         })  # fmt: skip
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
     if args.write:

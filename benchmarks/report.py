@@ -22,6 +22,16 @@ def machine() -> str:
     return f"{found['processor']}, Python {versions['python']}, jax {versions['jax']}"
 
 
+def step(case: bench.Case, times: bench.Times, steps: int) -> dict[str, float]:
+    """Return what a decode step of a case takes: MB of caches and temporaries, ms and its range."""
+    found = {
+        "cache_mb": case.sizes()["cache_bytes"] / 1e6,
+        "temporary_mb": case.decode_program.memory()["temporary_bytes"] / 1e6,
+        **times.report("step", "ms", steps),
+    }
+    return {key: round(value, 1) for key, value in found.items()}
+
+
 def write_section(name: str, text: str) -> None:
     """Replace what stands between the markers of section `name`."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"

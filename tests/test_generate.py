@@ -10,6 +10,7 @@ import pytest
 from adapters import build
 from golden.conditioned import conditioned_weights
 
+import gemlax
 from gemlax import Model, RequestError, preset, tiny
 from gemlax.checkpoints import text_weights
 from gemlax.tokenizer import Tokenizer
@@ -323,6 +324,23 @@ def test_text_without_a_tokenizer_is_refused(ids_model):
         ids_model.generate("abc")
     with pytest.raises(RequestError, match="stop strings need a tokenizer"):
         ids_model.generate([[2, 5]], stop="x")
+
+
+def test_a_model_may_hold_its_caches_in_8_bits(decoder, ids_model):
+    small = Model(CONFIG, decoder, kv_cache="int8")
+    prompt = prompts(40)
+    request = small._request(prompt, {"max_new_tokens": 8, "logprobs": 1})
+    *_, rows = request.run(iter([8]))
+    assert {c.k.codes.dtype.name for c in rows.state.caches.values()} == {"int8"}
+    plain = ids_model.generate(prompt, max_new_tokens=1, logprobs=1)[0].logprobs[0]
+    found = small.generate(prompt, max_new_tokens=1, logprobs=1)[0].logprobs[0]
+    assert found.token == plain.token
+    assert 0 < abs(found.logprob - plain.logprob) < 0.2
+
+
+def test_caches_come_in_no_other_form(tmp_path):
+    with pytest.raises(RequestError, match="kv_cache must be 'int8' or None, got 'int4'"):
+        gemlax.load(tmp_path, kv_cache="int4")
 
 
 def test_an_unknown_setting_of_a_stream_is_named(model):

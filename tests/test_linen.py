@@ -77,8 +77,12 @@ def test_init_gives_other_weights_for_another_key_and_they_run():
     assert np.isfinite(module.apply(made[0], hidden, method="logits")).all()
 
 
-def test_gradients_through_the_linen_scan_are_those_of_nnx():
-    config = tiny(preset("gemma-3-4b"), num_hidden_layers=8)
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [("gemma-3-4b", 8), pytest.param("gemma-4-e2b", 20, marks=pytest.mark.slow)],
+)
+def test_gradients_through_the_linen_scan_are_those_of_nnx(name, depth):
+    config = tiny(preset(name), num_hidden_layers=depth)
     decoder = build(config, conditioned_weights("gradients", text_weights(config.text)), "scan")
     variables = linen.to_linen(decoder)
     module = linen.Decoder(config.text, read="slice")

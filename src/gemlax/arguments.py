@@ -84,6 +84,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="M", help="folder, .gguf file or name; default: demo")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and maths")
     parser.add_argument("--layers", choices=["scan", "unroll"], help="default: the faster one")
+    parser.add_argument("--kv-cache", choices=["int8"], help="hold keys and values in 8 bits")
     parser.add_argument(
         "--compilation-cache",
         metavar="DIR",
@@ -175,7 +176,7 @@ def _add_case(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     parser.add_argument("--tiny", action="store_true", help="its layers at toy width, random")
     parser.set_defaults(compilation_cache=None, mesh=None, coordinator=None)
-    parser.set_defaults(num_processes=None, process_id=None)
+    parser.set_defaults(num_processes=None, process_id=None, kv_cache=None)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--layers", choices=["scan", "unroll"], help="default: the faster one")
     parser.add_argument("--cache", choices=["stacked", "list", "paged"], default="stacked")

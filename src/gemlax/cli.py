@@ -406,8 +406,9 @@ def _load(args: argparse.Namespace) -> Any:
 
     with _bar(args, f"loading {name}") as progress:
         return gemlax.load(
-            name, dtype=args.dtype, layers=args.layers, progress=progress, mesh=args.mesh
-        )
+            name, dtype=args.dtype, layers=args.layers, progress=progress, mesh=args.mesh,
+            kv_cache=args.kv_cache,
+        )  # fmt: skip
 
 
 def _join(args: argparse.Namespace) -> None:

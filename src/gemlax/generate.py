@@ -23,6 +23,7 @@ from gemlax import ops, sampling, sharding
 from gemlax.cache import Caches, holds, mark, new_caches, resume, round_capacity
 from gemlax.config import CHUNK, Kind, TextConfig
 from gemlax.decoder import Decoder
+from gemlax.ops.storage import Storage
 from gemlax.sampling import Sampling
 
 __all__ = ["Counters", "DecodeState", "Engine", "Rows", "bucket"]
@@ -86,13 +87,21 @@ class Engine:
     """Compiles and runs the programs of one decoder. The decoder's weights must not change."""
 
     def __init__(
-        self, decoder: Decoder, *, num_tokens: int, dtype: jnp.dtype, mesh: Mesh | None = None
+        self,
+        decoder: Decoder,
+        *,
+        num_tokens: int,
+        dtype: jnp.dtype,
+        mesh: Mesh | None = None,
+        storage: Storage = None,
     ):
         """`num_tokens`: ids from here on are never sampled (rows without a token).
 
         On a `mesh`, that of the weights, caches are cut by rows and heads, all else is replicated.
+        `storage` is that of the caches (`new_caches`).
         """
         self.config, self.dtype, self.mesh = decoder.config, dtype, mesh
+        self.storage: Storage = storage
         self.num_tokens = num_tokens
         self.counters = Counters()
         graphdef, self._weights = nnx.split(decoder)
@@ -155,7 +164,9 @@ class Engine:
         done = np.arange(batch) >= len(prompts)
         filled = np.where(done, 0, lengths - 1)
         if before is None:
-            caches = self._caches(lambda: new_caches(self.config, batch, capacity, self.dtype))
+            caches = self._caches(
+                lambda: new_caches(self.config, batch, capacity, self.dtype, storage=self.storage)
+            )
             kept = 0 * filled
         else:
             assert len(before.tokens) == batch

@@ -23,6 +23,7 @@ from gemlax.config import GemmaConfig
 from gemlax.decoder import Decoder, Layers
 from gemlax.errors import RequestError, UnsupportedError
 from gemlax.generate import DecodeState, Engine, bucket
+from gemlax.ops.storage import Storage
 from gemlax.session import Reply, Session
 from gemlax.tokenizer import Tokenizer
 from gemlax.weights import build_decoder, named_weights
@@ -61,6 +62,7 @@ class Model:
         generation_config: the checkpoint's defaults for `generate`, by Hugging Face's names.
         chat_template: the checkpoint's own Jinja template; None: the built-in format is used.
         mesh: over which the decoder's weights lie, or None.
+        kv_cache: how caches are held, as for `load`.
     """
 
     def __init__(
@@ -72,15 +74,18 @@ class Model:
         chat_template: str | None = None,
         *,
         mesh: Mesh | None = None,
+        kv_cache: Storage = None,
     ):
         self.config, self.decoder, self.tokenizer = config, decoder, tokenizer
         self.chat_template = chat_template
         self.generation_config = dict(generation_config or {})
+        self.mesh, self.kv_cache = mesh, kv_cache
         self.dtype = decoder.norm.weight.get_value().dtype
         known = tokenizer.num_tokens if tokenizer else config.text.vocab_size
         self.engine = Engine(
-            decoder, num_tokens=min(known, config.text.vocab_size), dtype=self.dtype, mesh=mesh
-        )
+            decoder, num_tokens=min(known, config.text.vocab_size), dtype=self.dtype, mesh=mesh,
+            storage=kv_cache,
+        )  # fmt: skip
         graphdef, self._state = nnx.split(decoder)
         self._hidden = jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args)[0])
         self._logits = jax.jit(lambda state, *args: _all_logits(nnx.merge(graphdef, state), *args))
@@ -336,6 +341,7 @@ def load(
     layers: Layers | None = None,
     progress: Callable[[int, int], None] | None = None,
     mesh: Mesh | Mapping[str, int] | str | None = None,
+    kv_cache: Storage = None,
 ) -> Model:
     """Load a model from a folder, a GGUF file, or a name; nothing is downloaded.
 
@@ -349,6 +355,8 @@ def load(
         mesh: spread the model over all devices, as "data=2,tensor=4" says: rows over data and
             fsdp, widths over fsdp, heads, MLP and vocabulary over tensor, experts over expert.
             With several processes (`jax.distributed`) each makes the same calls.
+        kv_cache: "int8" holds keys and values as 8-bit codes, which moves the logits a little
+            (docs/log.md); None: in `dtype`.
 
     Raises:
         FileNotFoundError: no such path, or a name that is not here.
@@ -364,6 +372,8 @@ def load(
         )
     if layers not in (None, "scan", "unroll"):
         raise RequestError(f"layers must be 'scan', 'unroll' or None, got {layers!r}")
+    if kv_cache not in (None, "int8"):
+        raise RequestError(f"kv_cache must be 'int8' or None, got {kv_cache!r}")
     placed = None if mesh is None else sharding.make_mesh(mesh)
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
         source.check()
@@ -375,7 +385,9 @@ def load(
         if tokenizer is None:
             _log.info("%s has no tokenizer: ids in, ids out", source.source)
         defaults, template = source.generation_config, source.chat_template
-        return Model(source.config, decoder, tokenizer, defaults, template, mesh=placed)
+        return Model(
+            source.config, decoder, tokenizer, defaults, template, mesh=placed, kv_cache=kv_cache
+        )
 
 
 def _default_dtype() -> Any:

@@ -72,7 +72,8 @@ def make_mesh(axes: str | Mapping[str, int] | Mesh) -> Mesh:
         named = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
         raise RequestError(
             f"the mesh {named or 'without axes'} has {math.prod(sizes.values())} places, but "
-            f"there are {count} devices: the product of the axes must be {count}"
+            f"there {'is 1 device' if count == 1 else f'are {count} devices'}: the product of the "
+            f"axes must be {count}"
         )
     shape = tuple(int(sizes[name]) for name in AXES)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
