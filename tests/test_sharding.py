@@ -35,6 +35,8 @@ from gemlax.weights import build_decoder, default_layers, named_weights, place
 TINY = tiny(preset("gemma-3-4b"), num_hidden_layers=14).text
 MOE = tiny(preset("gemma-4-26b-a4b"), num_hidden_layers=6).text
 MESHES = ("tensor=8", "data=2,tensor=4", "fsdp=8")
+# One size of each pattern; the others are slow.
+USUAL = ("gemma-3-270m", "gemma-3-4b", "gemma-4-e2b", "gemma-4-26b-a4b")
 NEW_TOKENS = 24
 # Room for so many tokens makes the sliding layers' caches rings.
 ROOM = 1500
@@ -171,7 +173,9 @@ def test_every_weight_of_every_size_has_axes_and_every_rule_is_used():
     assert set(itertools.chain(*sharding.RULES.values())) == set(sharding.AXES)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in USUAL else pytest.mark.slow) for n in PRESETS]
+)
 @pytest.mark.parametrize("axes", ["tensor=8", "data=2,fsdp=2,tensor=2", "fsdp=8"])
 def test_every_published_size_fits_the_usual_meshes(name, axes):
     config = preset(name).text

@@ -94,21 +94,23 @@ class Engine:
         dtype: jnp.dtype,
         mesh: Mesh | None = None,
         storage: Storage = None,
+        implementation: ops.Implementation | None = None,
     ):
         """`num_tokens`: ids from here on are never sampled (rows without a token).
 
         On a `mesh`, that of the weights, caches are cut by rows and heads, all else is replicated.
-        `storage` is that of the caches (`new_caches`).
+        `storage` is that of the caches (`new_caches`), `implementation` that of stored weights and
+        attention (`ops.implementation`).
         """
         self.config, self.dtype, self.mesh = decoder.config, dtype, mesh
         self.storage: Storage = storage
         self.num_tokens = num_tokens
         self.counters = Counters()
         graphdef, self._weights = nnx.split(decoder)
-        self._prefill = jax.jit(functools.partial(_prefill, graphdef, mesh), donate_argnums=(3,))
-        self._decode = jax.jit(
-            functools.partial(_decode, graphdef, num_tokens, mesh), donate_argnums=(1,)
-        )
+        prefill = functools.partial(_prefill, graphdef, mesh)
+        decode = functools.partial(_decode, graphdef, num_tokens, mesh)
+        self._prefill = jax.jit(ops.cpu.bind(implementation, prefill), donate_argnums=(3,))
+        self._decode = jax.jit(ops.cpu.bind(implementation, decode), donate_argnums=(1,))
         self._compiled: dict[tuple, Any] = {}
 
     def rows(self, prompts: int) -> int:

@@ -24,6 +24,7 @@ from gemlax.decoder import Decoder, Layers
 from gemlax.errors import RequestError, UnsupportedError
 from gemlax.generate import DecodeState, Engine, bucket
 from gemlax.ops.storage import Storage
+from gemlax.quantize import Rules, check_rules, codes_of
 from gemlax.session import Reply, Session
 from gemlax.tokenizer import Tokenizer
 from gemlax.weights import build_decoder, named_weights
@@ -63,6 +64,7 @@ class Model:
         chat_template: the checkpoint's own Jinja template; None: the built-in format is used.
         mesh: over which the decoder's weights lie, or None.
         kv_cache: how caches are held, as for `load`.
+        implementation: of stored weights and of attention, as for `load`.
     """
 
     def __init__(
@@ -75,7 +77,9 @@ class Model:
         *,
         mesh: Mesh | None = None,
         kv_cache: Storage = None,
+        implementation: ops.Implementation | None = None,
     ):
+        self.implementation = implementation
         self.config, self.decoder, self.tokenizer = config, decoder, tokenizer
         self.chat_template = chat_template
         self.generation_config = dict(generation_config or {})
@@ -84,13 +88,18 @@ class Model:
         known = tokenizer.num_tokens if tokenizer else config.text.vocab_size
         self.engine = Engine(
             decoder, num_tokens=min(known, config.text.vocab_size), dtype=self.dtype, mesh=mesh,
-            storage=kv_cache,
+            storage=kv_cache, implementation=implementation,
         )  # fmt: skip
         graphdef, self._state = nnx.split(decoder)
-        self._hidden = jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args)[0])
-        self._logits = jax.jit(lambda state, *args: _all_logits(nnx.merge(graphdef, state), *args))
-        self._score = jax.jit(
-            lambda state, *args: _token_logprobs(nnx.merge(graphdef, state), *args),
+
+        def jit(function: Callable[..., Array], **options: Any) -> Callable[..., Array]:
+            whole = lambda state, *args: function(nnx.merge(graphdef, state), *args)  # noqa: E731
+            return jax.jit(ops.cpu.bind(implementation, whole), **options)
+
+        self._hidden = jit(lambda decoder, *args: decoder(*args)[0])
+        self._logits = jit(_all_logits)
+        self._score = jit(
+            _token_logprobs,
             out_shardings=None if mesh is None else sharding.replicated(mesh),
         )
 
@@ -342,6 +351,8 @@ def load(
     progress: Callable[[int, int], None] | None = None,
     mesh: Mesh | Mapping[str, int] | str | None = None,
     kv_cache: Storage = None,
+    quantize: Rules | None = None,
+    implementation: ops.Implementation | None = None,
 ) -> Model:
     """Load a model from a folder, a GGUF file, or a name; nothing is downloaded.
 
@@ -357,8 +368,15 @@ def load(
             With several processes (`jax.distributed`) each makes the same calls.
         kv_cache: "int8" holds keys and values as 8-bit codes, which moves the logits a little
             (docs/log.md); None: in `dtype`.
+        quantize: how matrices are held. "stored": the quantised ones as the file has them; "dense":
+            decoded; "int8", "int4", "nf4": quantised now; or rules, see `quantize.Rules`. None:
+            "stored" where native kernels run, which read codes faster than XLA reads floats, and
+            "dense" elsewhere.
+        implementation: of products with stored weights and of attention: "xla", "cpu" (native
+            kernels), or None: the kernels where they were built.
 
     Raises:
+        NotImplementedError: `implementation="cpu"` without kernels.
         FileNotFoundError: no such path, or a name that is not here.
         CheckpointError: a damaged file, or tensors that do not fit the config.
         UnsupportedError: another architecture or format.
@@ -375,19 +393,29 @@ def load(
     if kv_cache not in (None, "int8"):
         raise RequestError(f"kv_cache must be 'int8' or None, got {kv_cache!r}")
     placed = None if mesh is None else sharding.make_mesh(mesh)
+    check_rules(quantize)
+    if placed is not None and quantize not in (None, "dense"):
+        raise RequestError(f"quantize={quantize!r} needs one device: on a mesh weights are dense")
+    if implementation not in (None, "xla", "cpu"):
+        raise RequestError(f"implementation must be 'xla', 'cpu' or None, got {implementation!r}")
+    with ops.implementation(implementation):
+        native = ops.cpu.live() is not None
+    if quantize is None:
+        quantize = "stored" if native and placed is None else "dense"
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
         source.check()
         decoder = build_decoder(
             source.config.text, source.read, dtype=dtype, layers=layers, progress=progress,
-            mesh=placed,
+            mesh=placed, codes=codes_of(source, quantize),
         )  # fmt: skip
         tokenizer = source.tokenizer()
         if tokenizer is None:
             _log.info("%s has no tokenizer: ids in, ids out", source.source)
         defaults, template = source.generation_config, source.chat_template
         return Model(
-            source.config, decoder, tokenizer, defaults, template, mesh=placed, kv_cache=kv_cache
-        )
+            source.config, decoder, tokenizer, defaults, template, mesh=placed, kv_cache=kv_cache,
+            implementation=implementation,
+        )  # fmt: skip
 
 
 def _default_dtype() -> Any:

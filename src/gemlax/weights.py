@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,12 @@ from jax.sharding import Mesh, NamedSharding
 from gemlax import sharding
 from gemlax.config import TextConfig
 from gemlax.decoder import Decoder, Layers, Read, weight_path
-from gemlax.qtensor import QTensor, Split, pack_bfloat16
+from gemlax.formats import Format
+from gemlax.qtensor import Mixed, QTensor, Split, from_numpy, pack_bfloat16
 
 __all__ = [
+    "Coded",
+    "Codes",
     "Placement",
     "abstract_decoder",
     "build_decoder",
@@ -47,6 +50,18 @@ def default_layers(dtype: jnp.dtype) -> Layers:
     return "unroll" if fast else "scan"
 
 
+class Coded(NamedTuple):
+    """One weight as codes [..., out, elements], with scales where the format has them."""
+
+    format: Format
+    codes: np.ndarray
+    scales: np.ndarray | None = None
+
+
+# What gives a weight of a canonical name as codes, or None.
+Codes = Callable[[str], Coded | None]
+
+
 def build_decoder(
     config: TextConfig,
     fill: Callable[[str, np.ndarray], None],
@@ -56,10 +71,12 @@ def build_decoder(
     read: Read = "index",
     progress: Callable[[int, int], None] | None = None,
     mesh: Mesh | None = None,
+    codes: Codes | None = None,
 ) -> Decoder:
     """Build a decoder whose weights `fill(canonical name, array)` writes.
 
-    The host holds the parts that its devices get, and one weight more.
+    The host holds the parts that its devices get, and one weight more; of matrices that are held
+    as codes, it holds those of one kind twice.
 
     Args:
         fill: writes one weight into a C-contiguous array of `dtype`.
@@ -67,12 +84,13 @@ def build_decoder(
         progress: told (bytes filled, bytes in all) after each weight.
         mesh: over which devices to lay out the weights (`sharding`); None: the default device.
             Every process fills every weight and keeps what its devices need.
+        codes: gives a matrix as codes, or None where `fill` shall write it. Not on a mesh.
 
     Raises:
         RequestError: a weight that the mesh does not divide.
     """
     dtype = jnp.dtype(dtype)
-    layers = layers or default_layers(dtype)
+    layers = layers or ("scan" if codes is not None else default_layers(dtype))
     placed = {} if mesh is None else place(config, layers, mesh).shardings
     graphdef, flat = abstract_decoder(config, layers, read, dtype)
     total = sum(v.get_value().size for v in flat.values()) * dtype.itemsize
@@ -80,6 +98,14 @@ def build_decoder(
     filled = {}
     for path, names in _names_by_path(config, layers).items():
         shape = flat[path].get_value().shape
+        if codes is not None and "matrix" in flat[path].get_metadata():
+            held = _hold_codes(shape, names, codes, fill, dtype)
+            if held is not None:
+                filled[path] = flat[path].replace(held)
+                done += math.prod(shape) * dtype.itemsize
+                if progress is not None:
+                    progress(done, total)
+                continue
         parts = _Parts(shape, dtype, placed.get(path))
         for row, name in names:
             parts.fill(row, functools.partial(fill, name))
@@ -88,6 +114,46 @@ def build_decoder(
                 progress(done, total)
         filled[path] = flat[path].replace(parts.to_devices(flat[path].get_metadata()))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def _hold_codes(
+    shape: tuple[int, ...],
+    names: list[tuple[int | None, str]],
+    codes: Codes,
+    fill: Callable[[str, np.ndarray], None],
+    dtype: jnp.dtype,
+) -> QTensor | Mixed | None:
+    """Hold a variable as codes; a layer that has none, where others have, as bfloat16."""
+    found = [codes(name) for _, name in names]
+    if not any(found):
+        return None
+    decoded = None if dtype == jnp.float32 else dtype.name
+    if names[0][0] is None:
+        ((format, held, scales),) = cast(list[Coded], found)
+        return from_numpy(_copy([held])[0], scales, format, decoded)
+    rows: dict[Format, list[int]] = {}
+    for i, (_, name) in enumerate(names):
+        if found[i] is None:
+            wide = np.empty(shape[1:], ml_dtypes.bfloat16)
+            fill(name, wide)
+            found[i] = Coded("bfloat16", wide.view(np.uint16))
+        rows.setdefault(cast(Coded, found[i]).format, []).append(i)
+    parts, which, row = [], np.zeros(len(names), np.int32), np.zeros(len(names), np.int32)
+    for format, members in rows.items():
+        own = [cast(Coded, found[i]) for i in members]
+        scales = [x.scales for x in own if x.scales is not None]
+        parts.append(
+            from_numpy(
+                _copy([x.codes for x in own]), _copy(scales) if scales else None, format, decoded
+            )
+        )
+        places = [cast(int, names[i][0]) for i in members]
+        which[places] = len(parts) - 1
+        row[places] = np.arange(len(members))
+    if len(parts) == 1:
+        # In the order of the rows of the stack already: names are.
+        return parts[0]
+    return Mixed(tuple(parts), jnp.asarray(which), jnp.asarray(row))
 
 
 class Placement(NamedTuple):
@@ -134,7 +200,7 @@ def abstract_decoder(
 
 
 def named_weights(decoder: Decoder) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (canonical name, array) of every weight, in layer order.
+    """Yield (canonical name, array) of every weight, in layer order; codes are decoded.
 
     On a mesh each weight is gathered when its turn comes, so every process must take it.
     """
@@ -143,10 +209,15 @@ def named_weights(decoder: Decoder) -> Iterator[tuple[str, np.ndarray]]:
     for name in _canonical_names(decoder.config):
         path, row = weight_path(decoder.config, layers, name)
         value = flat[path].get_value()
-        packed = isinstance(value, QTensor)
-        (array,) = jax.tree.leaves(value)
-        array = _whole(array, row)
-        yield name, array.view(ml_dtypes.bfloat16) if packed else array
+        if isinstance(value, Mixed):
+            value, row = value.parts[int(value.which[row])], int(value.row[row])
+        if not isinstance(value, QTensor):
+            yield name, _whole(jax.tree.leaves(value)[0], row)
+        elif value.format == "bfloat16":
+            yield name, _whole(value.codes, row).view(ml_dtypes.bfloat16)
+        else:
+            held = value if row is None else jax.tree.map(lambda a, row=row: a[row], value)
+            yield name, np.asarray(held.dense())
 
 
 def _whole(array: jax.Array, row: int | None) -> np.ndarray:
@@ -196,6 +267,14 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _copy(rows: list[np.ndarray]) -> np.ndarray:
+    """Stack arrays of one shape in memory of its own that devices may take over."""
+    out = _empty((len(rows), *rows[0].shape), rows[0].dtype)
+    for own, row in zip(out, rows, strict=True):
+        own[...] = row
+    return out
 
 
 class _Parts:

@@ -107,6 +107,11 @@ def layer_errors(case: Toy, decoder: Decoder) -> list[float]:
     return errors
 
 
+# Torch rounds otherwise on a CPU without AVX-512: up to 2.6e-5 times std after 30 layers, and
+# 3.6e-4 of the gaps between routers' choices. A wrong constant is off by more than 1e-3.
+OTHER_CPU = {"router_gap": 1e-3}
+
+
 def check_golden_file(case: Toy, new: dict[str, np.ndarray]) -> None:
     """Check that a size's golden file is what was computed just now."""
     with np.load(hf.path_of(case.size)) as old:
@@ -114,6 +119,6 @@ def check_golden_file(case: Toy, new: dict[str, np.ndarray]) -> None:
         for name, value in new.items():
             if value.dtype == np.float32:
                 scale = case.std if name.startswith("logits") else value.std()
-                assert np.abs(old[name] - value).max() <= adapters.LAYER * scale, name
+                assert np.abs(old[name] - value).max() <= OTHER_CPU.get(name, adapters.LOGITS) * scale, name
             else:
                 np.testing.assert_array_equal(old[name], value, err_msg=name)

@@ -227,6 +227,12 @@ class LayerView(NamedTuple):
     ) -> Float[Array, "B T N H"]:
         """Attend to the row, block by block, without slicing the row out of the stack."""
         cache = self.cache
+        # A view with a `hold` is on a mesh, where a kernel would see a part of the cache as all.
+        if self.hold is _as_it_is and ops.cpu.live() and ops.cpu.attends(q, cache.k):
+            return ops.cpu.attend(
+                q, cache.k, cache.v, cache.positions, self.row, self.positions,
+                ring=isinstance(cache, RingCache), window=window, scale=scale,
+            )  # fmt: skip
         batch, size = cache.positions.shape
         # Two blocks at least: XLA takes a block that is the whole row for loop-invariant, reads it
         # before the write, and then copies the stack (docs/log.md, 2026-11-24).

@@ -24,6 +24,7 @@ import numpy as np
 from gemlax.checkpoints.names import Weight, resolve
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, Error, UnsupportedError
+from gemlax.formats import Format
 from gemlax.tokenizer import Tokenizer, find_chat_template
 
 __all__ = [
@@ -110,6 +111,10 @@ class Checkpoint(abc.ABC):
                 f"{list(out.shape)} with strides {out.strides}"
             )
         self._fill(weight, out)
+
+    def stored(self, name: str) -> tuple[Format, np.ndarray] | None:
+        """Return a weight's format and codes as they are in the file, or None: `read` it."""
+        return None
 
     @abc.abstractmethod
     def tokenizer(self) -> Tokenizer | None:

@@ -35,6 +35,7 @@ from gemlax.checkpoints.base import (
 from gemlax.checkpoints.names import Weight, unused
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, UnsupportedError
+from gemlax.formats import Format
 from gemlax.tokenizer import Tokenizer
 
 __all__ = [
@@ -57,6 +58,11 @@ MAX_DIMS = 4
 T = GGMLQuantizationType
 FLOATS = {T.F32: np.dtype(np.float32), T.F16: np.dtype(np.float16), T.BF16: BFLOAT16}
 QUANTISED = {T.Q8_0, T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q4_K, T.Q5_K, T.Q6_K}
+
+# Types whose blocks `formats` decodes.
+KEPT: dict[GGMLQuantizationType, Format] = {
+    T.Q8_0: "q8_0", T.Q4_0: "q4_0", T.Q5_0: "q5_0", T.Q4_K: "q4_k", T.Q6_K: "q6_k",
+}  # fmt: skip
 
 BOOL, STRING, ARRAY = 7, 8, 9
 SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", BOOL: "<u1",
@@ -228,6 +234,15 @@ class GGUFCheckpoint(Checkpoint):
             return
         offset = np.float32(weight.gguf_offset)
         fill(out, lambda a, b: decode(a, b).astype(np.float32) - offset, weight.gguf)
+
+    def stored(self, name: str) -> tuple[Format, np.ndarray] | None:
+        """Return the blocks of a quantised matrix, [..., out, bytes], byte for byte."""
+        weight = self._weights[name]
+        tensor = self._tensors.get(weight.gguf)
+        if tensor is None or tensor.shape != weight.shape or tensor.type not in KEPT:
+            return None
+        data = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.start)
+        return KEPT[tensor.type], data.reshape(*tensor.shape[:-1], -1)
 
     def _decoder(self, name: str, tensor: Tensor) -> Callable[[int, int], np.ndarray]:
         """Return a function that gives elements [a, b) of a tensor; a is a block's first."""

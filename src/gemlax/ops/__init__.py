@@ -3,8 +3,10 @@
 These are the reference versions. They know JAX and `qtensor`, and no layer, cache or model.
 """
 
+from gemlax.ops import cpu
 from gemlax.ops.attention import attend, attend_blocks, causal_mask, fresh_attend
 from gemlax.ops.basic import EMPTY, geglu, rms_norm, rope, softcap
+from gemlax.ops.cpu import Implementation, implementation
 from gemlax.ops.matmul import embed, linear, unembed
 from gemlax.ops.moe import experts, route
 from gemlax.ops.paged import (
@@ -18,14 +20,17 @@ from gemlax.ops.paged import (
 __all__ = [
     "EMPTY",
     "AttentionMetadata",
+    "Implementation",
     "attend",
     "attend_blocks",
     "causal_mask",
+    "cpu",
     "embed",
     "experts",
     "fresh_attend",
     "from_tpu_layout",
     "geglu",
+    "implementation",
     "linear",
     "paged_attend",
     "rms_norm",

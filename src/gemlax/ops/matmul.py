@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gemlax.qtensor import QTensor, Weight, dense, shape_of, take
+from gemlax.ops import cpu
+from gemlax.qtensor import QTensor, Weight, dense, is_stored, shape_of, take
 
 __all__ = ["embed", "linear", "product", "unembed"]
 
@@ -16,9 +17,36 @@ _ROWS = 8192
 
 
 def linear(x: Float[Array, "... D"], weight: Weight) -> Float[Array, "... F"]:
-    """Return x @ weight.T in the dtype of `x`, accumulated in float32."""
-    out = product(x.reshape(-1, x.shape[-1]), dense(weight))
+    """Return x @ weight.T in the dtype of `x`, accumulated in float32.
+
+    A stored weight is frozen: it gets no gradient, and `x` does in reverse mode only.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    out = _stored_product(flat, weight) if is_stored(weight) else product(flat, dense(weight))
     return out.astype(x.dtype).reshape(*x.shape[:-1], shape_of(weight)[0])
+
+
+@jax.custom_vjp
+def _stored_product(x: Array, weight: Weight) -> Array:
+    """Multiply with a stored weight; no decoded copy of it is kept for the backward pass."""
+    if cpu.live() is None or not cpu.serves(weight):
+        return product(x, dense(weight))
+    if x.shape[0] <= cpu.MAX_ROWS:
+        return cpu.multiply(x, weight)
+    return product(x, cpu.decode(weight))
+
+
+def _stored_forward(x: Array, weight: Weight) -> tuple[Array, tuple[Array, Weight]]:
+    # An empty slice: only the dtype of `x` is needed.
+    return _stored_product(x, weight), (x[:0], weight)
+
+
+def _stored_backward(kept: tuple[Array, Weight], slope: Array) -> tuple[Array, None]:
+    x, weight = kept
+    return (slope @ dense(weight).astype(slope.dtype)).astype(x.dtype), None
+
+
+_stored_product.defvjp(_stored_forward, _stored_backward)
 
 
 def embed(tokens: Int[Array, "B T"], table: Weight, *, scale: float) -> Float[Array, "B T D"]:
@@ -34,15 +62,17 @@ def embed(tokens: Int[Array, "B T"], table: Weight, *, scale: float) -> Float[Ar
 def unembed(x: Float[Array, "R D"], table: Weight) -> Float[Array, "R V"]:
     """Return float32 logits x @ table.T; a stored table is decoded in blocks of rows."""
     rows = shape_of(table)[0]
-    if not isinstance(table, QTensor) or rows <= _ROWS:
-        return product(x, dense(table))
+    if not isinstance(table, QTensor) or rows <= _ROWS or table.format == "float32":
+        return _stored_product(x, table) if is_stored(table) else product(x, dense(table))
+    if x.shape[0] <= cpu.MAX_ROWS and cpu.live() and cpu.serves(table):
+        return _stored_product(x, table)
     whole = rows - rows % _ROWS
-    blocks = table.codes[:whole].reshape(-1, _ROWS, table.shape[1])
-    logits = jax.lax.map(lambda codes: product(x, QTensor(codes, table.format).dense()), blocks)
+    blocks = jax.tree.map(lambda a: a[:whole].reshape(-1, _ROWS, a.shape[1]), table)
+    logits = jax.lax.map(lambda block: product(x, block.dense()), blocks)
     logits = jnp.moveaxis(logits, 0, 1).reshape(x.shape[0], whole)
     if whole == rows:
         return logits
-    rest = product(x, QTensor(table.codes[whole:], table.format).dense())
+    rest = product(x, jax.tree.map(lambda a: a[whole:], table).dense())
     return jnp.concatenate([logits, rest], axis=1)
 
 

@@ -1,0 +1,162 @@
+// How weights are held: one struct per format, each knowing its blocks and how they decode.
+//
+// A row of `width` weights is `width / kBlock` blocks of `kBytes` bytes. The formats of GGUF files
+// are byte for byte as in the file (github.com/ggml-org/ggml, ggml-common.h and ggml-quants.c);
+// int8 and int4 hold their scales, one bfloat16 per 32 weights, in an array of their own.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+namespace gemlax {
+
+inline uint16_t load16(const uint8_t* p) {
+  uint16_t bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return bits;
+}
+
+inline float from_bfloat16(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
+
+inline float from_float16(uint16_t bits) {
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7fff;
+  if (rest >= 0x7c00)  // infinite, or not a number
+    return std::bit_cast<float>(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  if (rest < 0x400) {  // subnormal: an integer times 2^-24
+    const float small = float(rest) * 0x1p-24f;
+    return sign ? -small : small;
+  }
+  return std::bit_cast<float>(sign | ((rest << 13) + ((127 - 15) << 23)));
+}
+
+inline float half_at(const uint8_t* p) { return from_float16(load16(p)); }
+
+// `scales` is that of the block's first group where a format has an array of them.
+struct Float32 {
+  static constexpr int kBlock = 1, kBytes = 4, kGroup = 0;
+  static void decode(const uint8_t* block, const uint16_t*, float* out) {
+    std::memcpy(out, block, 4);
+  }
+};
+
+struct BFloat16 {
+  static constexpr int kBlock = 1, kBytes = 2, kGroup = 0;
+  static void decode(const uint8_t* block, const uint16_t*, float* out) {
+    *out = from_bfloat16(load16(block));
+  }
+};
+
+struct Int8 {
+  static constexpr int kBlock = 32, kBytes = 32, kGroup = 32;
+  static void decode(const uint8_t* block, const uint16_t* scales, float* out) {
+    const float scale = from_bfloat16(*scales);
+    for (int i = 0; i < 32; ++i) out[i] = scale * float(int8_t(block[i]));
+  }
+};
+
+// Byte i holds weight i in its low half and weight i + 16 in its high half, both plus 8.
+struct Int4 {
+  static constexpr int kBlock = 32, kBytes = 16, kGroup = 32;
+  static void decode(const uint8_t* block, const uint16_t* scales, float* out) {
+    const float scale = from_bfloat16(*scales);
+    for (int i = 0; i < 16; ++i) {
+      out[i] = scale * float((block[i] & 15) - 8);
+      out[i + 16] = scale * float((block[i] >> 4) - 8);
+    }
+  }
+};
+
+struct Q8_0 {
+  static constexpr int kBlock = 32, kBytes = 34, kGroup = 0;
+  static void decode(const uint8_t* block, const uint16_t*, float* out) {
+    const float scale = half_at(block);
+    for (int i = 0; i < 32; ++i) out[i] = scale * float(int8_t(block[2 + i]));
+  }
+};
+
+struct Q4_0 {
+  static constexpr int kBlock = 32, kBytes = 18, kGroup = 0;
+  static void decode(const uint8_t* block, const uint16_t*, float* out) {
+    const float scale = half_at(block);
+    for (int i = 0; i < 16; ++i) {
+      out[i] = scale * float((block[2 + i] & 15) - 8);
+      out[i + 16] = scale * float((block[2 + i] >> 4) - 8);
+    }
+  }
+};
+
+// scale, 32 fifth bits, 16 bytes of two low halves.
+struct Q5_0 {
+  static constexpr int kBlock = 32, kBytes = 22, kGroup = 0;
+  static void decode(const uint8_t* block, const uint16_t*, float* out) {
+    const float scale = half_at(block);
+    uint32_t high;
+    std::memcpy(&high, block + 2, 4);
+    for (int i = 0; i < 16; ++i) {
+      const int low = block[6 + i] & 15, top = block[6 + i] >> 4;
+      out[i] = scale * float((low | int(high >> i & 1) << 4) - 16);
+      out[i + 16] = scale * float((top | int(high >> (i + 16) & 1) << 4) - 16);
+    }
+  }
+};
+
+// Scale and minimum of groups of 32, 6 bits each, times one scale of scales and one of minima.
+struct Q4_K {
+  static constexpr int kBlock = 256, kBytes = 144, kGroup = 0;
+  static void scale_and_minimum(const uint8_t* packed, int group, int* scale, int* minimum) {
+    if (group < 4) {
+      *scale = packed[group] & 63;
+      *minimum = packed[group + 4] & 63;
+    } else {
+      *scale = (packed[group + 4] & 15) | (packed[group - 4] >> 6) << 4;
+      *minimum = (packed[group + 4] >> 4) | (packed[group] >> 6) << 4;
+    }
+  }
+  static void decode(const uint8_t* block, const uint16_t*, float* out) {
+    const float d = half_at(block), dmin = half_at(block + 2);
+    for (int group = 0; group < 8; ++group) {
+      int scale, minimum;
+      scale_and_minimum(block + 4, group, &scale, &minimum);
+      const uint8_t* codes = block + 16 + 32 * (group / 2);
+      for (int i = 0; i < 32; ++i) {
+        const int code = group % 2 ? codes[i] >> 4 : codes[i] & 15;
+        out[32 * group + i] = d * float(scale) * float(code) - dmin * float(minimum);
+      }
+    }
+  }
+};
+
+// 128 bytes of low halves, 64 of upper pairs of bits, 16 scales of 16 weights, their scale.
+struct Q6_K {
+  static constexpr int kBlock = 256, kBytes = 210, kGroup = 0;
+  static void decode(const uint8_t* block, const uint16_t*, float* out) {
+    const float d = half_at(block + 208);
+    for (int i = 0; i < 256; ++i) {
+      const int half = i / 128, quarter = i % 128 / 32, at = i % 32;
+      const uint8_t low = block[64 * half + 32 * (quarter % 2) + at];
+      const uint8_t high = block[128 + 32 * half + at];
+      const int code = (quarter < 2 ? low & 15 : low >> 4) | (high >> (2 * quarter) & 3) << 4;
+      const int scale = int8_t(block[192 + i / 16]);
+      out[i] = d * float(scale) * float(code - 32);
+    }
+  }
+};
+
+enum Format : int64_t { kFloat32, kBFloat16, kInt8, kInt4, kQ8_0, kQ4_0, kQ5_0, kQ4_K, kQ6_K, kFormats };
+
+struct FormatFacts {
+  int block, bytes, group;  // weights and bytes of a block; weights per entry of `scales`, or 0
+  void (*decode)(const uint8_t* block, const uint16_t* scales, float* out);
+};
+
+template <class F>
+constexpr FormatFacts facts_of() {
+  return {F::kBlock, F::kBytes, F::kGroup, F::decode};
+}
+
+inline constexpr FormatFacts kFacts[kFormats] = {
+    facts_of<Float32>(), facts_of<BFloat16>(), facts_of<Int8>(), facts_of<Int4>(), facts_of<Q8_0>(),
+    facts_of<Q4_0>(),    facts_of<Q5_0>(),     facts_of<Q4_K>(), facts_of<Q6_K>()};
+
+}  // namespace gemlax

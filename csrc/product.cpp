@@ -1,0 +1,254 @@
+// Products of a few rows of activations with a stack of weight matrices, and rows of it decoded.
+
+#include <cmath>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "rows.h"
+#include "threads.h"
+
+namespace ffi = xla::ffi;
+
+namespace gemlax {
+
+const Kernels& kernels() {
+  static const Kernels& chosen = []() -> const Kernels& {
+#if defined(__x86_64__)
+    const char* asked = std::getenv("GEMLAX_KERNELS");
+    const bool fast = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    if (fast && !(asked && std::string(asked) == "portable")) return kAvx2;
+#endif
+    return kPortable;
+  }();
+  return chosen;
+}
+
+namespace {
+
+// One part of a stack: [layers, out, bytes of a row], and its scales [layers, out, groups].
+struct Part {
+  const uint8_t* codes = nullptr;
+  const uint16_t* scales = nullptr;
+  int64_t layers = 0, rows = 0, row_bytes = 0, groups = 0;
+  Format format = kFloat32;
+};
+
+std::string show(ffi::AnyBuffer::Dimensions shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+// Take part `index` of the arguments apart, and check that it holds rows of `width` weights.
+ffi::Error read_part(ffi::RemainingArgs args, size_t index, ffi::Span<const int64_t> formats,
+                     int64_t width, Part* part) {
+  auto codes = args.get<ffi::AnyBuffer>(2 * index), scales = args.get<ffi::AnyBuffer>(2 * index + 1);
+  if (codes.has_error()) return codes.error();
+  if (scales.has_error()) return scales.error();
+  if (formats[index] < 0 || formats[index] >= kFormats)
+    return ffi::Error::InvalidArgument("unknown format " + std::to_string(formats[index]));
+  const FormatFacts& facts = kFacts[formats[index]];
+  const auto shape = codes->dimensions(), scale_shape = scales->dimensions();
+  if (shape.size() != 3 || scale_shape.size() != 3)
+    return ffi::Error::InvalidArgument("codes and scales must have three axes");
+  part->format = Format(formats[index]);
+  part->codes = static_cast<const uint8_t*>(codes->untyped_data());
+  part->layers = shape[0];
+  part->rows = shape[1];
+  part->row_bytes = shape[2] * int64_t(ffi::ByteWidth(codes->element_type()));
+  if (width % facts.block || part->row_bytes != width / facts.block * facts.bytes)
+    return ffi::Error::InvalidArgument("codes " + show(shape) + " do not hold rows of " +
+                                       std::to_string(width) + " weights");
+  if (facts.group == 0) return ffi::Error::Success();
+  part->scales = static_cast<const uint16_t*>(scales->untyped_data());
+  part->groups = width / facts.group;
+  if (scale_shape[0] != shape[0] || scale_shape[1] != shape[1] || scale_shape[2] != part->groups ||
+      ffi::ByteWidth(scales->element_type()) != 2)
+    return ffi::Error::InvalidArgument("scales " + show(scale_shape) + " do not fit codes " +
+                                       show(shape));
+  return ffi::Error::Success();
+}
+
+// The part and the row of one layer: what the two scalar arguments say.
+ffi::Error find_layer(ffi::Buffer<ffi::S32> which, ffi::Buffer<ffi::S32> row,
+                      ffi::RemainingArgs args, ffi::Span<const int64_t> formats, int64_t width,
+                      Part* part) {
+  const int32_t index = *which.typed_data(), layer = *row.typed_data();
+  if (args.size() != 2 * formats.size() || index < 0 || size_t(index) >= formats.size())
+    return ffi::Error::InvalidArgument("no part " + std::to_string(index));
+  ffi::Error error = read_part(args, index, formats, width, part);
+  if (error.failure()) return error;
+  if (layer < 0 || layer >= part->layers)
+    return ffi::Error::InvalidArgument("layer " + std::to_string(layer) + " of a stack of " +
+                                       std::to_string(part->layers));
+  part->codes += layer * part->rows * part->row_bytes;
+  if (part->scales) part->scales += layer * part->rows * part->groups;
+  return ffi::Error::Success();
+}
+
+// Activations in the form that kernels read, padded with zeros to 1, 2, 4 or a multiple of 8 rows.
+class Prepared {
+ public:
+  Prepared(const float* x, int64_t rows, int64_t width, bool as_codes) : width_(width) {
+    const int64_t padded = rows <= 2 ? rows : rows <= 4 ? 4 : (rows + 7) / 8 * 8;
+    each_ = std::min<int64_t>(padded, kMaxRows);
+    passes_ = padded / each_;
+    groups_ = (width + kGroup - 1) / kGroup;
+    if (as_codes) {
+      codes_.assign(padded * groups_ * kGroup, 0);
+      sums_.assign(padded * groups_, 0.0f);
+      scales_.assign(padded, 0.0f);
+    } else {
+      floats_.assign(padded * groups_ * kGroup, 0.0f);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      if (as_codes)
+        encode(x + r * width, r);
+      else
+        for (int64_t i = 0; i < width; ++i) floats_[place(r, i / kGroup) + i % kGroup] = x[r * width + i];
+    }
+  }
+
+  int64_t passes() const { return passes_; }
+
+  Activations pass(int64_t index) const {
+    const int64_t first = index * each_;
+    Activations x = {int(each_), int(width_), {}, {}, {}, {}};
+    if (codes_.empty()) {
+      x.floats = floats_.data() + place(first, 0);
+      return x;
+    }
+    x.codes = codes_.data() + place(first, 0);
+    x.sums = sums_.data() + first * groups_;
+    x.scales = scales_.data() + first;
+    return x;
+  }
+
+ private:
+  // Where group g of row r begins.
+  int64_t place(int64_t r, int64_t g) const {
+    return ((r / each_ * groups_ + g) * each_ + r % each_) * kGroup;
+  }
+
+  void encode(const float* x, int64_t r) {
+    float most = 0;
+    bool finite = true;
+    for (int64_t i = 0; i < width_; ++i) {
+      most = std::max(most, std::fabs(x[i]));
+      finite &= std::isfinite(x[i]);
+    }
+    // What is not finite makes the whole row NaN: each product would be infinite or NaN.
+    scales_[r] = finite ? most / 32767.0f : std::nanf("");
+    if (!finite || most == 0) return;
+    const double inverse = 32767.0 / double(most);
+    for (int64_t g = 0; g < groups_; ++g) {
+      int32_t sum = 0;
+      int16_t* out = codes_.data() + place(r, g);
+      for (int i = 0; i < kGroup; ++i) {
+        const int32_t code = int32_t(std::nearbyint(float(x[g * kGroup + i] * inverse)));
+        out[i / 2 + i % 2 * (kGroup / 2)] = int16_t(code);
+        sum += code;
+      }
+      sums_[r * groups_ + g] = float(sum);
+    }
+  }
+
+  int64_t width_, each_, passes_, groups_;
+  std::vector<float> floats_, sums_, scales_;
+  std::vector<int16_t> codes_;
+};
+
+int log2_rows(int rows) { return rows == 1 ? 0 : rows == 2 ? 1 : rows == 4 ? 2 : 3; }
+
+// Rows of weights of one task: enough for its start to cost little, few enough to share evenly.
+int64_t rows_per_task(int64_t rows, int64_t row_bytes) {
+  const int64_t by_bytes = std::max<int64_t>(1, (32 << 10) / std::max<int64_t>(1, row_bytes));
+  return std::max<int64_t>(1, std::min(by_bytes, (rows + 7) / 8));
+}
+
+ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> which,
+                    ffi::Buffer<ffi::S32> row, ffi::RemainingArgs args,
+                    ffi::Result<ffi::Buffer<ffi::F32>> out, ffi::Span<const int64_t> formats) {
+  const int64_t rows = x.dimensions()[0], width = x.dimensions()[1];
+  Part part;
+  ffi::Error error = find_layer(which, row, args, formats, width, &part);
+  if (error.failure()) return error;
+  const int64_t features = out->dimensions()[1];
+  if (out->dimensions()[0] != rows || features != part.rows)
+    return ffi::Error::InvalidArgument("out " + show(out->dimensions()) + " does not fit");
+  if (rows == 0 || features == 0) return ffi::Error::Success();
+  const Kernels& best = kernels();
+  const Prepared prepared(x.typed_data(), rows, width, best.codes[part.format]);
+  float* result = out->typed_data();
+  const int64_t step = rows_per_task(features, part.row_bytes);
+  const Weights weights = {part.codes, part.row_bytes, part.scales, part.groups};
+  parallel_for(pool, (features + step - 1) / step, [&](int64_t task) {
+    const int64_t first = task * step, last = std::min(features, first + step);
+    for (int64_t p = 0; p < prepared.passes(); ++p) {
+      const Activations own = prepared.pass(p);
+      const Dot dot = best.dot[part.format][log2_rows(own.rows)];
+      const int64_t begin = p * kMaxRows;
+      if (begin + own.rows <= rows) {
+        dot(weights, first, last, own, result + begin * features, features);
+        continue;
+      }
+      std::vector<float> products(own.rows * (last - first));  // some rows are padding
+      dot(weights, first, last, own, products.data() - first, last - first);
+      for (int64_t r = begin; r < rows; ++r)
+        std::copy_n(products.data() + (r - begin) * (last - first), last - first,
+                    result + r * features + first);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error decode(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> which, ffi::Buffer<ffi::S32> row,
+                  ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::F32>> out,
+                  ffi::Span<const int64_t> formats) {
+  const int64_t features = out->dimensions()[0], width = out->dimensions()[1];
+  Part part;
+  ffi::Error error = find_layer(which, row, args, formats, width, &part);
+  if (error.failure()) return error;
+  if (features != part.rows)
+    return ffi::Error::InvalidArgument("out " + show(out->dimensions()) + " does not fit");
+  const FormatFacts& facts = kFacts[part.format];
+  float* result = out->typed_data();
+  const int64_t step = rows_per_task(features, part.row_bytes);
+  parallel_for(pool, (features + step - 1) / step, [&](int64_t task) {
+    const int64_t end = std::min(features, (task + 1) * step);
+    for (int64_t f = task * step; f < end; ++f)
+      for (int64_t i = 0; i < width; i += facts.block) {
+        const uint16_t* scales =
+            part.scales ? part.scales + f * part.groups + i / facts.group : nullptr;
+        facts.decode(part.codes + f * part.row_bytes + i / facts.block * facts.bytes, scales,
+                     result + f * width + i);
+      }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace gemlax
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gemlax_multiply, gemlax::multiply,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<ffi::Span<const int64_t>>("formats"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gemlax_decode, gemlax::decode,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<ffi::Span<const int64_t>>("formats"));
+
+extern "C" const char* gemlax_kernels() { return gemlax::kernels().name; }

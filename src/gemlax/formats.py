@@ -1,0 +1,226 @@
+"""The forms in which a weight is held as codes: how they decode, and how our own are made.
+
+int8, int4 and nf4 are symmetric, in groups of 32 weights along a row with one bfloat16 scale each.
+The types of GGUF are held byte for byte as in the file: `q4_k` and so on.
+Sources: github.com/ggml-org/ggml, ggml-quants.c; arXiv 2305.14314, appendix E (nf4).
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array
+
+__all__ = ["FORMATS", "GROUP", "MADE", "Form", "Format", "check", "decode", "encode"]
+
+Format = Literal[
+    "float32", "bfloat16", "int8", "int4", "nf4", "q8_0", "q4_0", "q5_0", "q4_k", "q6_k"
+]
+# Weights per scale in the formats that are made here.
+GROUP = 32
+# The formats that `encode` makes.
+MADE: tuple[Format, ...] = ("int8", "int4", "nf4")
+
+# The 16 levels of nf4: quantiles of the normal distribution, scaled to [-1, 1].
+NF4 = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+     0.7229568362236023, 1.0],
+    np.float32,
+)  # fmt: skip
+
+
+class Form(NamedTuple):
+    """One format: weights and code elements per block, the codes' dtype, scales per block."""
+
+    block: int
+    elements: int
+    dtype: Any
+    scaled: bool = False
+
+
+FORMATS: dict[Format, Form] = {
+    "float32": Form(1, 1, np.float32),
+    "bfloat16": Form(1, 1, np.uint16),
+    "int8": Form(GROUP, GROUP, np.int8, scaled=True),
+    "int4": Form(GROUP, GROUP // 2, np.uint8, scaled=True),
+    "nf4": Form(GROUP, GROUP // 2, np.uint8, scaled=True),
+    "q8_0": Form(32, 34, np.uint8),
+    "q4_0": Form(32, 18, np.uint8),
+    "q5_0": Form(32, 22, np.uint8),
+    "q4_k": Form(256, 144, np.uint8),
+    "q6_k": Form(256, 210, np.uint8),
+}
+
+
+def check(format: Format, codes: tuple[int, ...], scales: tuple[int, ...] | None) -> int:
+    """Return the width of a row of weights, given the shapes of codes and scales.
+
+    Raises:
+        ValueError: they do not fit the format or one another.
+    """
+    form = FORMATS[format]
+    if codes[-1] % form.elements:
+        raise ValueError(
+            f"{format} rows are blocks of {form.elements} codes, got codes {list(codes)}"
+        )
+    blocks = codes[-1] // form.elements
+    expected = (*codes[:-1], blocks) if form.scaled else None
+    if scales != expected:
+        raise ValueError(
+            f"{format} codes {list(codes)} need scales "
+            f"{'of ' + str(list(expected)) if expected else 'None'}, "
+            f"got {scales if scales is None else list(scales)}"
+        )
+    return blocks * form.block
+
+
+def decode(codes: Array, scales: Array | None, format: Format) -> Array:
+    """Return the weights [..., width]: float32, and bfloat16 where that is the format."""
+    if format == "float32":
+        return codes
+    if format == "bfloat16":
+        return jax.lax.bitcast_convert_type(codes, jnp.bfloat16)
+    blocks = codes.reshape(*codes.shape[:-1], -1, FORMATS[format].elements)
+    weights = _DECODERS[format](blocks)
+    if scales is not None:
+        held = jax.lax.bitcast_convert_type(scales, jnp.bfloat16).astype(jnp.float32)
+        weights = weights * held[..., None]
+    return weights.reshape(*codes.shape[:-1], -1)
+
+
+def _halves(codes: Array) -> Array:
+    """Return the low halves of bytes [..., n], then the high ones: [..., 2 n] in [0, 15]."""
+    return jnp.concatenate([codes & 15, codes >> 4], axis=-1)
+
+
+def _float16(block: Array, at: int) -> Array:
+    """Return the float16 at byte `at` of each block, [..., 1] as float32."""
+    half = jax.lax.bitcast_convert_type(block[..., at : at + 2], jnp.float16)
+    return half[..., None].astype(jnp.float32)
+
+
+def _int4(block: Array) -> Array:
+    return _halves(block).astype(jnp.float32) - 8
+
+
+def _nf4(block: Array) -> Array:
+    return jnp.asarray(NF4)[_halves(block)]
+
+
+def _q8_0(block: Array) -> Array:
+    codes = jax.lax.bitcast_convert_type(block[..., 2:], jnp.int8)
+    return _float16(block, 0) * codes.astype(jnp.float32)
+
+
+def _q4_0(block: Array) -> Array:
+    return _float16(block, 0) * _int4(block[..., 2:])
+
+
+def _q5_0(block: Array) -> Array:
+    bits = (block[..., 2:6, None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
+    fifth = bits.reshape(*block.shape[:-1], 32)
+    codes = _halves(block[..., 6:]) | (fifth << 4)
+    return _float16(block, 0) * (codes.astype(jnp.float32) - 16)
+
+
+def _q4_k(block: Array) -> Array:
+    a, b, c = block[..., 4:8], block[..., 8:12], block[..., 12:16]
+    scales = jnp.concatenate([a & 63, (c & 15) | (a >> 6 << 4)], axis=-1)  # [..., 8]
+    minima = jnp.concatenate([b & 63, (c >> 4) | (b >> 6 << 4)], axis=-1)
+    pairs = block[..., 16:].reshape(*block.shape[:-1], 4, 32)
+    codes = jnp.stack([pairs & 15, pairs >> 4], axis=-2).reshape(*block.shape[:-1], 8, 32)
+    steps = (_float16(block, 0) * scales.astype(jnp.float32))[..., None]
+    lowest = (_float16(block, 2) * minima.astype(jnp.float32))[..., None]
+    return (steps * codes.astype(jnp.float32) - lowest).reshape(*block.shape[:-1], 256)
+
+
+def _q6_k(block: Array) -> Array:
+    low = block[..., :128].reshape(*block.shape[:-1], 2, 1, 64)
+    low = _halves(low).reshape(*block.shape[:-1], 2, 4, 32)
+    high = block[..., 128:192].reshape(*block.shape[:-1], 2, 1, 32)
+    high = (high >> jnp.array([[0], [2], [4], [6]], jnp.uint8)) & 3
+    codes = (low | (high << 4)).astype(jnp.float32).reshape(*block.shape[:-1], 16, 16) - 32
+    scales = jax.lax.bitcast_convert_type(block[..., 192:208], jnp.int8).astype(jnp.float32)
+    steps = (_float16(block, 208) * scales)[..., None]
+    return (steps * codes).reshape(*block.shape[:-1], 256)
+
+
+_DECODERS: dict[Format, Callable[[Array], Array]] = {
+    "int8": lambda block: block.astype(jnp.float32),
+    "int4": _int4,
+    "nf4": _nf4,
+    "q8_0": _q8_0,
+    "q4_0": _q4_0,
+    "q5_0": _q5_0,
+    "q4_k": _q4_k,
+    "q6_k": _q6_k,
+}
+
+
+def encode(weights: np.ndarray, format: Format) -> tuple[np.ndarray, np.ndarray]:
+    """Quantise rows of float32 weights [..., width] to (codes, scales as bits of bfloat16).
+
+    Raises:
+        ValueError: `format` is not one of `MADE`, the width no multiple of 32, or a value is not
+            finite.
+    """
+    if format not in MADE:
+        raise ValueError(f"format must be one of {', '.join(MADE)}, got {format!r}")
+    if weights.shape[-1] % GROUP:
+        raise ValueError(f"rows of {weights.shape[-1]} weights are no groups of {GROUP}")
+    groups = np.ascontiguousarray(weights, np.float32).reshape(-1, GROUP)
+    if not np.isfinite(groups).all():
+        raise ValueError("weights to be quantised must be finite")
+    codes, scales = {"int8": _to_int8, "int4": _to_int4, "nf4": _to_nf4}[format](groups)
+    lead = weights.shape[:-1]
+    return codes.reshape(*lead, -1), scales.view(np.uint16).reshape(*lead, -1)
+
+
+def _scale(groups: np.ndarray, most: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bfloat16 scales [n] for `most` steps, and the groups in units of them."""
+    scales = (most * np.ones(len(groups), np.float32)).astype(ml_dtypes.bfloat16)
+    held = scales.astype(np.float32)
+    return scales, groups / np.where(held == 0, np.float32(1), held)[:, None]
+
+
+def _to_int8(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    scales, units = _scale(groups, np.abs(groups).max(axis=1) / 127)
+    return np.clip(np.rint(units), -127, 127).astype(np.int8), scales
+
+
+def _to_int4(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Take, of two scales per group, the one with the smaller squared error.
+
+    One puts the largest magnitude at 7 steps, the other at -8, which is one more.
+    """
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=1)[:, None], axis=1)[:, 0]
+    best: tuple[np.ndarray, np.ndarray] | None = None
+    error = np.full(len(groups), np.inf, np.float32)
+    for most in (np.abs(largest) / 7, largest / -8):
+        scales, units = _scale(groups, most)
+        codes = np.clip(np.rint(units), -8, 7)
+        own = ((codes - units) ** 2).sum(axis=1) * scales.astype(np.float32) ** 2
+        better = own < error
+        error = np.where(better, own, error)
+        if best is None:
+            best = codes, scales
+        else:
+            best = np.where(better[:, None], codes, best[0]), np.where(better, scales, best[1])
+    assert best is not None
+    return _pack((best[0] + 8).astype(np.uint8)), best[1]
+
+
+def _to_nf4(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    scales, units = _scale(groups, np.abs(groups).max(axis=1))
+    borders = (NF4[1:] + NF4[:-1]) / 2
+    return _pack(np.searchsorted(borders, units).astype(np.uint8)), scales
+
+
+def _pack(halves: np.ndarray) -> np.ndarray:
+    """Put weight i + 16 of a group above weight i in one byte: [n, 32] to [n, 16]."""
+    return halves[:, : GROUP // 2] | (halves[:, GROUP // 2 :] << 4)

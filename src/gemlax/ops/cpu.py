@@ -1,0 +1,200 @@
+"""The native CPU kernels of csrc/: products with stored weights, and attention over caches.
+
+They are called through XLA's foreign-function interface and read a layer of a stack, or of a cache,
+where it lies. There is a reference in plain JAX for each; what no kernel serves raises
+NotImplementedError. No derivative and no vmap: those go through the reference.
+"""
+
+import contextlib
+import contextvars
+import ctypes
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from gemlax.formats import Format
+from gemlax.qtensor import At, Mixed, QTensor, Weight, shape_of
+
+__all__ = [
+    "MAX_ROWS",
+    "Implementation",
+    "attend",
+    "attends",
+    "bind",
+    "decode",
+    "implementation",
+    "live",
+    "multiply",
+    "serves",
+]
+
+Implementation = Literal["xla", "cpu"]
+
+_log = logging.getLogger(__name__)
+_asked: contextvars.ContextVar[Implementation | None] = contextvars.ContextVar(
+    "implementation", default=None
+)
+# As csrc/formats.h numbers them.
+_NUMBERS: dict[Format, int] = {
+    "float32": 0, "bfloat16": 1, "int8": 2, "int4": 3,
+    "q8_0": 4, "q4_0": 5, "q5_0": 6, "q4_k": 7, "q6_k": 8,
+}  # fmt: skip
+_TARGETS = ("multiply", "decode", "attention")
+# More rows than this are multiplied by XLA with a decoded weight.
+MAX_ROWS = 16
+
+
+@contextlib.contextmanager
+def implementation(name: Implementation | None) -> Iterator[None]:
+    """Choose what is traced inside: "xla", "cpu" (the kernels, or an error), None: the faster."""
+    token = _asked.set(name)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def bind(name: Implementation | None, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function`, traced under `implementation(name)`."""
+
+    @functools.wraps(function)
+    def bound(*args: Any) -> Any:
+        with implementation(name):
+            return function(*args)
+
+    return bound
+
+
+@functools.cache
+def _library() -> str | None:
+    """Register the kernels; return the name of their instruction set, None if there are none."""
+    found = importlib.util.find_spec("gemlax._native")
+    if found is None or found.origin is None:
+        _log.warning("no native CPU kernels were built: stored weights run on XLA, more slowly")
+        return None
+    try:
+        library = ctypes.CDLL(found.origin)
+        for name in _TARGETS:
+            handler = getattr(library, f"gemlax_{name}")
+            target = f"gemlax_{name}"
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
+    except Exception as error:  # OSError, AttributeError, or what jaxlib says of the version
+        _log.warning("the native CPU kernels cannot be used, XLA runs instead: %s", error)
+        return None
+    library.gemlax_kernels.restype = ctypes.c_char_p
+    return library.gemlax_kernels().decode()
+
+
+def live() -> str | None:
+    """Return the instruction set of the kernels that are used: "avx2", "portable" or None.
+
+    Raises:
+        NotImplementedError: "cpu" was asked for and cannot be had.
+    """
+    asked = _asked.get()
+    if asked == "xla":
+        return None
+    name = _library() if jax.default_backend() == "cpu" else None
+    if asked == "cpu" and name is None:
+        raise NotImplementedError(
+            "implementation='cpu' needs a CPU backend and the native kernels, which are compiled "
+            f"when gemlax is installed; the backend is {jax.default_backend()}"
+        )
+    return name
+
+
+def multiply(x: Float[Array, "R D"], weight: Weight) -> Float[Array, "R F"]:
+    """Return float32 x @ weight.T for at most `MAX_ROWS` rows, read from where the weight lies.
+
+    Activations are rounded to 16 bits of their row's largest where codes are integers: an error of
+    about 1e-4 of the result's size.
+
+    Raises:
+        NotImplementedError: another kind of weight, or more rows.
+    """
+    if x.shape[0] > MAX_ROWS:
+        raise NotImplementedError(f"{x.shape[0]} rows; a kernel takes {MAX_ROWS}")
+    where, stacks, numbers = _arguments(weight)
+    out = jax.ShapeDtypeStruct((x.shape[0], shape_of(weight)[0]), jnp.float32)
+    call = jax.ffi.ffi_call("gemlax_multiply", out)
+    return call(x.astype(jnp.float32), *where, *stacks, formats=numbers)
+
+
+def decode(weight: Weight) -> Float[Array, "F D"]:
+    """Return the weight as float32.
+
+    Raises:
+        NotImplementedError: another kind of weight.
+    """
+    where, stacks, numbers = _arguments(weight)
+    call = jax.ffi.ffi_call("gemlax_decode", jax.ShapeDtypeStruct(shape_of(weight), jnp.float32))
+    return call(*where, *stacks, formats=numbers)
+
+
+def _arguments(weight: Weight) -> tuple[tuple[Array, Array], list[Array], np.ndarray]:
+    """Return (part, row), the codes and scales of each part, and the numbers of their formats."""
+    stack: Any = weight
+    index = jnp.int32(0)
+    if isinstance(weight, At):
+        stack, index = weight.stack, jnp.asarray(weight.index, jnp.int32)
+    elif isinstance(weight, QTensor):
+        stack = jax.tree.map(lambda a: a[None], weight)
+    where = (jnp.int32(0), index)
+    parts: tuple[Any, ...] = (stack,)
+    if isinstance(stack, Mixed):
+        parts, where = stack.parts, (stack.which[index], stack.row[index])
+    if not serves(weight):
+        raise NotImplementedError("a kernel takes matrices that are held as codes, but not nf4")
+    none = jnp.zeros((1, 1, 0), jnp.uint16)
+    leaves = []
+    for part in parts:
+        leaves += [part.codes, none if part.scales is None else part.scales]
+    return where, leaves, np.array([_NUMBERS[part.format] for part in parts], np.int64)
+
+
+def serves(weight: Weight) -> bool:
+    """Return whether a kernel reads this weight."""
+    held: Any = weight.stack if isinstance(weight, At) else weight
+    parts = held.parts if isinstance(held, Mixed) else (held,)
+    known = all(isinstance(part, QTensor) and part.format in _NUMBERS for part in parts)
+    return known and len(shape_of(weight)) == 2
+
+
+def attends(q: Float[Array, "B T N H"], k: Any) -> bool:
+    """Return whether the kernel serves these queries and this form of cache."""
+    plain = isinstance(k, jax.Array) and k.dtype in (jnp.float32, jnp.uint16)
+    return plain and q.shape[1] <= MAX_ROWS
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Any,
+    v: Any,
+    at: Int[Array, "B S"],
+    row: Any,
+    positions: Int[Array, "B T"],
+    *,
+    ring: bool,
+    window: int | None,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """Attend to layer `row` of a stacked cache [n, B, S, K, H] of float32 or bits of bfloat16.
+
+    Raises:
+        NotImplementedError: a cache in another form, or more than `MAX_ROWS` tokens a row.
+    """
+    if not attends(q, k):
+        raise NotImplementedError("the kernel takes a few queries, and float32 or bfloat16 caches")
+    call = jax.ffi.ffi_call("gemlax_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32))
+    out = call(
+        q.astype(jnp.float32), k, v, at, jnp.asarray(row, jnp.int32), positions,
+        ring=ring, window=np.int32(window or 0), scale=np.float32(scale),
+    )  # fmt: skip
+    return out.astype(q.dtype)
