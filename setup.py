@@ -17,12 +17,14 @@ class BuildNative(build_ext):
     """A plain shared library that is opened by name: it holds no Python module."""
 
     def build_extension(self, ext):
+        """Compile against the headers that jax carries."""
         import jax.ffi
 
         ext.include_dirs.append(jax.ffi.include_dir())
         super().build_extension(ext)
 
     def get_export_symbols(self, ext):
+        """Return none: a module's init function, which Windows would look for, is not there."""
         return []
 
 

@@ -122,7 +122,7 @@ def _q4_0(block: Array) -> Array:
 
 
 def _q5_0(block: Array) -> Array:
-    bits = (block[..., 2:6, None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
+    bits = jnp.stack([block[..., 2:6] >> i & 1 for i in range(8)], axis=-1)
     fifth = bits.reshape(*block.shape[:-1], 32)
     codes = _halves(block[..., 6:]) | (fifth << 4)
     return _float16(block, 0) * (codes.astype(jnp.float32) - 16)
@@ -142,8 +142,8 @@ def _q4_k(block: Array) -> Array:
 def _q6_k(block: Array) -> Array:
     low = block[..., :128].reshape(*block.shape[:-1], 2, 1, 64)
     low = _halves(low).reshape(*block.shape[:-1], 2, 4, 32)
-    high = block[..., 128:192].reshape(*block.shape[:-1], 2, 1, 32)
-    high = (high >> jnp.array([[0], [2], [4], [6]], jnp.uint8)) & 3
+    high = block[..., 128:192].reshape(*block.shape[:-1], 2, 32)
+    high = jnp.stack([high >> i & 3 for i in (0, 2, 4, 6)], axis=-2)
     codes = (low | (high << 4)).astype(jnp.float32).reshape(*block.shape[:-1], 16, 16) - 32
     scales = jax.lax.bitcast_convert_type(block[..., 192:208], jnp.int8).astype(jnp.float32)
     steps = (_float16(block, 208) * scales)[..., None]

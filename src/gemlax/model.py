@@ -383,21 +383,11 @@ def load(
         RequestError: an option out of range, or a mesh that does not fit devices or weights.
     """
     dtype = jnp.dtype(_default_dtype() if dtype is None else dtype)
-    if dtype not in (jnp.float32, jnp.bfloat16):
-        raise RequestError(
-            f"dtype must be float32 or bfloat16, got {dtype.name} "
-            "(Gemma's activations overflow float16)"
-        )
-    if layers not in (None, "scan", "unroll"):
-        raise RequestError(f"layers must be 'scan', 'unroll' or None, got {layers!r}")
-    if kv_cache not in (None, "int8"):
-        raise RequestError(f"kv_cache must be 'int8' or None, got {kv_cache!r}")
-    placed = None if mesh is None else sharding.make_mesh(mesh)
+    _check_options(dtype, layers, kv_cache, implementation)
     check_rules(quantize)
+    placed = None if mesh is None else sharding.make_mesh(mesh)
     if placed is not None and quantize not in (None, "dense"):
         raise RequestError(f"quantize={quantize!r} needs one device: on a mesh weights are dense")
-    if implementation not in (None, "xla", "cpu"):
-        raise RequestError(f"implementation must be 'xla', 'cpu' or None, got {implementation!r}")
     with ops.implementation(implementation):
         native = ops.cpu.live() is not None
     if quantize is None:
@@ -416,6 +406,20 @@ def load(
             source.config, decoder, tokenizer, defaults, template, mesh=placed, kv_cache=kv_cache,
             implementation=implementation,
         )  # fmt: skip
+
+
+def _check_options(dtype: Any, layers: Any, kv_cache: Any, implementation: Any) -> None:
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise RequestError(
+            f"dtype must be float32 or bfloat16, got {dtype.name} "
+            "(Gemma's activations overflow float16)"
+        )
+    if layers not in (None, "scan", "unroll"):
+        raise RequestError(f"layers must be 'scan', 'unroll' or None, got {layers!r}")
+    if kv_cache not in (None, "int8"):
+        raise RequestError(f"kv_cache must be 'int8' or None, got {kv_cache!r}")
+    if implementation not in (None, "xla", "cpu"):
+        raise RequestError(f"implementation must be 'xla', 'cpu' or None, got {implementation!r}")
 
 
 def _default_dtype() -> Any:

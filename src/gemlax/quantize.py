@@ -82,9 +82,7 @@ def codes_of(source: Checkpoint, rules: Rules) -> Codes | None:
         return None
     shapes = text_weights(source.config.text)
     if rules != "stored":
-        return lambda name: quantised(
-            rules, name, shapes[name], lambda out: source.read(name, out)
-        )
+        return lambda name: quantised(rules, name, shapes[name], lambda out: source.read(name, out))
     stored = {name: source.stored(name) for name, shape in shapes.items() if len(shape) > 1}
     others = [name for name, held in stored.items() if held is None]
     if len(others) == len(stored):

@@ -123,36 +123,38 @@ def _hold_codes(
     fill: Callable[[str, np.ndarray], None],
     dtype: jnp.dtype,
 ) -> QTensor | Mixed | None:
-    """Hold a variable as codes; a layer that has none, where others have, as bfloat16."""
+    """Hold a variable as codes; a layer that has none, where others have, in `dtype`.
+
+    `names` are in the order of the rows of the stack.
+    """
     found = [codes(name) for _, name in names]
     if not any(found):
         return None
     decoded = None if dtype == jnp.float32 else dtype.name
-    if names[0][0] is None:
-        ((format, held, scales),) = cast(list[Coded], found)
-        return from_numpy(_copy([held])[0], scales, format, decoded)
-    rows: dict[Format, list[int]] = {}
     for i, (_, name) in enumerate(names):
         if found[i] is None:
-            wide = np.empty(shape[1:], ml_dtypes.bfloat16)
+            wide = np.empty(shape[len(names) > 1 :], dtype)
             fill(name, wide)
-            found[i] = Coded("bfloat16", wide.view(np.uint16))
-        rows.setdefault(cast(Coded, found[i]).format, []).append(i)
-    parts, which, row = [], np.zeros(len(names), np.int32), np.zeros(len(names), np.int32)
-    for format, members in rows.items():
-        own = [cast(Coded, found[i]) for i in members]
-        scales = [x.scales for x in own if x.scales is not None]
-        parts.append(
-            from_numpy(
-                _copy([x.codes for x in own]), _copy(scales) if scales else None, format, decoded
-            )
-        )
-        places = [cast(int, names[i][0]) for i in members]
-        which[places] = len(parts) - 1
-        row[places] = np.arange(len(members))
+            plain: Format = "float32" if dtype == jnp.float32 else "bfloat16"
+            found[i] = Coded(plain, wide if plain == "float32" else wide.view(np.uint16))
+    each = cast(list[Coded], found)
+
+    def hold(format: Format, members: list[Coded]) -> QTensor:
+        scales = [x.scales for x in members if x.scales is not None]
+        held = _copy([x.codes for x in members]), _copy(scales) if scales else None
+        if names[0][0] is None:  # no stack
+            held = held[0][0], None if held[1] is None else held[1][0]
+        return from_numpy(*held, format, decoded)
+
+    by_format: dict[Format, list[int]] = {}
+    for i, one in enumerate(each):
+        by_format.setdefault(one.format, []).append(i)
+    parts = [hold(format, [each[i] for i in rows]) for format, rows in by_format.items()]
     if len(parts) == 1:
-        # In the order of the rows of the stack already: names are.
         return parts[0]
+    which, row = np.zeros((2, len(names)), np.int32)
+    for part, rows in enumerate(by_format.values()):
+        which[rows], row[rows] = part, np.arange(len(rows))
     return Mixed(tuple(parts), jnp.asarray(which), jnp.asarray(row))
 
 
@@ -208,8 +210,9 @@ def named_weights(decoder: Decoder) -> Iterator[tuple[str, np.ndarray]]:
     layers: Layers = "scan" if decoder.scanned else "unroll"
     for name in _canonical_names(decoder.config):
         path, row = weight_path(decoder.config, layers, name)
-        value = flat[path].get_value()
+        value: Any = flat[path].get_value()
         if isinstance(value, Mixed):
+            assert row is not None
             value, row = value.parts[int(value.which[row])], int(value.row[row])
         if not isinstance(value, QTensor):
             yield name, _whole(jax.tree.leaves(value)[0], row)

@@ -119,6 +119,8 @@ def check_golden_file(case: Toy, new: dict[str, np.ndarray]) -> None:
         for name, value in new.items():
             if value.dtype == np.float32:
                 scale = case.std if name.startswith("logits") else value.std()
-                assert np.abs(old[name] - value).max() <= OTHER_CPU.get(name, adapters.LOGITS) * scale, name
+                assert (
+                    np.abs(old[name] - value).max() <= OTHER_CPU.get(name, adapters.LOGITS) * scale
+                ), name
             else:
                 np.testing.assert_array_equal(old[name], value, err_msg=name)

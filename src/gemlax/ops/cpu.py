@@ -82,9 +82,9 @@ def _library() -> str | None:
     try:
         library = ctypes.CDLL(found.origin)
         for name in _TARGETS:
-            handler = getattr(library, f"gemlax_{name}")
             target = f"gemlax_{name}"
-            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
+            handler = jax.ffi.pycapsule(library[target])
+            jax.ffi.register_ffi_target(target, handler, platform="cpu")
     except Exception as error:  # OSError, AttributeError, or what jaxlib says of the version
         _log.warning("the native CPU kernels cannot be used, XLA runs instead: %s", error)
         return None
@@ -110,6 +110,12 @@ def live() -> str | None:
     return name
 
 
+def _call(name: str, out: jax.ShapeDtypeStruct) -> Callable[..., Array]:
+    with implementation("cpu"):
+        live()
+    return jax.ffi.ffi_call(f"gemlax_{name}", out)
+
+
 def multiply(x: Float[Array, "R D"], weight: Weight) -> Float[Array, "R F"]:
     """Return float32 x @ weight.T for at most `MAX_ROWS` rows, read from where the weight lies.
 
@@ -123,8 +129,7 @@ def multiply(x: Float[Array, "R D"], weight: Weight) -> Float[Array, "R F"]:
         raise NotImplementedError(f"{x.shape[0]} rows; a kernel takes {MAX_ROWS}")
     where, stacks, numbers = _arguments(weight)
     out = jax.ShapeDtypeStruct((x.shape[0], shape_of(weight)[0]), jnp.float32)
-    call = jax.ffi.ffi_call("gemlax_multiply", out)
-    return call(x.astype(jnp.float32), *where, *stacks, formats=numbers)
+    return _call("multiply", out)(x.astype(jnp.float32), *where, *stacks, formats=numbers)
 
 
 def decode(weight: Weight) -> Float[Array, "F D"]:
@@ -134,8 +139,8 @@ def decode(weight: Weight) -> Float[Array, "F D"]:
         NotImplementedError: another kind of weight.
     """
     where, stacks, numbers = _arguments(weight)
-    call = jax.ffi.ffi_call("gemlax_decode", jax.ShapeDtypeStruct(shape_of(weight), jnp.float32))
-    return call(*where, *stacks, formats=numbers)
+    out = jax.ShapeDtypeStruct(shape_of(weight), jnp.float32)
+    return _call("decode", out)(*where, *stacks, formats=numbers)
 
 
 def _arguments(weight: Weight) -> tuple[tuple[Array, Array], list[Array], np.ndarray]:
@@ -192,8 +197,7 @@ def attend(
     """
     if not attends(q, k):
         raise NotImplementedError("the kernel takes a few queries, and float32 or bfloat16 caches")
-    call = jax.ffi.ffi_call("gemlax_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32))
-    out = call(
+    out = _call("attention", jax.ShapeDtypeStruct(q.shape, jnp.float32))(
         q.astype(jnp.float32), k, v, at, jnp.asarray(row, jnp.int32), positions,
         ring=ring, window=np.int32(window or 0), scale=np.float32(scale),
     )  # fmt: skip

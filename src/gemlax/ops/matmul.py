@@ -78,7 +78,7 @@ def unembed(x: Float[Array, "R D"], table: Weight) -> Float[Array, "R V"]:
 
 def product(x: Float[Array, "R D"], weight: Float[Array, "F D"]) -> Float[Array, "R F"]:
     """Contract the last axes of [R, D] and [F, D] with a float32 result."""
-    dtype = jnp.promote_types(x.dtype, weight.dtype)
+    dtype = x.dtype if x.dtype == weight.dtype else jnp.float32
     return jax.lax.dot_general(
         x.astype(dtype),
         weight.astype(dtype),
