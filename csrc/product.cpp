@@ -71,14 +71,14 @@ ffi::Error read_part(ffi::RemainingArgs args, size_t index, ffi::Span<const int6
   return ffi::Error::Success();
 }
 
-// The part and the row of one layer: what the two scalar arguments say.
-ffi::Error find_layer(ffi::Buffer<ffi::S32> which, ffi::Buffer<ffi::S32> row,
-                      ffi::RemainingArgs args, ffi::Span<const int64_t> formats, int64_t width,
-                      Part* part) {
-  const int32_t index = *which.typed_data(), layer = *row.typed_data();
-  if (args.size() != 2 * formats.size() || index < 0 || size_t(index) >= formats.size())
+// Where one weight lies: `where` says its part, of `count` from `first` on, and its layer there.
+ffi::Error find_layer(const int32_t* where, ffi::RemainingArgs args, int64_t first, int64_t count,
+                      ffi::Span<const int64_t> formats, int64_t width, Part* part) {
+  const int32_t index = where[0], layer = where[1];
+  if (index < 0 || index >= count || first + index >= int64_t(formats.size()) ||
+      args.size() != 2 * formats.size())
     return ffi::Error::InvalidArgument("no part " + std::to_string(index));
-  ffi::Error error = read_part(args, index, formats, width, part);
+  ffi::Error error = read_part(args, first + index, formats, width, part);
   if (error.failure()) return error;
   if (layer < 0 || layer >= part->layers)
     return ffi::Error::InvalidArgument("layer " + std::to_string(layer) + " of a stack of " +
@@ -91,23 +91,23 @@ ffi::Error find_layer(ffi::Buffer<ffi::S32> which, ffi::Buffer<ffi::S32> row,
 // Activations in the form that kernels read, padded with zeros to 1, 2, 4 or a multiple of 8 rows.
 class Prepared {
  public:
-  Prepared(const float* x, int64_t rows, int64_t width, bool as_codes) : width_(width) {
+  Prepared(const float* x, int64_t rows, int64_t width, bool floats, bool codes) : width_(width) {
     const int64_t padded = rows <= 2 ? rows : rows <= 4 ? 4 : (rows + 7) / 8 * 8;
     each_ = std::min<int64_t>(padded, kMaxRows);
     passes_ = padded / each_;
     groups_ = (width + kGroup - 1) / kGroup;
-    if (as_codes) {
+    if (codes) {
       codes_.assign(padded * groups_ * kGroup, 0);
       sums_.assign(padded * groups_, 0.0f);
       scales_.assign(padded, 0.0f);
-    } else {
-      floats_.assign(padded * groups_ * kGroup, 0.0f);
+      for (int64_t r = 0; r < rows; ++r) encode(x + r * width, r);
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      if (as_codes)
-        encode(x + r * width, r);
-      else
-        for (int64_t i = 0; i < width; ++i) floats_[place(r, i / kGroup) + i % kGroup] = x[r * width + i];
+    if (floats) {
+      floats_.assign(padded * groups_ * kGroup, 0.0f);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < width; i += kGroup)
+          std::copy_n(x + r * width + i, std::min<int64_t>(kGroup, width - i),
+                      floats_.data() + place(r, i / kGroup));
     }
   }
 
@@ -116,13 +116,12 @@ class Prepared {
   Activations pass(int64_t index) const {
     const int64_t first = index * each_;
     Activations x = {int(each_), int(width_), {}, {}, {}, {}};
-    if (codes_.empty()) {
-      x.floats = floats_.data() + place(first, 0);
-      return x;
+    if (!floats_.empty()) x.floats = floats_.data() + place(first, 0);
+    if (!codes_.empty()) {
+      x.codes = codes_.data() + place(first, 0);
+      x.sums = sums_.data() + first * groups_;
+      x.scales = scales_.data() + first;
     }
-    x.codes = codes_.data() + place(first, 0);
-    x.sums = sums_.data() + first * groups_;
-    x.scales = scales_.data() + first;
     return x;
   }
 
@@ -147,7 +146,7 @@ class Prepared {
       int32_t sum = 0;
       int16_t* out = codes_.data() + place(r, g);
       for (int i = 0; i < kGroup; ++i) {
-        const int32_t code = int32_t(std::nearbyint(float(x[g * kGroup + i] * inverse)));
+        const auto code = int32_t(std::lrintf(float(x[g * kGroup + i] * inverse)));
         out[i / 2 + i % 2 * (kGroup / 2)] = int16_t(code);
         sum += code;
       }
@@ -168,57 +167,95 @@ int64_t rows_per_task(int64_t rows, int64_t row_bytes) {
   return std::max<int64_t>(1, std::min(by_bytes, (rows + 7) / 8));
 }
 
-ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> which,
-                    ffi::Buffer<ffi::S32> row, ffi::RemainingArgs args,
-                    ffi::Result<ffi::Buffer<ffi::F32>> out, ffi::Span<const int64_t> formats) {
-  const int64_t rows = x.dimensions()[0], width = x.dimensions()[1];
-  Part part;
-  ffi::Error error = find_layer(which, row, args, formats, width, &part);
-  if (error.failure()) return error;
-  const int64_t features = out->dimensions()[1];
-  if (out->dimensions()[0] != rows || features != part.rows)
-    return ffi::Error::InvalidArgument("out " + show(out->dimensions()) + " does not fit");
-  if (rows == 0 || features == 0) return ffi::Error::Success();
-  const Kernels& best = kernels();
-  const Prepared prepared(x.typed_data(), rows, width, best.codes[part.format]);
-  float* result = out->typed_data();
-  const int64_t step = rows_per_task(features, part.row_bytes);
+// Some rows of one weight: what a thread takes at a time.
+struct Piece {
+  const Part* part;
+  int64_t first, last;  // rows of the weight
+  int64_t column;       // where the weight's own results begin
+};
+
+std::vector<Piece> cut(const std::vector<Part>& parts) {
+  std::vector<Piece> pieces;
+  int64_t column = 0;
+  for (const Part& part : parts) {
+    const int64_t step = rows_per_task(part.rows, part.row_bytes);
+    for (int64_t first = 0; first < part.rows; first += step)
+      pieces.push_back({&part, first, std::min(part.rows, first + step), column});
+    column += part.rows;
+  }
+  return pieces;
+}
+
+void multiply_piece(const Piece& piece, const Prepared& x, int64_t rows, float* out,
+                    int64_t columns) {
+  const Part& part = *piece.part;
   const Weights weights = {part.codes, part.row_bytes, part.scales, part.groups};
-  parallel_for(pool, (features + step - 1) / step, [&](int64_t task) {
-    const int64_t first = task * step, last = std::min(features, first + step);
-    for (int64_t p = 0; p < prepared.passes(); ++p) {
-      const Activations own = prepared.pass(p);
-      const Dot dot = best.dot[part.format][log2_rows(own.rows)];
-      const int64_t begin = p * kMaxRows;
-      if (begin + own.rows <= rows) {
-        dot(weights, first, last, own, result + begin * features, features);
-        continue;
-      }
-      std::vector<float> products(own.rows * (last - first));  // some rows are padding
-      dot(weights, first, last, own, products.data() - first, last - first);
-      for (int64_t r = begin; r < rows; ++r)
-        std::copy_n(products.data() + (r - begin) * (last - first), last - first,
-                    result + r * features + first);
+  const int64_t width = piece.last - piece.first;
+  for (int64_t p = 0; p < x.passes(); ++p) {
+    const Activations own = x.pass(p);
+    const Dot dot = kernels().dot[part.format][log2_rows(own.rows)];
+    const int64_t begin = p * kMaxRows;
+    if (begin + own.rows <= rows) {
+      dot(weights, piece.first, piece.last, own, out + begin * columns + piece.column, columns);
+      continue;
     }
+    std::vector<float> products(own.rows * width);  // some rows are padding
+    dot(weights, piece.first, piece.last, own, products.data() - piece.first, width);
+    for (int64_t r = begin; r < rows; ++r)
+      std::copy_n(products.data() + (r - begin) * width, width,
+                  out + r * columns + piece.column + piece.first);
+  }
+}
+
+// out = x times each of some weights, side by side. `counts` says how many parts each weight has.
+ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> where,
+                    ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::F32>> out,
+                    ffi::Span<const int64_t> formats, ffi::Span<const int64_t> counts) {
+  const int64_t rows = x.dimensions()[0], width = x.dimensions()[1];
+  const int64_t columns = out->dimensions()[1];
+  if (where.element_count() != 2 * counts.size() || out->dimensions()[0] != rows)
+    return ffi::Error::InvalidArgument("out " + show(out->dimensions()) + " does not fit");
+  std::vector<Part> parts(counts.size());
+  int64_t first = 0, features = 0;
+  bool floats = false, codes = false;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    ffi::Error error =
+        find_layer(where.typed_data() + 2 * i, args, first, counts[i], formats, width, &parts[i]);
+    if (error.failure()) return error;
+    first += counts[i];
+    features += parts[i].rows;
+    (kernels().codes[parts[i].format] ? codes : floats) = true;
+  }
+  if (features != columns)
+    return ffi::Error::InvalidArgument("out " + show(out->dimensions()) + " does not fit " +
+                                       std::to_string(features) + " features");
+  if (rows == 0 || features == 0) return ffi::Error::Success();
+  const Prepared prepared(x.typed_data(), rows, width, floats, codes);
+  const std::vector<Piece> pieces = cut(parts);
+  float* result = out->typed_data();
+  parallel_for(pool, int64_t(pieces.size()), [&](int64_t i) {
+    multiply_piece(pieces[i], prepared, rows, result, columns);
   });
   return ffi::Error::Success();
 }
 
-ffi::Error decode(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> which, ffi::Buffer<ffi::S32> row,
-                  ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::F32>> out,
-                  ffi::Span<const int64_t> formats) {
+ffi::Error decode(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> where, ffi::RemainingArgs args,
+                  ffi::Result<ffi::Buffer<ffi::F32>> out, ffi::Span<const int64_t> formats) {
   const int64_t features = out->dimensions()[0], width = out->dimensions()[1];
+  if (where.element_count() != 2)
+    return ffi::Error::InvalidArgument("decode takes one weight");
   Part part;
-  ffi::Error error = find_layer(which, row, args, formats, width, &part);
+  ffi::Error error = find_layer(where.typed_data(), args, 0, int64_t(formats.size()), formats,
+                                width, &part);
   if (error.failure()) return error;
   if (features != part.rows)
     return ffi::Error::InvalidArgument("out " + show(out->dimensions()) + " does not fit");
   const FormatFacts& facts = kFacts[part.format];
   float* result = out->typed_data();
-  const int64_t step = rows_per_task(features, part.row_bytes);
-  parallel_for(pool, (features + step - 1) / step, [&](int64_t task) {
-    const int64_t end = std::min(features, (task + 1) * step);
-    for (int64_t f = task * step; f < end; ++f)
+  const std::vector<Part> one = {part};
+  const std::vector<Piece> pieces = cut(one);
+  parallel_for(pool, int64_t(pieces.size()), [&](int64_t piece) {
+    for (int64_t f = pieces[piece].first; f < pieces[piece].last; ++f)
       for (int64_t i = 0; i < width; i += facts.block) {
         const uint16_t* scales =
             part.scales ? part.scales + f * part.groups + i / facts.group : nullptr;
@@ -237,15 +274,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gemlax_multiply, gemlax::multiply,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .RemainingArgs()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<ffi::Span<const int64_t>>("formats"));
+                                  .Attr<ffi::Span<const int64_t>>("formats")
+                                  .Attr<ffi::Span<const int64_t>>("counts"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gemlax_decode, gemlax::decode,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .RemainingArgs()
                                   .Ret<ffi::Buffer<ffi::F32>>()

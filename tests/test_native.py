@@ -25,7 +25,7 @@ from gemlax.qtensor import At, Mixed, QTensor, dense
 
 KERNELS = [format for format in FORMATS if format != "nf4"]
 # Activations are rounded to 16 bits of the row's largest: 1.5e-4 of the result's size was measured.
-EXACT = {"float32": 2e-6, "bfloat16": 2e-6}
+EXACT = {"float32": 5e-6, "bfloat16": 5e-6}
 ROUNDED = 5e-4
 INSIDE = "GEMLAX_TEST_INSIDE"  # set in the subprocesses of this file
 
@@ -39,7 +39,8 @@ def both(x, weight):
     x = jnp.asarray(x)
     with ops.implementation("xla"):
         expected = ops.linear(x, weight)
-    return np.asarray(jax.jit(cpu.multiply)(x, weight)), np.asarray(expected, np.float64)
+    (found,) = jax.jit(cpu.multiply)(x, weight)
+    return np.asarray(found), np.asarray(expected, np.float64)
 
 
 def draw(*shape, seed=0):
@@ -51,7 +52,7 @@ def test_this_machine_has_the_kernels():
     assert cpu.live() in ("avx2", "portable")
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 16, 43])
 @pytest.mark.parametrize("format", KERNELS)
 def test_a_product_equals_the_reference(format, rows):
     stack = stored(format, 3, 37, 768)
@@ -75,7 +76,7 @@ def test_one_feature_of_one_block_and_no_rows(format):
     found, expected = both(draw(1, width), weight)
     size = np.abs(dense(weight)).max() * np.sqrt(width)
     assert np.abs(found - expected).max() < bound(format) * size
-    assert cpu.multiply(jnp.zeros((0, width)), weight).shape == (0, 1)
+    assert cpu.multiply(jnp.zeros((0, width)), weight)[0].shape == (0, 1)
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e25])
@@ -126,6 +127,16 @@ def test_a_decoded_weight_equals_the_reference_bit_for_bit(format):
     np.testing.assert_array_equal(found, np.asarray(dense(weight), np.float32))
 
 
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_several_weights_at_once_equal_each_alone(rows):
+    weights = [stored("q8_0", 0, 33, 256), At(mixed(), jnp.int32(2)), stored("bfloat16", 0, 5, 256)]
+    x = draw(rows, 256)
+    together = jax.jit(cpu.multiply)(x, *weights)
+    assert [out.shape for out in together] == [(rows, 33), (rows, 6), (rows, 5)]
+    for weight, out in zip(weights, together, strict=True):
+        np.testing.assert_array_equal(out, cpu.multiply(x, weight)[0])
+
+
 def mixed():
     parts = tuple(stored(format, n, 6, 256) for format, n in (("q5_0", 2), ("q8_0", 1)))
     return Mixed(parts, jnp.array([0, 1, 0], jnp.int32), jnp.array([0, 0, 1], jnp.int32))
@@ -172,8 +183,6 @@ def test_a_layer_that_is_not_there_is_an_error(index):
 
 def test_what_no_kernel_serves_says_so():
     weight = stored("int8", 0, 4, 256)
-    with pytest.raises(NotImplementedError, match="16"):
-        cpu.multiply(draw(17, 256), weight)
     for other in (stored("nf4", 0, 4, 256), jnp.ones((4, 256)), stored("int8", 2, 4, 256)):
         with pytest.raises(NotImplementedError, match="matrices"):
             cpu.decode(other)

@@ -72,6 +72,11 @@ class Linear(nnx.Module):
         return ops.linear(x, self.weight.get_value())
 
 
+def _together(x: Array, *layers: Linear) -> tuple[Array, ...]:
+    """Apply several projections to one input."""
+    return ops.linears(x, *(layer.weight.get_value() for layer in layers))
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis; its gain is `config.norm_offset` + weight."""
 
@@ -127,19 +132,25 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], kv: View) -> tuple[Float[Array, "B T D"], View]:
         """Return what the layer attends to, and `kv` with this step taken in."""
         spec = self.spec
+        raw = [self._heads(out) for out in _together(x, *self._projections())]
         if spec.owns_kv:
-            kv = kv.update(*self._keys_and_values(x, kv.positions))
-        q = self._rope(self.q_norm(self._heads(self.q_proj(x))), kv.positions)  # [B, T, N, H]
+            kv = kv.update(*self._keys_and_values(raw[1], raw[-1], kv.positions))
+        q = self._rope(self.q_norm(raw[0]), kv.positions)  # [B, T, N, H]
         out = kv.attend(q, window=spec.window, scale=spec.attention_scale)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), kv
 
-    def _keys_and_values(self, x: Array, positions: Array) -> tuple[Array, Array]:
-        """Return roped keys and values, [B, T, K, H]; k_eq_v makes both from one projection."""
-        raw = self._heads(self.k_proj(x))
-        v = raw if self.spec.k_eq_v else self._heads(self.v_proj(x))
+    def _projections(self) -> list[Linear]:
+        """Return those of the input: of queries, keys and values, as far as the layer has them."""
+        if not self.spec.owns_kv:
+            return [self.q_proj]
+        both = [self.q_proj, self.k_proj]
+        return both if self.spec.k_eq_v else [*both, self.v_proj]
+
+    def _keys_and_values(self, k: Array, v: Array, positions: Array) -> tuple[Array, Array]:
+        """Return roped keys and normed values, [B, T, K, H]; k_eq_v makes both of one array."""
         if self.norms_values:
             v = ops.rms_norm(v, None, eps=self.eps, offset=0.0)
-        return self._rope(self.k_norm(raw), positions), v
+        return self._rope(self.k_norm(k), positions), v
 
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1, self.spec.head_dim)
@@ -161,7 +172,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Return the update of the residual."""
-        return self.down_proj(ops.geglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(ops.geglu(*_together(x, self.gate_proj, self.up_proj)))
 
 
 class Router(nnx.Module):

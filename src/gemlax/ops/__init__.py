@@ -7,7 +7,7 @@ from gemlax.ops import cpu
 from gemlax.ops.attention import attend, attend_blocks, causal_mask, fresh_attend
 from gemlax.ops.basic import EMPTY, geglu, rms_norm, rope, softcap
 from gemlax.ops.cpu import Implementation, implementation
-from gemlax.ops.matmul import embed, linear, unembed
+from gemlax.ops.matmul import embed, linear, linears, unembed
 from gemlax.ops.moe import experts, route
 from gemlax.ops.paged import (
     AttentionMetadata,
@@ -32,6 +32,7 @@ __all__ = [
     "geglu",
     "implementation",
     "linear",
+    "linears",
     "paged_attend",
     "rms_norm",
     "rope",

@@ -32,6 +32,7 @@ __all__ = [
     "implementation",
     "live",
     "multiply",
+    "prefers",
     "serves",
 ]
 
@@ -47,7 +48,7 @@ _NUMBERS: dict[Format, int] = {
     "q8_0": 4, "q4_0": 5, "q5_0": 6, "q4_k": 7, "q6_k": 8,
 }  # fmt: skip
 _TARGETS = ("multiply", "decode", "attention")
-# More rows than this are multiplied by XLA with a decoded weight.
+# Queries of one call of attention, and rows that float weights are multiplied with by a kernel.
 MAX_ROWS = 16
 
 
@@ -116,20 +117,24 @@ def _call(name: str, out: jax.ShapeDtypeStruct) -> Callable[..., Array]:
     return jax.ffi.ffi_call(f"gemlax_{name}", out)
 
 
-def multiply(x: Float[Array, "R D"], weight: Weight) -> Float[Array, "R F"]:
-    """Return float32 x @ weight.T for at most `MAX_ROWS` rows, read from where the weight lies.
+def multiply(x: Float[Array, "R D"], *weights: Weight) -> tuple[Float[Array, "R _"], ...]:
+    """Return float32 x @ weight.T for each weight, read from where it lies.
 
     Activations are rounded to 16 bits of their row's largest where codes are integers: an error of
-    about 1e-4 of the result's size.
+    about 1e-4 of the result's size. Several weights in one call cost less than a call for each.
 
     Raises:
-        NotImplementedError: another kind of weight, or more rows.
+        NotImplementedError: another kind of weight.
     """
-    if x.shape[0] > MAX_ROWS:
-        raise NotImplementedError(f"{x.shape[0]} rows; a kernel takes {MAX_ROWS}")
-    where, stacks, numbers = _arguments(weight)
-    out = jax.ShapeDtypeStruct((x.shape[0], shape_of(weight)[0]), jnp.float32)
-    return _call("multiply", out)(x.astype(jnp.float32), *where, *stacks, formats=numbers)
+    taken = [_arguments(weight) for weight in weights]
+    where = jnp.stack([place for place, _, _ in taken])
+    leaves = [leaf for _, own, _ in taken for leaf in own]
+    formats = np.array([number for _, _, own in taken for number in own], np.int64)
+    counts = np.array([len(own) for _, _, own in taken], np.int64)
+    sizes = [shape_of(weight)[0] for weight in weights]
+    call = _call("multiply", jax.ShapeDtypeStruct((x.shape[0], sum(sizes)), jnp.float32))
+    out = call(x.astype(jnp.float32), where, *leaves, formats=formats, counts=counts)
+    return tuple(jnp.split(out, np.cumsum(sizes)[:-1].tolist(), axis=1))
 
 
 def decode(weight: Weight) -> Float[Array, "F D"]:
@@ -138,30 +143,41 @@ def decode(weight: Weight) -> Float[Array, "F D"]:
     Raises:
         NotImplementedError: another kind of weight.
     """
-    where, stacks, numbers = _arguments(weight)
-    out = jax.ShapeDtypeStruct(shape_of(weight), jnp.float32)
-    return _call("decode", out)(*where, *stacks, formats=numbers)
+    where, leaves, numbers = _arguments(weight)
+    call = _call("decode", jax.ShapeDtypeStruct(shape_of(weight), jnp.float32))
+    return call(where[None], *leaves, formats=np.array(numbers, np.int64))
 
 
-def _arguments(weight: Weight) -> tuple[tuple[Array, Array], list[Array], np.ndarray]:
-    """Return (part, row), the codes and scales of each part, and the numbers of their formats."""
-    stack: Any = weight
-    index = jnp.int32(0)
-    if isinstance(weight, At):
-        stack, index = weight.stack, jnp.asarray(weight.index, jnp.int32)
-    elif isinstance(weight, QTensor):
-        stack = jax.tree.map(lambda a: a[None], weight)
-    where = (jnp.int32(0), index)
-    parts: tuple[Any, ...] = (stack,)
-    if isinstance(stack, Mixed):
-        parts, where = stack.parts, (stack.which[index], stack.row[index])
+def _arguments(weight: Weight) -> tuple[Array, list[Array], list[int]]:
+    """Return [part, row], the codes and scales of each part, and the numbers of their formats."""
     if not serves(weight):
         raise NotImplementedError("a kernel takes matrices that are held as codes, but not nf4")
+    stack: Any = weight
+    part, row = jnp.int32(0), jnp.int32(0)
+    if isinstance(weight, At):
+        stack, row = weight.stack, jnp.asarray(weight.index, jnp.int32)
+    elif isinstance(weight, QTensor):
+        stack = jax.tree.map(lambda a: a[None], weight)
+    parts: tuple[Any, ...] = (stack,)
+    if isinstance(stack, Mixed):
+        parts, part, row = stack.parts, stack.which[row], stack.row[row]
     none = jnp.zeros((1, 1, 0), jnp.uint16)
     leaves = []
-    for part in parts:
-        leaves += [part.codes, none if part.scales is None else part.scales]
-    return where, leaves, np.array([_NUMBERS[part.format] for part in parts], np.int64)
+    for held in parts:
+        leaves += [held.codes, none if held.scales is None else held.scales]
+    return jnp.stack([part, row]), leaves, [_NUMBERS[held.format] for held in parts]
+
+
+def prefers(weight: Weight, rows: int) -> bool:
+    """Return whether a kernel reads this weight, and multiplies so many rows faster than XLA.
+
+    XLA multiplies many rows with a decoded weight. Integers the kernels multiply faster, floats
+    not (docs/performance.md).
+    """
+    held: Any = weight.stack if isinstance(weight, At) else weight
+    parts = held.parts if isinstance(held, Mixed) else (held,)
+    floats = any(part.format in ("float32", "bfloat16") for part in parts)
+    return serves(weight) and (rows <= MAX_ROWS or not floats)
 
 
 def serves(weight: Weight) -> bool:

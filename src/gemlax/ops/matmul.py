@@ -3,6 +3,8 @@
 Weights are [out, in], rows contiguous over the reduction, as Hugging Face stores them.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -10,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from gemlax.ops import cpu
 from gemlax.qtensor import QTensor, Weight, dense, is_stored, shape_of, take
 
-__all__ = ["embed", "linear", "product", "unembed"]
+__all__ = ["embed", "linear", "linears", "product", "unembed"]
 
 # Rows of a stored table decoded at a time by `unembed`, so that no decoded copy of it exists.
 _ROWS = 8192
@@ -21,32 +23,47 @@ def linear(x: Float[Array, "... D"], weight: Weight) -> Float[Array, "... F"]:
 
     A stored weight is frozen: it gets no gradient, and `x` does in reverse mode only.
     """
+    return linears(x, weight)[0]
+
+
+def linears(x: Float[Array, "... D"], *weights: Weight) -> tuple[Float[Array, "... _"], ...]:
+    """Return `linear` of each weight; a native kernel takes them all at once."""
     flat = x.reshape(-1, x.shape[-1])
-    out = _stored_product(flat, weight) if is_stored(weight) else product(flat, dense(weight))
-    return out.astype(x.dtype).reshape(*x.shape[:-1], shape_of(weight)[0])
+    if all(is_stored(weight) for weight in weights):
+        outs = _stored_products(flat, weights)
+    else:
+        outs = tuple(product(flat, dense(weight)) for weight in weights)
+    return tuple(out.astype(x.dtype).reshape(*x.shape[:-1], -1) for out in outs)
 
 
 @jax.custom_vjp
+def _stored_products(x: Array, weights: tuple[Weight, ...]) -> tuple[Array, ...]:
+    """Multiply with stored weights; no decoded copy of them is kept for the backward pass."""
+    if cpu.live() is None:
+        return tuple(product(x, dense(weight)) for weight in weights)
+    if all(cpu.prefers(weight, x.shape[0]) for weight in weights):
+        return cpu.multiply(x, *weights)
+    return tuple(_stored_product(x, weight) for weight in weights)
+
+
 def _stored_product(x: Array, weight: Weight) -> Array:
-    """Multiply with a stored weight; no decoded copy of it is kept for the backward pass."""
-    if cpu.live() is None or not cpu.serves(weight):
-        return product(x, dense(weight))
-    if x.shape[0] <= cpu.MAX_ROWS:
-        return cpu.multiply(x, weight)
-    return product(x, cpu.decode(weight))
+    if cpu.prefers(weight, x.shape[0]):
+        return cpu.multiply(x, weight)[0]
+    return product(x, cpu.decode(weight) if cpu.serves(weight) else dense(weight))
 
 
-def _stored_forward(x: Array, weight: Weight) -> tuple[Array, tuple[Array, Weight]]:
+def _stored_forward(x: Array, weights: tuple[Weight, ...]) -> Any:
     # An empty slice: only the dtype of `x` is needed.
-    return _stored_product(x, weight), (x[:0], weight)
+    return _stored_products(x, weights), (x[:0], weights)
 
 
-def _stored_backward(kept: tuple[Array, Weight], slope: Array) -> tuple[Array, None]:
-    x, weight = kept
-    return (slope @ dense(weight).astype(slope.dtype)).astype(x.dtype), None
+def _stored_backward(kept: Any, slopes: tuple[Array, ...]) -> tuple[Array, None]:
+    x, weights = kept
+    pairs = zip(slopes, weights, strict=True)
+    return sum(slope @ dense(w).astype(slope.dtype) for slope, w in pairs).astype(x.dtype), None
 
 
-_stored_product.defvjp(_stored_forward, _stored_backward)
+_stored_products.defvjp(_stored_forward, _stored_backward)
 
 
 def embed(tokens: Int[Array, "B T"], table: Weight, *, scale: float) -> Float[Array, "B T D"]:
@@ -62,10 +79,11 @@ def embed(tokens: Int[Array, "B T"], table: Weight, *, scale: float) -> Float[Ar
 def unembed(x: Float[Array, "R D"], table: Weight) -> Float[Array, "R V"]:
     """Return float32 logits x @ table.T; a stored table is decoded in blocks of rows."""
     rows = shape_of(table)[0]
-    if not isinstance(table, QTensor) or rows <= _ROWS or table.format == "float32":
-        return _stored_product(x, table) if is_stored(table) else product(x, dense(table))
-    if x.shape[0] <= cpu.MAX_ROWS and cpu.live() and cpu.serves(table):
-        return _stored_product(x, table)
+    if not is_stored(table):
+        return product(x, dense(table))
+    native = cpu.live() is not None and cpu.prefers(table, x.shape[0])
+    if native or not isinstance(table, QTensor) or rows <= _ROWS or table.format == "float32":
+        return _stored_products(x, (table,))[0]
     whole = rows - rows % _ROWS
     blocks = jax.tree.map(lambda a: a[:whole].reshape(-1, _ROWS, a.shape[1]), table)
     logits = jax.lax.map(lambda block: product(x, block.dense()), blocks)
