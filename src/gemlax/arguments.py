@@ -86,6 +86,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", choices=["scan", "unroll"], help="default: the faster one")
     parser.add_argument("--kv-cache", choices=["int8"], help="hold keys and values in 8 bits")
     parser.add_argument(
+        "--quantize",
+        choices=["stored", "dense", "int8", "int4", "nf4"],
+        help="how matrices are held; default: as the file has them where native kernels run",
+    )
+    parser.add_argument(
+        "--implementation",
+        choices=["xla", "cpu"],
+        help="cpu: the native kernels, or an error; default: the kernels where they were built",
+    )
+    parser.add_argument(
         "--compilation-cache",
         metavar="DIR",
         help="keep compiled programs there; the next run starts faster",
@@ -177,6 +187,7 @@ def _add_case(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--tiny", action="store_true", help="its layers at toy width, random")
     parser.set_defaults(compilation_cache=None, mesh=None, coordinator=None)
     parser.set_defaults(num_processes=None, process_id=None, kv_cache=None)
+    parser.set_defaults(quantize=None, implementation=None)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--layers", choices=["scan", "unroll"], help="default: the faster one")
     parser.add_argument("--cache", choices=["stacked", "list", "paged"], default="stacked")

@@ -407,7 +407,7 @@ def _load(args: argparse.Namespace) -> Any:
     with _bar(args, f"loading {name}") as progress:
         return gemlax.load(
             name, dtype=args.dtype, layers=args.layers, progress=progress, mesh=args.mesh,
-            kv_cache=args.kv_cache,
+            kv_cache=args.kv_cache, quantize=args.quantize, implementation=args.implementation,
         )  # fmt: skip
 
 

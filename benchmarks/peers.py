@@ -1,0 +1,133 @@
+"""gemlax and llama.cpp on the real Gemma 3 270M (Q4_K_M GGUF), taking turns on two threads.
+
+Run: python benchmarks/peers.py FILE.gguf --llama-python PYTHON [--rounds 3] [--write]
+PYTHON is an interpreter with llama-cpp-python; without it gemlax runs alone. Each turn is a
+process of its own: load, then for every depth a prompt and 64 greedy tokens, twice; the better
+counts, and the median over the turns is quoted. The last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+DEPTHS, STEPS, ROWS = (128, 1024, 4000), 64, 8
+# Ids that are words; the two programs get the same.
+FIRST_ID = 1000
+
+
+def prompt(depth: int) -> list[int]:
+    return [2, *range(FIRST_ID, FIRST_ID + depth - 1)]
+
+
+def run_gemlax(path: str) -> dict[str, float]:
+    import jax
+
+    import gemlax
+
+    begin = time.perf_counter()
+    model = gemlax.load(path, implementation="cpu")
+    jax.block_until_ready(jax.tree.leaves(model._state))
+    found = {"load_s": time.perf_counter() - begin}
+    counters = model.engine.counters
+    for depth, rows in [*((depth, 1) for depth in DEPTHS), (128, ROWS)]:
+        prefill, decode = [], []
+        for _ in range(3):  # the first compiles
+            old = (counters.prefill_s, counters.decode_s, counters.decode_tokens)
+            model.generate([prompt(depth)] * rows, max_new_tokens=STEPS, stop_ids=(), context=8192)
+            prefill.append(rows * depth / (counters.prefill_s - old[0]))
+            decode.append((counters.decode_tokens - old[2]) / (counters.decode_s - old[1]))
+        name = f"{depth}" if rows == 1 else f"{depth}x{rows}"
+        found |= {f"prefill_{name}": max(prefill), f"decode_{name}": max(decode)}
+    found["weights_mb"] = sum(a.nbytes for a in jax.tree.leaves(model._state)) / 1e6
+    return found
+
+
+def run_llama(path: str) -> dict[str, float]:
+    from llama_cpp import Llama
+
+    begin = time.perf_counter()
+    model = Llama(path, n_ctx=8192, n_threads=2, n_threads_batch=2, n_batch=512, verbose=False)
+    found = {"load_s": time.perf_counter() - begin}
+    for depth in DEPTHS:
+        prefill, decode = [], []
+        for _ in range(2):
+            model.reset()
+            start = time.perf_counter()
+            model.eval(prompt(depth))
+            middle = time.perf_counter()
+            for _ in range(STEPS):
+                model.eval([FIRST_ID])
+            prefill.append(depth / (middle - start))
+            decode.append(STEPS / (time.perf_counter() - middle))
+        found |= {f"prefill_{depth}": max(prefill), f"decode_{depth}": max(decode)}
+    return found
+
+
+def turn(python: str, name: str, path: str) -> dict[str, float]:
+    command = [python, __file__, path, "--worker", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def write(medians: dict[str, dict[str, float]], limit: float) -> None:
+    import report
+
+    keys = sorted({key for found in medians.values() for key in found}, key=_order)
+    names = list(medians)
+    rows: list[list[Any]] = []
+    for key in keys:
+        values = [medians[name].get(key) for name in names]
+        row = [key.replace("_", " "), *("-" if v is None else f"{v:.4g}" for v in values)]
+        both = len(values) == 2 and None not in values
+        rows.append([*row, f"{values[0] / values[1]:.2f}" if both else "-"])
+    text = report.table(("tok/s, batch 1 unless said", *names, "ratio"), rows)
+    line = f"{report.machine()}; read bandwidth {limit:.1f} GB/s."
+    report.write_section("peers", f"{line}\n\n{text}")
+
+
+def _order(key: str) -> tuple[str, int]:
+    return key.split("_")[0], len(key)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path")
+    parser.add_argument("--llama-python", metavar="PYTHON")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="into docs/performance.md")
+    parser.add_argument("--worker", choices=["gemlax", "llama.cpp"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        run = {"gemlax": run_gemlax, "llama.cpp": run_llama}[args.worker]
+        print(json.dumps(run(args.path)))
+        return
+    path = str(Path(args.path).resolve())
+    peers = {"gemlax": sys.executable}
+    if args.llama_python:
+        peers["llama.cpp"] = args.llama_python
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in peers}
+    for _ in range(args.rounds):
+        for name, python in peers.items():
+            turns[name].append(turn(python, name, path))
+            print(name, {key: round(v, 2) for key, v in turns[name][-1].items()}, flush=True)
+    medians = {
+        name: {key: statistics.median(t[key] for t in found) for key in found[0]}
+        for name, found in turns.items()
+    }
+    from gemlax import bench
+
+    limit = bench.streaming_read()
+    if args.write:
+        write(medians, limit)
+    print(json.dumps({"limit_gb_s": round(limit, 1), "medians": medians, "turns": turns}))
+
+
+if __name__ == "__main__":
+    main()
