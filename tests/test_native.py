@@ -283,8 +283,11 @@ def test_a_library_that_does_not_load_is_not_used(monkeypatch, tmp_path, caplog)
 @pytest.mark.skipif(INSIDE in os.environ, reason="this is the inner run")
 @pytest.mark.parametrize(
     "environment",
-    [{"GEMLAX_KERNELS": "portable"}, {"NPROC": "1", "PJRT_NPROC": "1"}, {"NPROC": "8"}],
-    ids=["portable", "1 thread", "8 threads"],
+    [
+        pytest.param({"GEMLAX_KERNELS": "portable"}, id="portable"),
+        pytest.param({"NPROC": "1"}, id="1 thread", marks=pytest.mark.slow),
+        pytest.param({"NPROC": "8"}, id="8 threads", marks=pytest.mark.slow),
+    ],
 )
 def test_the_same_holds_with(environment):
     done = subprocess.run(

@@ -37,10 +37,12 @@ def abstract(tree):
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
-def engine_of(config, layers="scan", dtype=jnp.float32) -> Engine:
+def engine_of(config, layers="scan", dtype=jnp.float32, implementation=None) -> Engine:
     """An engine whose weights are never read: only its programs are of interest."""
     decoder = build_decoder(config, lambda name, out: None, dtype=dtype, layers=layers)
-    return Engine(decoder, num_tokens=config.vocab_size, dtype=jnp.dtype(dtype))
+    return Engine(
+        decoder, num_tokens=config.vocab_size, dtype=jnp.dtype(dtype), implementation=implementation
+    )
 
 
 def decode_args(engine: Engine, batch: int, capacity: int):
@@ -158,16 +160,17 @@ def test_decode_writes_the_caches_in_place(scanned, decode_programs):
     assert copy_faults(decode_programs[1], caches_of(scanned, 8192)) == []
 
 
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
 @pytest.mark.parametrize("name", ["gemma-3-4b", "gemma-4-e2b"])
 @pytest.mark.parametrize("capacity", [16, 256])
-def test_small_caches_are_written_in_place_too(name, capacity):
-    engine = engine_of(tiny(preset(name)).text)
+def test_small_caches_are_written_in_place_too(name, capacity, implementation):
+    engine = engine_of(tiny(preset(name)).text, implementation=implementation)
     assert copy_faults(compile_decode(engine, 2, capacity), caches_of(engine, capacity, 2)) == []
 
 
 def test_twin_with_one_block_per_row_copies_the_caches(monkeypatch):
     monkeypatch.setattr(cache.stacked, "min", lambda block, _: block, raising=False)
-    engine, block = engine_of(TINY), cache.stacked.BLOCK
+    engine, block = engine_of(TINY, implementation="xla"), cache.stacked.BLOCK
     assert copy_faults(compile_decode(engine, 1, block), caches_of(engine, block))
 
 

@@ -27,6 +27,9 @@ NOISE = 0.004
 SAME = 5e-4
 # Most that a logit moves when activations are rounded to 16 bits; 0.009 was measured.
 KERNELS = 0.03
+# Root mean square of that over all logits of a prompt, whose deviation is about 5; 0.002 to 0.007
+# was measured. llama.cpp's 8 bits give 0.155 ("q4" against "f32").
+ROUNDED = 0.012
 
 
 class Long(NamedTuple):
@@ -245,7 +248,8 @@ def test_kernels_on_the_codes_of_the_file_say_what_its_floats_say(model, stored,
     width = max(map(len, texts))
     ids = np.array([row + [0] * (width - len(row)) for row in texts])
     dense, held = (np.asarray(m.logits(ids, [len(row) for row in texts])) for m in (model, stored))
-    assert np.abs(dense - held).max() < SAME  # many rows: decoded, then multiplied as floats
+    real = np.arange(width)[None] < np.array([len(row) for row in texts])[:, None]
+    assert np.sqrt(((dense - held)[real] ** 2).mean()) < ROUNDED
     ties = 0
     for name, case in cases.items():
         (alone,) = stored.generate([case["ids"]], max_new_tokens=STEPS, logprobs=5)

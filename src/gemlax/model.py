@@ -390,8 +390,7 @@ def load(
         raise RequestError(f"quantize={quantize!r} needs one device: on a mesh weights are dense")
     with ops.implementation(implementation):
         native = ops.cpu.live() is not None
-    if quantize is None:
-        quantize = "stored" if native and placed is None else "dense"
+    quantize = quantize or ("stored" if native and placed is None else "dense")
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
         source.check()
         decoder = build_decoder(
@@ -402,10 +401,8 @@ def load(
         if tokenizer is None:
             _log.info("%s has no tokenizer: ids in, ids out", source.source)
         defaults, template = source.generation_config, source.chat_template
-        return Model(
-            source.config, decoder, tokenizer, defaults, template, mesh=placed, kv_cache=kv_cache,
-            implementation=implementation,
-        )  # fmt: skip
+        ways: dict[str, Any] = {"kv_cache": kv_cache, "implementation": implementation}
+        return Model(source.config, decoder, tokenizer, defaults, template, mesh=placed, **ways)
 
 
 def _check_options(dtype: Any, layers: Any, kv_cache: Any, implementation: Any) -> None:

@@ -59,8 +59,10 @@ def _stored_forward(x: Array, weights: tuple[Weight, ...]) -> Any:
 
 def _stored_backward(kept: Any, slopes: tuple[Array, ...]) -> tuple[Array, None]:
     x, weights = kept
-    pairs = zip(slopes, weights, strict=True)
-    return sum(slope @ dense(w).astype(slope.dtype) for slope, w in pairs).astype(x.dtype), None
+    total = jnp.zeros((slopes[0].shape[0], x.shape[1]), slopes[0].dtype)
+    for slope, weight in zip(slopes, weights, strict=True):
+        total += slope @ dense(weight).astype(slope.dtype)
+    return total.astype(x.dtype), None
 
 
 _stored_products.defvjp(_stored_forward, _stored_backward)
