@@ -55,20 +55,20 @@ def rope_of_first_dims(x, positions, *, theta, factor, rotated):
 # Values of layers with one projection for both.
 
 
-def values_from_normed_keys(self, x, positions):
-    k, v = keys_and_values(self, x, positions)
+def values_from_normed_keys(self, raw_k, raw_v, positions):
+    k, v = keys_and_values(self, raw_k, raw_v, positions)
     if self.spec.k_eq_v:
-        v = real["rms_norm"](self.k_norm(self._heads(self.k_proj(x))), None, eps=1e-6, offset=0.0)
+        v = real["rms_norm"](self.k_norm(raw_k), None, eps=1e-6, offset=0.0)
     return k, v
 
 
-def values_from_roped_keys(self, x, positions):
-    k, v = keys_and_values(self, x, positions)
+def values_from_roped_keys(self, raw_k, raw_v, positions):
+    k, v = keys_and_values(self, raw_k, raw_v, positions)
     return k, real["rms_norm"](k, None, eps=1e-6, offset=0.0) if self.spec.k_eq_v else v
 
 
-def values_are_keys(self, x, positions):
-    k, v = keys_and_values(self, x, positions)
+def values_are_keys(self, raw_k, raw_v, positions):
+    k, v = keys_and_values(self, raw_k, raw_v, positions)
     return k, k if self.spec.k_eq_v else v
 
 
