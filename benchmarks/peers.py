@@ -79,7 +79,7 @@ def turn(python: str, name: str, path: str) -> dict[str, float]:
 def write(medians: dict[str, dict[str, float]], limit: float) -> None:
     import report
 
-    keys = sorted({key for found in medians.values() for key in found}, key=_order)
+    keys = list(medians["gemlax"])
     names = list(medians)
     rows: list[list[Any]] = []
     for key in keys:
@@ -87,13 +87,9 @@ def write(medians: dict[str, dict[str, float]], limit: float) -> None:
         row = [key.replace("_", " "), *("-" if v is None else f"{v:.4g}" for v in values)]
         both = len(values) == 2 and None not in values
         rows.append([*row, f"{values[0] / values[1]:.2f}" if both else "-"])
-    text = report.table(("tok/s, batch 1 unless said", *names, "ratio"), rows)
+    text = report.table(("tok/s, at depth x rows", *names, "ratio"), rows)
     line = f"{report.machine()}; read bandwidth {limit:.1f} GB/s."
     report.write_section("peers", f"{line}\n\n{text}")
-
-
-def _order(key: str) -> tuple[str, int]:
-    return key.split("_")[0], len(key)
 
 
 def main() -> None:

@@ -12,7 +12,9 @@ from test_programs import CAPACITIES, TINY, copy_faults, growth_faults, num_byte
 from gemlax import cache, linen, ops
 from gemlax.weights import build_decoder
 
-FORMS = [(front, dtype) for front in ("NNX", "Linen") for dtype in ("float32", "bfloat16")]
+FORMS = [
+    (front, dtype, "xla") for front in ("NNX", "Linen") for dtype in ("float32", "bfloat16")
+] + [("NNX", "float32", "cpu"), ("Linen", "bfloat16", "cpu")]
 
 
 @functools.cache
@@ -25,8 +27,11 @@ def made(front, dtype):
     return linen.to_linen(decoder), module.apply
 
 
-def compile_step(front, dtype, caches, metadata=None, *, donate=True):
-    """Compile a loop of decode steps, as an engine runs it, over donated caches."""
+def compile_step(front, dtype, caches, metadata=None, *, donate=True, implementation="xla"):
+    """Compile a loop of decode steps, as an engine runs it, over donated caches.
+
+    Attention is XLA's unless the native kernel's program is what is asked for.
+    """
     state, call = made(front, dtype)
     tokens = 2
     flat = metadata is not None
@@ -42,7 +47,8 @@ def compile_step(front, dtype, caches, metadata=None, *, donate=True):
 
     jitted = jax.jit(run, donate_argnums=2 if donate else ())
     steps = jax.ShapeDtypeStruct((), jnp.int32)
-    return jitted.lower(state, ids, caches, metadata, steps).compile()
+    with ops.implementation(implementation):
+        return jitted.lower(state, ids, caches, metadata, steps).compile()
 
 
 def stacked(capacity, dtype, **options):
@@ -51,11 +57,11 @@ def stacked(capacity, dtype, **options):
     )
 
 
-@pytest.mark.parametrize(("front", "dtype"), FORMS)
-def test_scanned_steps_write_dense_and_ring_caches_in_place(front, dtype):
+@pytest.mark.parametrize(("front", "dtype", "implementation"), FORMS)
+def test_scanned_steps_write_dense_and_ring_caches_in_place(front, dtype, implementation):
     caches = [stacked(capacity, dtype) for capacity in CAPACITIES]
     assert isinstance(caches[0]["sliding_attention"], cache.RingCache)
-    programs = [compile_step(front, dtype, c) for c in caches]
+    programs = [compile_step(front, dtype, c, implementation=implementation) for c in caches]
     growth = num_bytes(caches[1]) - num_bytes(caches[0])
     assert growth_faults(*programs, growth) == []
     assert copy_faults(programs[1], caches[1]) == []

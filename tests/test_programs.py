@@ -14,6 +14,7 @@ from flax import nnx
 from jax.extend import core as jex
 
 from gemlax import cache, ops
+from gemlax.checkpoints import text_weights
 from gemlax.config import LayerSpec, TextConfig
 from gemlax.decoder import Decoder
 from gemlax.generate import DecodeState, Engine, Limits
@@ -21,7 +22,7 @@ from gemlax.layers import DecoderLayer
 from gemlax.presets import preset, tiny
 from gemlax.qtensor import QTensor
 from gemlax.sampling import make_sampling
-from gemlax.weights import build_decoder
+from gemlax.weights import Coded, build_decoder
 
 # (5 sliding, 1 full) twice, so that there is a scan in a scan, and 2 sliding.
 TINY = tiny(preset("gemma-3-4b"), num_hidden_layers=14).text
@@ -37,7 +38,7 @@ def abstract(tree):
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
-def engine_of(config, layers="scan", dtype=jnp.float32, implementation=None) -> Engine:
+def engine_of(config, layers="scan", dtype=jnp.float32, implementation="xla") -> Engine:
     """An engine whose weights are never read: only its programs are of interest."""
     decoder = build_decoder(config, lambda name, out: None, dtype=dtype, layers=layers)
     return Engine(
@@ -138,9 +139,11 @@ def scanned():
     return engine_of(TINY)
 
 
-@pytest.fixture(scope="module")
-def decode_programs(scanned):
-    return [compile_decode(scanned, 1, capacity) for capacity in CAPACITIES]
+@pytest.fixture(scope="module", params=["xla", "cpu"])
+def decoding(request):
+    """An engine and its decode programs of two capacities, with attention by XLA and natively."""
+    engine = engine_of(TINY, implementation=request.param)
+    return engine, [compile_decode(engine, 1, capacity) for capacity in CAPACITIES]
 
 
 def caches_of(engine, capacity, batch=1):
@@ -152,12 +155,14 @@ def cache_growth(engine) -> int:
     return large - small
 
 
-def test_decode_temporaries_do_not_grow_with_the_cache(scanned, decode_programs):
-    assert growth_faults(*decode_programs, cache_growth(scanned)) == []
+def test_decode_temporaries_do_not_grow_with_the_cache(decoding):
+    engine, programs = decoding
+    assert growth_faults(*programs, cache_growth(engine)) == []
 
 
-def test_decode_writes_the_caches_in_place(scanned, decode_programs):
-    assert copy_faults(decode_programs[1], caches_of(scanned, 8192)) == []
+def test_decode_writes_the_caches_in_place(decoding):
+    engine, programs = decoding
+    assert copy_faults(programs[1], caches_of(engine, 8192)) == []
 
 
 @pytest.mark.parametrize("implementation", ["xla", "cpu"])
@@ -234,17 +239,54 @@ def scanned_decoder() -> Decoder:
 
 
 @pytest.mark.parametrize(
-    ("layers", "dtype"), [("scan", "float32"), ("unroll", "float32"), ("scan", "bfloat16")]
+    ("layers", "dtype", "implementation"),
+    [
+        ("scan", "float32", "xla"),
+        ("unroll", "float32", "xla"),
+        ("scan", "bfloat16", "xla"),
+        ("scan", "bfloat16", "cpu"),
+    ],
 )
-def test_decode_at_real_width_holds_two_layers_at_most_and_no_widened_weights(layers, dtype):
-    engine = engine_of(wide(layers), layers, jnp.dtype(dtype))
+def test_decode_at_real_width_holds_two_layers_at_most_and_no_widened_weights(
+    layers, dtype, implementation
+):
+    engine = engine_of(wide(layers), layers, jnp.dtype(dtype), implementation)
     program = compile_decode(engine, 1, 256)
     assert size_faults(program, engine) == []
     if dtype == "bfloat16":
         assert widened_faults(program, engine) == []
 
 
+def decoded_faults(implementation: str) -> list[str]:
+    """Say what a decode step on 8-bit codes at real width holds beside its logits."""
+    config = wide()
+    shapes = text_weights(config)
+
+    def codes(name: str) -> Coded | None:
+        shape = shapes[name]
+        if len(shape) < 2:
+            return None
+        groups = (*shape[:-1], shape[-1] // 32)
+        return Coded("int8", np.zeros(shape, np.int8), np.zeros(groups, np.uint16))
+
+    decoder = build_decoder(config, lambda name, out: None, codes=codes)
+    engine = Engine(decoder, num_tokens=config.vocab_size, dtype=jnp.dtype(jnp.float32),
+                    implementation=implementation)  # fmt: skip
+    found = temporaries(compile_decode(engine, 1, 256))
+    # The sampler takes 8 arrays of logits; a matrix is the size of 5, the table of hundreds.
+    most = 10 * 4 * config.vocab_size
+    return [f"{found} bytes of temporaries, at most {most}"] if found > most else []
+
+
+def test_a_step_on_codes_holds_no_decoded_matrix():
+    assert decoded_faults("cpu") == []
+
+
 # --- bad twins ---------------------------------------------------------------------------------
+
+
+def test_twin_on_xla_holds_a_decoded_matrix():
+    assert decoded_faults("xla")
 
 
 def test_twin_without_donation_fails_the_copy_gate(scanned):

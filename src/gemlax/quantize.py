@@ -13,7 +13,7 @@ from gemlax.errors import RequestError
 from gemlax.formats import GROUP, MADE, Format, encode
 from gemlax.weights import Coded, Codes
 
-__all__ = ["Rules", "check_rules", "codes_of", "format_of", "quantised"]
+__all__ = ["Rules", "check_rules", "codes_of"]
 
 # A format for every matrix but routers; or a format, or "dense", by pattern of canonical names
 # (`fnmatch`; the first that fits counts, what none fits is dense): {"*.mlp.*": "int4"}.
@@ -41,7 +41,7 @@ def check_rules(rules: Rules | None) -> None:
             )
 
 
-def format_of(rules: Rules, name: str, shape: tuple[int, ...]) -> Format | None:
+def _format_of(rules: Rules, name: str, shape: tuple[int, ...]) -> Format | None:
     """Return the format that rules give a weight; None: dense.
 
     Raises:
@@ -61,11 +61,11 @@ def format_of(rules: Rules, name: str, shape: tuple[int, ...]) -> Format | None:
     return cast(Format, format)
 
 
-def quantised(
+def _quantised(
     rules: Rules, name: str, shape: tuple[int, ...], read: Callable[[np.ndarray], None]
 ) -> Coded | None:
     """Quantise a weight that `read` writes, as rules say; None: it stays dense."""
-    format = format_of(rules, name, shape)
+    format = _format_of(rules, name, shape)
     if format is None:
         return None
     wide = np.empty(shape, np.float32)
@@ -82,7 +82,9 @@ def codes_of(source: Checkpoint, rules: Rules) -> Codes | None:
         return None
     shapes = text_weights(source.config.text)
     if rules != "stored":
-        return lambda name: quantised(rules, name, shapes[name], lambda out: source.read(name, out))
+        return lambda name: _quantised(
+            rules, name, shapes[name], lambda out: source.read(name, out)
+        )
     stored = {name: source.stored(name) for name, shape in shapes.items() if len(shape) > 1}
     others = [name for name, held in stored.items() if held is None]
     if len(others) == len(stored):

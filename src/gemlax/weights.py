@@ -97,22 +97,18 @@ def build_decoder(
     done = 0
     filled = {}
     for path, names in _names_by_path(config, layers).items():
-        shape = flat[path].get_value().shape
-        if codes is not None and "matrix" in flat[path].get_metadata():
+        shape, metadata = flat[path].get_value().shape, flat[path].get_metadata()
+        held: Any = None
+        if codes is not None and "matrix" in metadata:
             held = _hold_codes(shape, names, codes, fill, dtype)
-            if held is not None:
-                filled[path] = flat[path].replace(held)
-                done += math.prod(shape) * dtype.itemsize
-                if progress is not None:
-                    progress(done, total)
-                continue
-        parts = _Parts(shape, dtype, placed.get(path))
+        parts = None if held is not None else _Parts(shape, dtype, placed.get(path))
         for row, name in names:
-            parts.fill(row, functools.partial(fill, name))
+            if parts is not None:
+                parts.fill(row, functools.partial(fill, name))
             done += math.prod(shape) * dtype.itemsize // len(names)
             if progress is not None:
                 progress(done, total)
-        filled[path] = flat[path].replace(parts.to_devices(flat[path].get_metadata()))
+        filled[path] = flat[path].replace(held if parts is None else parts.to_devices(metadata))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
@@ -131,9 +127,10 @@ def _hold_codes(
     if not any(found):
         return None
     decoded = None if dtype == jnp.float32 else dtype.name
+    stacked = names[0][0] is not None
     for i, (_, name) in enumerate(names):
         if found[i] is None:
-            wide = np.empty(shape[len(names) > 1 :], dtype)
+            wide = np.empty(shape[stacked:], dtype)
             fill(name, wide)
             plain: Format = "float32" if dtype == jnp.float32 else "bfloat16"
             found[i] = Coded(plain, wide if plain == "float32" else wide.view(np.uint16))
@@ -142,7 +139,7 @@ def _hold_codes(
     def hold(format: Format, members: list[Coded]) -> QTensor:
         scales = [x.scales for x in members if x.scales is not None]
         held = _copy([x.codes for x in members]), _copy(scales) if scales else None
-        if names[0][0] is None:  # no stack
+        if not stacked:
             held = held[0][0], None if held[1] is None else held[1][0]
         return from_numpy(*held, format, decoded)
 

@@ -54,7 +54,10 @@ MAX_ROWS = 16
 
 @contextlib.contextmanager
 def implementation(name: Implementation | None) -> Iterator[None]:
-    """Choose what is traced inside: "xla", "cpu" (the kernels, or an error), None: the faster."""
+    """Choose what is traced inside: "xla", "cpu" (the kernels, or an error), None: the faster.
+
+    A function that `jax.jit` has traced before keeps what it was traced with.
+    """
     token = _asked.set(name)
     try:
         yield
@@ -63,7 +66,9 @@ def implementation(name: Implementation | None) -> Iterator[None]:
 
 
 def bind(name: Implementation | None, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function`, traced under `implementation(name)`."""
+    """Return `function`, traced under `implementation(name)`; None leaves what is around it."""
+    if name is None:
+        return function
 
     @functools.wraps(function)
     def bound(*args: Any) -> Any:
@@ -152,20 +157,17 @@ def _arguments(weight: Weight) -> tuple[Array, list[Array], list[int]]:
     """Return [part, row], the codes and scales of each part, and the numbers of their formats."""
     if not serves(weight):
         raise NotImplementedError("a kernel takes matrices that are held as codes, but not nf4")
-    stack: Any = weight
-    part, row = jnp.int32(0), jnp.int32(0)
-    if isinstance(weight, At):
-        stack, row = weight.stack, jnp.asarray(weight.index, jnp.int32)
-    elif isinstance(weight, QTensor):
-        stack = jax.tree.map(lambda a: a[None], weight)
-    parts: tuple[Any, ...] = (stack,)
-    if isinstance(stack, Mixed):
-        parts, part, row = stack.parts, stack.which[row], stack.row[row]
+    layer: Any = (
+        weight if isinstance(weight, At) else At(jax.tree.map(lambda a: a[None], weight), 0)
+    )
+    part, row = jnp.int32(0), jnp.asarray(layer.index, jnp.int32)
+    if isinstance(layer.stack, Mixed):
+        part, row = layer.stack.which[row], layer.stack.row[row]
     none = jnp.zeros((1, 1, 0), jnp.uint16)
     leaves = []
-    for held in parts:
+    for held in _parts(layer):
         leaves += [held.codes, none if held.scales is None else held.scales]
-    return jnp.stack([part, row]), leaves, [_NUMBERS[held.format] for held in parts]
+    return jnp.stack([part, row]), leaves, [_NUMBERS[held.format] for held in _parts(layer)]
 
 
 def prefers(weight: Weight, rows: int) -> bool:
@@ -174,18 +176,22 @@ def prefers(weight: Weight, rows: int) -> bool:
     XLA multiplies many rows with a decoded weight. Integers the kernels multiply faster, floats
     not (docs/performance.md).
     """
-    held: Any = weight.stack if isinstance(weight, At) else weight
-    parts = held.parts if isinstance(held, Mixed) else (held,)
-    floats = any(part.format in ("float32", "bfloat16") for part in parts)
-    return serves(weight) and (rows <= MAX_ROWS or not floats)
+    if not serves(weight):
+        return False
+    floats = any(part.format in ("float32", "bfloat16") for part in _parts(weight))
+    return rows <= MAX_ROWS or not floats
 
 
 def serves(weight: Weight) -> bool:
     """Return whether a kernel reads this weight."""
-    held: Any = weight.stack if isinstance(weight, At) else weight
-    parts = held.parts if isinstance(held, Mixed) else (held,)
-    known = all(isinstance(part, QTensor) and part.format in _NUMBERS for part in parts)
+    known = all(isinstance(p, QTensor) and p.format in _NUMBERS for p in _parts(weight))
     return known and len(shape_of(weight)) == 2
+
+
+def _parts(weight: Weight) -> tuple[Any, ...]:
+    """Return the arrays or stacks that a weight's layers lie in."""
+    held: Any = weight.stack if isinstance(weight, At) else weight
+    return held.parts if isinstance(held, Mixed) else (held,)
 
 
 def attends(q: Float[Array, "B T N H"], k: Any) -> bool:
