@@ -23,6 +23,11 @@ ROOMS = (
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook([f"gemlax.{room}" for room in ROOMS], CHECKER)
 
+# Tests run in two processes: a compiler that splits a program among threads takes longer in all.
+# XLA reads this when it starts; what tests run as commands inherits it.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_parallel_codegen_split_count=1"
+)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -34,6 +39,24 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gguf_path" in item.fixturenames:
             item.add_marker("weights")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plain_code(request):
+    """Compile without LLVM's optimisations, which takes half as long.
+
+    Modules marked `optimised` look at programs, time or real weights and get them; so does every
+    module with GEMLAX_TEST_OPTIMISED=1, and on jax 0.12, which has no such setting.
+    """
+    name = "jax_disable_most_optimizations"
+    wanted = os.environ.get("GEMLAX_TEST_OPTIMISED") == "1"
+    wanted = wanted or request.node.get_closest_marker("optimised") is not None
+    if wanted or name not in jax.config.values:
+        yield
+        return
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, False)
 
 
 def pytest_runtest_setup(item):

@@ -12,6 +12,8 @@ from test_programs import CAPACITIES, TINY, copy_faults, growth_faults, num_byte
 from gemlax import cache, linen, ops
 from gemlax.weights import build_decoder
 
+pytestmark = pytest.mark.optimised
+
 FORMS = [
     (front, dtype, "xla") for front in ("NNX", "Linen") for dtype in ("float32", "bfloat16")
 ] + [("NNX", "float32", "cpu"), ("Linen", "bfloat16", "cpu")]

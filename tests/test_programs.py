@@ -18,11 +18,13 @@ from gemlax.checkpoints import text_weights
 from gemlax.config import LayerSpec, TextConfig
 from gemlax.decoder import Decoder
 from gemlax.generate import DecodeState, Engine, Limits
-from gemlax.layers import DecoderLayer
+from gemlax.layers import DecoderLayer, Keys
 from gemlax.presets import preset, tiny
 from gemlax.qtensor import QTensor
 from gemlax.sampling import make_sampling
 from gemlax.weights import Coded, build_decoder
+
+pytestmark = pytest.mark.optimised
 
 # (5 sliding, 1 full) twice, so that there is a scan in a scan, and 2 sliding.
 TINY = tiny(preset("gemma-3-4b"), num_hidden_layers=14).text
@@ -112,7 +114,7 @@ def size_faults(program, engine: Engine) -> list[str]:
     config = engine.config
     layer = nnx.eval_shape(
         lambda: DecoderLayer(
-            config, config.layers[0], dtype=jnp.dtype(jnp.float32), rngs=nnx.Rngs(0)
+            config, config.layers[0], dtype=jnp.dtype(jnp.float32), keys=Keys(jax.random.key(0))
         )
     )
     limit = 2 * num_bytes(nnx.state(layer)) + 4 * 4 * config.vocab_size

@@ -16,6 +16,8 @@ import pytest
 import gemlax
 from gemlax.weights import named_weights
 
+pytestmark = pytest.mark.optimised
+
 GOLDEN = Path(__file__).parent / "golden" / "llama_logits.json"
 STEPS = 16
 # These need the same two programs: 6 to 13 tokens.

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from gemlax import cache as kv
 from gemlax import ops
 from gemlax.config import Kind, Run, Segment, StackPlan, TextConfig
-from gemlax.layers import DecoderLayer, Embedder, Linear, RMSNorm
+from gemlax.layers import DecoderLayer, Embedder, Keys, Linear, RMSNorm
 from gemlax.qtensor import At
 
 __all__ = ["Decoder", "Layers", "Read", "weight_path"]
@@ -46,45 +46,45 @@ class Decoder(nnx.Module):
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        dtype = jnp.dtype(dtype)
+        dtype, keys = jnp.dtype(dtype), Keys(rngs.params())
         self.config, self.read, self.scanned = config, read, layers == "scan"
         self.embed_tokens = Embedder(
             config.vocab_size,
             config.hidden_size,
             config.hidden_size**0.5,
             dtype=dtype,
-            rngs=rngs,
+            keys=keys,
         )
         if config.hidden_size_per_layer_input:
-            self._init_per_layer_inputs(dtype, rngs)
+            self._init_per_layer_inputs(dtype, keys)
 
-        def make(spec: Any) -> Callable[[nnx.Rngs], DecoderLayer]:
-            return lambda rngs: DecoderLayer(config, spec, dtype=dtype, rngs=rngs)
+        def make(spec: Any) -> Callable[[Keys], DecoderLayer]:
+            return lambda keys: DecoderLayer(config, spec, dtype=dtype, keys=keys)
 
         self.layers: nnx.List[Any]
         if self.scanned:
             self.layers = nnx.List(
                 nnx.Dict(
                     {
-                        kind: _stacked(make(spec), segment.per_period(kind) * segment.repeats, rngs)
+                        kind: _stacked(make(spec), segment.per_period(kind) * segment.repeats, keys)
                         for kind, spec in segment.specs.items()
                     }
                 )
                 for segment in config.plan.segments
             )
         else:
-            self.layers = nnx.List(make(spec)(rngs) for spec in config.layers)
+            self.layers = nnx.List(make(spec)(keys) for spec in config.layers)
         self.norm = RMSNorm(config.hidden_size, config, dtype=dtype)
 
-    def _init_per_layer_inputs(self, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def _init_per_layer_inputs(self, dtype: jnp.dtype, keys: Keys) -> None:
         config = self.config
         width = config.hidden_size_per_layer_input
         packed = config.num_hidden_layers * width
         self.embed_tokens_per_layer = Embedder(
-            config.vocab_size_per_layer_input, packed, width**0.5, dtype=dtype, rngs=rngs
+            config.vocab_size_per_layer_input, packed, width**0.5, dtype=dtype, keys=keys
         )
         self.per_layer_model_projection = Linear(
-            config.hidden_size, packed, (None, "embed"), dtype=dtype, rngs=rngs
+            config.hidden_size, packed, (None, "embed"), dtype=dtype, keys=keys
         )
         self.per_layer_projection_norm = RMSNorm(width, config, dtype=dtype)
 
@@ -236,11 +236,11 @@ def _apply(
     return x, held | {key: view.cache}
 
 
-def _stacked(make: Callable[[nnx.Rngs], DecoderLayer], count: int, rngs: nnx.Rngs) -> DecoderLayer:
+def _stacked(make: Callable[[Keys], DecoderLayer], count: int, keys: Keys) -> DecoderLayer:
     """Make one layer whose variables have a leading axis of `count` layers."""
-    graphdef = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[0]
-    keys = jax.random.split(rngs.params(), count)
-    state = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys)
+    graphdef = nnx.split(nnx.eval_shape(lambda: make(Keys(jax.random.key(0)))))[0]
+    each = jax.random.split(keys(), count)
+    state = jax.vmap(lambda key: nnx.state(make(Keys(key))))(each)
     return nnx.merge(graphdef, state)
 
 
