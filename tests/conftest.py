@@ -39,6 +39,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gguf_path" in item.fixturenames:
             item.add_marker("weights")
+    # Longest files first, so that two processes end at about the same time.
+    items.sort(key=lambda item: item.get_closest_marker("optimised") is None)
 
 
 @pytest.fixture(autouse=True, scope="module")
