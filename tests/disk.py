@@ -8,6 +8,7 @@ from typing import Any
 import gguf
 import ml_dtypes
 import numpy as np
+from gguf import GGMLQuantizationType as T
 from safetensors.numpy import save_file
 
 from gemlax.checkpoints import Checkpoint, text_weights
@@ -30,6 +31,27 @@ CONFIG = GemmaConfig.from_hf(
         "sliding_window": 32,
         "max_position_embeddings": 4096,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+)
+
+# Where a block holds its float16 scales. Random bytes there would be infinities.
+SCALES = {
+    T.Q8_0: [0], T.Q4_0: [0], T.Q4_1: [0, 2], T.Q5_0: [0], T.Q5_1: [0, 2],
+    T.Q4_K: [0, 2], T.Q5_K: [0, 2], T.Q6_K: [208], T.Q2_K: [80, 82],
+}  # fmt: skip
+# One layer whose rows are whole blocks of 256, and a table of several steps of `read`, the last
+# one shorter.
+WIDE = GemmaConfig.from_hf(
+    CONFIG.to_hf()
+    | {
+        "vocab_size": 1300,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 1,
+        "head_dim": 64,
+        "query_pre_attn_scalar": 64,
+        "layer_types": ["sliding_attention"],
+        "rope_scaling": None,
     }
 )
 
@@ -241,3 +263,40 @@ def _gguf_name(names: gguf.TensorNameMap, name: str) -> str | None:
     if name.endswith("layer_scalar") or ".experts." in name:
         name += ".weight"
     return names.get_name(f"model.{name}", try_suffixes=(".weight",))
+
+
+def random_blocks(rng: np.random.Generator, shape: tuple[int, ...], kind: T) -> np.ndarray:
+    """Return random quantised rows: each bit pattern is a value."""
+    size, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (shape[0] * shape[1] // size, nbytes), np.uint8)
+    for at in SCALES[kind]:
+        scale = rng.normal(size=len(blocks)).astype(np.float16)
+        blocks[:, at : at + 2] = scale.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(shape[0], -1)
+
+
+def wide_tensors(
+    kind: T, others: Mapping[str, T] | None = None
+) -> tuple[dict[str, tuple[np.ndarray, T | None]], dict[str, np.ndarray]]:
+    """Return the tensors of a WIDE file whose matrices are of one type, and what they mean.
+
+    Args:
+        others: the types of some matrices, by canonical name.
+    """
+    rng = np.random.default_rng(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, 1)
+    tensors, expected = {}, {}
+    for name, shape in text_weights(WIDE.text).items():
+        array = rng.normal(size=shape).astype(np.float32)
+        other = names.get_name(f"model.{name}", try_suffixes=(".weight",))
+        if len(shape) == 1:
+            tensors[other], expected[name] = (array, None), array - np.float32(1)
+            continue
+        own = (others or {}).get(name, kind)
+        if own in SCALES:
+            data = random_blocks(rng, shape, own)
+        else:
+            data = gguf.quants.quantize(array, own)
+        tensors[other] = (data, own)
+        expected[name] = gguf.quants.dequantize(data, own)
+    return tensors, expected

@@ -24,7 +24,7 @@ from gemlax.decoder import Decoder, Layers
 from gemlax.errors import RequestError, UnsupportedError
 from gemlax.generate import DecodeState, Engine, bucket
 from gemlax.ops.storage import Storage
-from gemlax.quantize import Rules, check_rules, codes_of
+from gemlax.quantization import Rules, check_rules, codes_of
 from gemlax.session import Reply, Session
 from gemlax.tokenizer import Tokenizer
 from gemlax.weights import build_decoder, named_weights
@@ -369,7 +369,7 @@ def load(
         kv_cache: "int8" holds keys and values as 8-bit codes, which moves the logits a little
             (docs/log.md); None: in `dtype`.
         quantize: how matrices are held. "stored": the quantised ones as the file has them; "dense":
-            decoded; "int8", "int4", "nf4": quantised now; or rules, see `quantize.Rules`. None:
+            decoded; "int8", "int4", "nf4": quantised now; or rules, see `quantization.Rules`. None:
             "stored" where native kernels run, which read codes faster than XLA reads floats, and
             "dense" elsewhere.
         implementation: of products with stored weights and of attention: "xla", "cpu" (native
