@@ -17,12 +17,13 @@ from gemlax import cache, ops
 from gemlax.checkpoints import text_weights
 from gemlax.config import LayerSpec, TextConfig
 from gemlax.decoder import Decoder
+from gemlax.formats import Coded
 from gemlax.generate import DecodeState, Engine, Limits
 from gemlax.layers import DecoderLayer
 from gemlax.presets import preset, tiny
 from gemlax.qtensor import QTensor
 from gemlax.sampling import make_sampling
-from gemlax.weights import Coded, build_decoder
+from gemlax.weights import build_decoder
 
 # (5 sliding, 1 full) twice, so that there is a scan in a scan, and 2 sliding.
 TINY = tiny(preset("gemma-3-4b"), num_hidden_layers=14).text

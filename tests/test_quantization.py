@@ -240,24 +240,33 @@ def test_per_layer_tables_and_experts_are_quantised_and_routers_are_not(tmp_path
 
 
 def test_types_without_a_kernel_are_held_as_bfloat16_and_named_once(tmp_path, caplog):
-    down, query = "layers.0.mlp.down_proj.weight", "layers.0.self_attn.q_proj.weight"
-    tensors, expected = wide_tensors(T.Q4_K, {down: T.Q5_K, query: T.Q5_1})
+    others = {"layers.0.mlp.down_proj.weight": T.Q5_K, "layers.0.self_attn.q_proj.weight": T.Q5_1,
+              "embed_tokens.weight": T.Q5_K, "layers.0.self_attn.o_proj.weight": T.F32}  # fmt: skip
+    tensors, expected = wide_tensors(T.Q4_K, others)
     path = write_gguf(tmp_path / "m.gguf", tensors, WIDE)
     caplog.set_level(logging.INFO, "gemlax.quantization")
     decoder = gemlax.load(path, quantize="stored", layers="unroll").decoder
     layer = decoder.layers[0]
-    assert layer.mlp.down_proj.weight.get_value().format == "bfloat16"
-    assert layer.self_attn.q_proj.weight.get_value().format == "bfloat16"
+    for held in (layer.mlp.down_proj, layer.self_attn.q_proj, decoder.embed_tokens):
+        assert held.weight.get_value().format == "bfloat16"
     assert layer.mlp.up_proj.weight.get_value().format == "q4_k"
+    assert isinstance(layer.self_attn.o_proj.weight.get_value(), jax.Array)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
-    assert f"{path}: 2 matrices are held as bfloat16" in said[0]
-    for name in (down, query):
-        expected[name] = expected[name].astype(jnp.bfloat16)
-    found = dict(named_weights(decoder))
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert found[name].dtype == array.dtype
-        np.testing.assert_allclose(found[name], array, rtol=1e-6, atol=1e-7)
-    narrowed = gemlax.load(path, quantize="dense", layers="unroll").decoder
-    assert isinstance(narrowed.layers[0].mlp.up_proj.weight.get_value(), jax.Array)
+    assert f"{path}: 3 matrices are held as bfloat16" in said[0]
+    for name, kind in others.items():
+        if kind != T.F32:
+            expected[name] = expected[name].astype(jnp.bfloat16).astype(np.float32)
+    assert_same_bits(dict(named_weights(decoder)), expected)
+    # The model stays float32: a table of another dtype would set that of all activations.
+    hidden = jax.eval_shape(lambda d, t: d(t, t)[0], decoder, jnp.zeros((1, 4), jnp.int32))
+    assert hidden.dtype == jnp.float32
+
+
+def test_floats_of_a_file_stay_floats(tmp_path, caplog):
+    tensors, expected = wide_tensors(T.BF16)
+    path = write_gguf(tmp_path / "m.gguf", tensors, WIDE)
+    decoder = gemlax.load(path, quantize="stored", layers="unroll").decoder
+    assert not any(isinstance(v.get_value(), QTensor) for v in
+                   dict(nnx.to_flat_state(nnx.state(decoder))).values())  # fmt: skip
+    assert_same_bits(dict(named_weights(decoder)), expected)
