@@ -392,11 +392,10 @@ def load(
         native = ops.cpu.live() is not None
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
         source.check()
-        keeps = placed is None and (native or source.keeps_codes)
-        rules: Rules = quantize or ("stored" if keeps else "dense")
+        as_stored = placed is None and (native or source.keeps_codes)
         decoder = build_decoder(
             source.config.text, source.read, dtype=dtype, layers=layers, progress=progress,
-            mesh=placed, codes=codes_of(source, rules),
+            mesh=placed, codes=codes_of(source, quantize or ("stored" if as_stored else "dense")),
         )  # fmt: skip
         tokenizer = source.tokenizer()
         if tokenizer is None:
