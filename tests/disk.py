@@ -1,5 +1,6 @@
 """Small checkpoints on disk, written by other packages than ours: the readers' oracle."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,6 +69,30 @@ GEMMA4 = {
     "12b": gemma4("12b", num_hidden_layers=6),
     "26b-a4b": gemma4("26b-a4b", num_hidden_layers=6, num_experts=8, top_k_experts=2),
 }  # fmt: skip
+
+
+def narrow(config: GemmaConfig) -> GemmaConfig:
+    """Return a toy whose widths are all made of groups of 32."""
+    text = config.text
+    text = dataclasses.replace(
+        text,
+        hidden_size=64,
+        hidden_size_per_layer_input=min(text.hidden_size_per_layer_input, 1) * 32,
+        moe_intermediate_size=min(text.moe_intermediate_size, 1) * 32,
+    )
+    return dataclasses.replace(config, text=text)
+
+
+KINDS = ["sliding_attention", "full_attention"]
+# Gemma 4 that can be quantised: shared K/V and per-layer inputs, and experts.
+NARROW = {
+    "e2b": narrow(
+        gemma4("e2b", num_hidden_layers=4, num_kv_shared_layers=2, layer_types=KINDS * 2)
+    ),
+    "26b-a4b": narrow(
+        gemma4("26b-a4b", num_hidden_layers=2, layer_types=KINDS, num_experts=4, top_k_experts=2)
+    ),
+}
 
 
 def random_weights(

@@ -14,9 +14,9 @@ import pytest
 from adapters import build
 from disk import (
     CONFIG,
+    NARROW,
     WIDE,
     assert_same_bits,
-    gemma4,
     random_weights,
     wide_tensors,
     write_gguf,
@@ -42,24 +42,6 @@ POSITIONS = np.tile(np.arange(12, dtype=np.int32), (2, 1))
 # Times std(logits): sums in another order, and activations of 16 bits in the kernels. 3e-6 and
 # 8e-4 were measured.
 NOISE = {"xla": 1e-5, "cpu": 2e-3}
-
-
-def narrow(config: gemlax.GemmaConfig) -> gemlax.GemmaConfig:
-    """Return a toy whose widths are all made of groups of 32."""
-    text = config.text
-    text = dataclasses.replace(
-        text,
-        hidden_size=64,
-        hidden_size_per_layer_input=min(text.hidden_size_per_layer_input, 1) * 32,
-        moe_intermediate_size=min(text.moe_intermediate_size, 1) * 32,
-    )
-    return dataclasses.replace(config, text=text)
-
-
-KINDS = ["sliding_attention", "full_attention"]
-E2B = narrow(gemma4("e2b", num_hidden_layers=4, num_kv_shared_layers=2, layer_types=KINDS * 2))
-MOE = narrow(gemma4("26b-a4b", num_hidden_layers=2, layer_types=KINDS, num_experts=4,
-                    top_k_experts=2))  # fmt: skip
 
 
 def format_by_rules(name: str, shape: tuple[int, ...], rules: object) -> str:
@@ -212,15 +194,18 @@ def reference(layers: str) -> np.ndarray:
 @pytest.mark.parametrize(
     ("layers", "front", "implementation"),
     [("scan", nnx_logits, "xla"), ("scan", linen_logits, "cpu"),
-     ("unroll", nnx_logits, "cpu"), ("unroll", linen_logits, "xla")],
+     pytest.param("unroll", nnx_logits, "cpu", marks=pytest.mark.slow),
+     pytest.param("unroll", linen_logits, "xla", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_the_model_is_that_of_the_decoded_floats(folder, implementation, front, layers):
     decoder = gemlax.load(folder, quantize=BY_NAME, layers=layers).decoder
     assert_near(front(decoder, implementation), reference(layers), implementation)
 
 
-@pytest.mark.parametrize("config", [E2B, MOE], ids=["e2b", "moe"])
-def test_per_layer_tables_and_experts_are_quantised_and_routers_are_not(tmp_path, config):
+@pytest.mark.slow
+@pytest.mark.parametrize("size", NARROW)
+def test_per_layer_tables_and_experts_are_quantised_and_routers_are_not(tmp_path, size):
+    config = NARROW[size]
     weights = conditioned_weights("test_quantization", text_weights(config.text))
     folder = write_hf(tmp_path / "m", weights, config=config.to_hf())
     decoder = gemlax.load(folder, quantize="int8", layers="scan").decoder
@@ -232,7 +217,7 @@ def test_per_layer_tables_and_experts_are_quantised_and_routers_are_not(tmp_path
         if "matrix" in variable.get_metadata() and not isinstance(variable.get_value(), QTensor)
     }
     routers = {"layers.0.sliding_attention.router.proj", "layers.0.full_attention.router.proj"}
-    assert dense == ({f"{name}.weight" for name in routers} if config is MOE else set())
+    assert dense == ({f"{name}.weight" for name in routers} if size == "26b-a4b" else set())
     assert_near(nnx_logits(decoder, "xla"), nnx_logits(build(config, expected), "xla"), "xla")
 
 

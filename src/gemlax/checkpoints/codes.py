@@ -37,6 +37,7 @@ __all__ = [
 Formats = Mapping[str, Format]
 
 KEY = "quantization_config"
+# Another layout, or another meaning of a format's codes, is another version.
 METHOD, VERSION = "gemlax", 1
 CODES, SCALES = ".codes", ".scales"
 _DTYPES = {np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8", np.dtype(np.uint16): "BF16"}
