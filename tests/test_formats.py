@@ -54,9 +54,9 @@ def test_what_is_encoded_does_not_depend_on_where_it_lies():
     weights = np.random.default_rng(2).standard_normal((4100, 32)).astype(np.float32)
     for format in MADE:
         codes, scales = encode(weights, format)
-        own, own_scales = encode(weights[4097:], format)
-        np.testing.assert_array_equal(codes[4097:], own)
-        np.testing.assert_array_equal(scales[4097:], own_scales)
+        own, own_scales = encode(weights[4090:], format)
+        np.testing.assert_array_equal(codes[4090:], own)
+        np.testing.assert_array_equal(scales[4090:], own_scales)
     weights[4099, 31] = np.inf
     with pytest.raises(ValueError, match="finite"):
         encode(weights, "int8")

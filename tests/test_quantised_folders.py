@@ -395,6 +395,7 @@ CODES, SCALES = f"model.{DOWN}.codes", f"model.{DOWN}.scales"
         ({SCALES: np.zeros((64, 3), np.float32)}, rf"mistyped: {SCALES} is F32, expected BF16"),
         ({CODES: np.zeros((64, 96), np.uint8)}, rf"mistyped: {CODES} is U8, expected I8"),
         ({f"model.{DOWN}": np.zeros((64, 96), np.float32)}, rf"unexpected: model.{DOWN} \[64, 96"),
+        ({"lm_head.weight": np.zeros((512, 64), np.float32)}, r"lm_head.weight differs from model"),
         ({"model.extra.codes": np.zeros((2, 2), np.uint8)}, r"unexpected: model.extra.codes"),
     ],
 )  # fmt: skip
@@ -475,8 +476,13 @@ def test_a_truncated_file_is_refused(folder, tmp_path, part):
 def test_what_comes_in_another_form_than_announced_is_not_saved(model, tmp_path):
     held = dict(held_weights(model.decoder))
     formats = config_of_formats(held)
-    for change in ({DOWN: "int4"}, {DOWN: "nf4"}, {UP: "int8"}):
-        with pytest.raises(CheckpointError, match=r"cannot save"):
+    key = "layers.0.self_attn.k_proj.weight"  # nf4, whose codes have the form of int4's
+    for change, message in (
+        ({key: "int4"}, f"'{key}': it comes as nf4, expected int4"),
+        ({DOWN: "nf4"}, f"'{DOWN}': it comes as int8, expected nf4"),
+        ({UP: "int8"}, f"'{UP}', float32"),
+    ):
+        with pytest.raises(CheckpointError, match=f"cannot save {message}"):
             save_safetensors(tmp_path / "m", CONFIG, held.items(), generation_config={},
                              formats=formats | change)  # fmt: skip
     assert not list(tmp_path.iterdir())

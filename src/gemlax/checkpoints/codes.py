@@ -139,11 +139,21 @@ def count_bytes(shape: tuple[int, ...], format: Format) -> int:
     )
 
 
-def flatten(weights: Iterable[tuple[str, np.ndarray | Coded]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the tensors of each weight; what is yielded is not kept."""
+def flatten(
+    weights: Iterable[tuple[str, np.ndarray | Coded]], own: Formats
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors of each weight; what is yielded is not kept.
+
+    Raises:
+        CheckpointError: codes of another format than `own` says.
+    """
     for name, weight in weights:
         if not isinstance(weight, Coded):
             yield name, weight
+        elif weight.format != own.get(name):
+            raise CheckpointError(
+                f"cannot save {name!r}: it comes as {weight.format}, expected {own.get(name)}"
+            )
         elif weight.format == "bfloat16":
             yield name, weight.codes.view(BFLOAT16)
         else:

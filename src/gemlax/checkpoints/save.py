@@ -151,7 +151,7 @@ def _write_weights(
     room = _room(expected)
     shards = [_Shard(part / "model.safetensors", room)]
     seen: dict[str, tuple[int, ...]] = {}
-    for name, array in flatten(weights):
+    for name, array in flatten(weights, formats):
         if not _fits(array, expected.get(name)) or name in seen:
             entry = expected.get(name)
             raise CheckpointError(
