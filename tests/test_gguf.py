@@ -24,7 +24,7 @@ from disk import (
 )
 from gguf import GGMLQuantizationType as T
 
-from gemlax.checkpoints import open_checkpoint
+from gemlax.checkpoints import open_checkpoint, text_weights
 from gemlax.checkpoints.gguf import load_tokenizer, parse_header
 from gemlax.errors import CheckpointError, Error, UnsupportedError
 
