@@ -18,8 +18,8 @@ from flax import nnx
 
 from gemlax import bench, preset
 from gemlax.checkpoints import text_weights
-from gemlax.formats import FORMATS
-from gemlax.weights import Coded, build_decoder
+from gemlax.formats import FORMATS, Coded
+from gemlax.weights import build_decoder
 
 NAMES = ("bfloat16", "int8", "int4")
 BATCHES = (1, 8)

@@ -1,5 +1,6 @@
 """Small checkpoints on disk, written by other packages than ours: the readers' oracle."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import gguf
 import ml_dtypes
 import numpy as np
+from gguf import GGMLQuantizationType as T
 from safetensors.numpy import save_file
 
 from gemlax.checkpoints import Checkpoint, text_weights
@@ -33,6 +35,27 @@ CONFIG = GemmaConfig.from_hf(
     }
 )
 
+# Where a block holds its float16 scales. Random bytes there would be infinities.
+SCALES = {
+    T.Q8_0: [0], T.Q4_0: [0], T.Q4_1: [0, 2], T.Q5_0: [0], T.Q5_1: [0, 2],
+    T.Q4_K: [0, 2], T.Q5_K: [0, 2], T.Q6_K: [208], T.Q2_K: [80, 82],
+}  # fmt: skip
+# One layer whose rows are whole blocks of 256, and a table of several steps of `read`, the last
+# one shorter.
+WIDE = GemmaConfig.from_hf(
+    CONFIG.to_hf()
+    | {
+        "vocab_size": 1300,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 1,
+        "head_dim": 64,
+        "query_pre_attn_scalar": 64,
+        "layer_types": ["sliding_attention"],
+        "rope_scaling": None,
+    }
+)
+
 
 def gemma4(size: str, **changes: Any) -> GemmaConfig:
     """Return a published Gemma 4 at toy width, with some keys of its config changed."""
@@ -46,6 +69,30 @@ GEMMA4 = {
     "12b": gemma4("12b", num_hidden_layers=6),
     "26b-a4b": gemma4("26b-a4b", num_hidden_layers=6, num_experts=8, top_k_experts=2),
 }  # fmt: skip
+
+
+def narrow(config: GemmaConfig) -> GemmaConfig:
+    """Return a toy whose widths are all made of groups of 32."""
+    text = config.text
+    text = dataclasses.replace(
+        text,
+        hidden_size=64,
+        hidden_size_per_layer_input=min(text.hidden_size_per_layer_input, 1) * 32,
+        moe_intermediate_size=min(text.moe_intermediate_size, 1) * 32,
+    )
+    return dataclasses.replace(config, text=text)
+
+
+KINDS = ["sliding_attention", "full_attention"]
+# Gemma 4 that can be quantised: shared K/V and per-layer inputs, and experts.
+NARROW = {
+    "e2b": narrow(
+        gemma4("e2b", num_hidden_layers=4, num_kv_shared_layers=2, layer_types=KINDS * 2)
+    ),
+    "26b-a4b": narrow(
+        gemma4("26b-a4b", num_hidden_layers=2, layer_types=KINDS, num_experts=4, top_k_experts=2)
+    ),
+}
 
 
 def random_weights(
@@ -241,3 +288,40 @@ def _gguf_name(names: gguf.TensorNameMap, name: str) -> str | None:
     if name.endswith("layer_scalar") or ".experts." in name:
         name += ".weight"
     return names.get_name(f"model.{name}", try_suffixes=(".weight",))
+
+
+def random_blocks(rng: np.random.Generator, shape: tuple[int, ...], kind: T) -> np.ndarray:
+    """Return random quantised rows: each bit pattern is a value."""
+    size, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (shape[0] * shape[1] // size, nbytes), np.uint8)
+    for at in SCALES[kind]:
+        scale = rng.normal(size=len(blocks)).astype(np.float16)
+        blocks[:, at : at + 2] = scale.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(shape[0], -1)
+
+
+def wide_tensors(
+    kind: T, others: Mapping[str, T] | None = None
+) -> tuple[dict[str, tuple[np.ndarray, T | None]], dict[str, np.ndarray]]:
+    """Return the tensors of a WIDE file whose matrices are of one type, and what they mean.
+
+    Args:
+        others: the types of some matrices, by canonical name.
+    """
+    rng = np.random.default_rng(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, 1)
+    tensors, expected = {}, {}
+    for name, shape in text_weights(WIDE.text).items():
+        array = rng.normal(size=shape).astype(np.float32)
+        other = names.get_name(f"model.{name}", try_suffixes=(".weight",))
+        if len(shape) == 1:
+            tensors[other], expected[name] = (array, None), array - np.float32(1)
+            continue
+        own = (others or {}).get(name, kind)
+        if own in SCALES:
+            data = random_blocks(rng, shape, own)
+        else:
+            data = gguf.quants.quantize(array, own)
+        tensors[other] = (data, own)
+        expected[name] = gguf.quants.dequantize(data, own)
+    return tensors, expected

@@ -22,6 +22,7 @@ from vocabularies import SPECIAL, toy
 import gemlax
 from gemlax import cli, cost
 from gemlax.checkpoints import Checkpoint, text_weights
+from gemlax.ops import cpu
 
 COMMAND = [sys.executable, "-m", "gemlax.cli"]
 MAIN = "import sys; from gemlax.cli import main; sys.exit(main())"
@@ -31,7 +32,7 @@ ENVIRONMENT = INHERITED | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
 CONFIG = gemlax.tiny(gemlax.preset("gemma-3-270m"), num_hidden_layers=6)
 TIMEOUT = 300
 PROMPT = "hello world"
-COMMANDS = ("generate", "chat", "convert", "info", "perplexity", "bench")
+COMMANDS = ("generate", "chat", "convert", "quantize", "info", "perplexity", "bench")
 GENERATE = ["generate", "--model", "{model}", "--layers", "scan", "--max-new-tokens", "12"]
 SCORE = ["perplexity", "--model", "{model}"]
 
@@ -90,6 +91,13 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "not UTF-8 to score": ([*SCORE, "{bad}/latin.txt"], 1, "not UTF-8: byte 3 is 0xe9"),
     "lone surrogate": ([*GENERATE, "a\udce9"], 1, "surrogate"),
     "empty file": ([*SCORE, "{bad}/empty.txt"], 1, "the text is empty"),
+    "no whole groups": ([*SCORE, "{bad}/prompt.txt", "--quantize", "int4"], 1,
+                        "rows of 80 weights, no multiple of 32"),
+    "no format": (["quantize", "{model}", "{bad}/new"], 2, "one of the arguments --format --rules"),
+    "format and rules": (["quantize", "{model}", "{bad}/new", "--format", "int8", "--rules", "x"],
+                         2, "not allowed with argument"),
+    "no rules": (["quantize", "{model}", "{bad}/new", "--rules", "{bad}/none.json"], 1,
+                 "none.json: No such file"),
     "small window": ([*SCORE, "{bad}/prompt.txt", "--window", "1"], 1, "window"),
     "cache in a file": ([*GENERATE, "--compilation-cache", "{bad}/prompt.txt/x", PROMPT], 1,
                         "prompt.txt/x: Not a directory"),
@@ -327,11 +335,22 @@ def test_info_of_a_checkpoint_is_what_it_costs(outcomes, model):
     text = CONFIG.text
     check_info(outcomes["info"].report, text, text.max_position_embeddings)
     check_info(outcomes["info context"].report, text, 7)
+    live = cpu.kernels()
+    assert outcomes["info"].report["native_kernels"] == live.instructions
+    assert outcomes["info"].report["native_formats"] == ", ".join(live.formats)
     assert outcomes["info"].report["pattern"] == "(5 sliding, 1 full) x 1"
     shown = outcomes["info plain"].out
     for key, value in outcomes["info"].report.items():
         assert key.replace("_", " ") in shown
         assert not isinstance(value, int) or f"{value:,}" in shown
+
+
+def test_info_says_why_no_kernel_is_live(monkeypatch, capsys):
+    monkeypatch.setattr(cpu, "_library", lambda: (None, "they were not built"))
+    assert cli.main(["info", "gemma-3-270m", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["native_kernels"] == "none: they were not built"
+    assert report["native_formats"] == "none"
 
 
 def test_info_shows_the_kv_memory_of_a_model_and_of_every_size(outcomes):

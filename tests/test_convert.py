@@ -131,12 +131,12 @@ def test_without_a_dtype_no_value_is_rounded(tmp_path, stored, kept):
 
 def test_one_weight_at_a_time_is_read_and_counted(tmp_path, monkeypatch):
     told, order = [], []
-    read, append = Checkpoint.read, checkpoints.safetensors._Shard.append
+    read, append = Checkpoint.read, checkpoints.save._Shard.append
     monkeypatch.setattr(
         Checkpoint, "read", lambda self, name, out: order.append(name) or read(self, name, out)
     )
     monkeypatch.setattr(
-        checkpoints.safetensors._Shard,
+        checkpoints.save._Shard,
         "append",
         lambda self, name, array: order.append(name) or append(self, name, array),
     )

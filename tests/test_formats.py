@@ -24,6 +24,9 @@ def test_blocks_of_gguf_decode_as_gguf_says(format):
     found = jax.jit(decode, static_argnums=2)(jnp.asarray(codes), None, format)
     expected = dequantize(codes, GGUF[format])
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+    by_numpy = decode(codes, None, format)
+    assert isinstance(by_numpy, np.ndarray)
+    np.testing.assert_array_equal(by_numpy, expected)
 
 
 @pytest.mark.parametrize("format", MADE)
@@ -36,6 +39,7 @@ def test_what_is_encoded_decodes_within_its_error(format):
     assert scales.shape == (7, 5, 8)
     assert codes[0, 0].nbytes == 256 * (1 if format == "int8" else 0.5)
     found = np.asarray(decode(jnp.asarray(codes), jnp.asarray(scales), format))
+    np.testing.assert_array_equal(decode(codes, scales, format), found)
     assert np.sqrt(((found - weights) ** 2).mean()) < LOSS[format] * weights.std()
     assert not found[3, 2].any()
     np.testing.assert_allclose(found[4, 1, :32], 1e-30, rtol=0.2)
@@ -43,6 +47,19 @@ def test_what_is_encoded_decodes_within_its_error(format):
     most = {"int8": 0.5 / 127, "int4": 1 / 7.9, "nf4": 0.5 * np.diff(NF4).max()}[format]
     error = np.abs(found - weights).reshape(7, 5, 8, 32)
     assert (error <= steps * (most + 2**-8) + 1e-35).all()
+
+
+def test_what_is_encoded_does_not_depend_on_where_it_lies():
+    """Groups are worked on a block at a time; a group of the second block is like one alone."""
+    weights = np.random.default_rng(2).standard_normal((4100, 32)).astype(np.float32)
+    for format in MADE:
+        codes, scales = encode(weights, format)
+        own, own_scales = encode(weights[4090:], format)
+        np.testing.assert_array_equal(codes[4090:], own)
+        np.testing.assert_array_equal(scales[4090:], own_scales)
+    weights[4099, 31] = np.inf
+    with pytest.raises(ValueError, match="finite"):
+        encode(weights, "int8")
 
 
 def test_int4_takes_the_better_of_two_scales():

@@ -14,57 +14,28 @@ import pytest
 from disk import (
     BFLOAT16,
     CONFIG,
+    WIDE,
     assert_same_bits,
     gguf_tensors,
     random_weights,
     read_all,
+    wide_tensors,
     write_gguf,
 )
 from gguf import GGMLQuantizationType as T
 
 from gemlax.checkpoints import open_checkpoint, text_weights
 from gemlax.checkpoints.gguf import load_tokenizer, parse_header
-from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, Error, UnsupportedError
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "gemma-3-270m-gguf.json"
 TABLE, NORM = "embed_tokens.weight", "norm.weight"
 TYPES = [T.F32, T.F16, T.BF16, T.Q8_0, T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q4_K, T.Q5_K, T.Q6_K]
-# Where a block holds its float16 scales. Random bytes there would be infinities.
-SCALES = {
-    T.Q8_0: [0], T.Q4_0: [0], T.Q4_1: [0, 2], T.Q5_0: [0], T.Q5_1: [0, 2],
-    T.Q4_K: [0, 2], T.Q5_K: [0, 2], T.Q6_K: [208], T.Q2_K: [80, 82],
-}  # fmt: skip
-# One layer whose rows are whole blocks of 256, and a table of several steps of `read`, the last
-# one shorter.
-WIDE = GemmaConfig.from_hf(
-    CONFIG.to_hf()
-    | {
-        "vocab_size": 1300,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 1,
-        "head_dim": 64,
-        "query_pre_attn_scalar": 64,
-        "layer_types": ["sliding_attention"],
-        "rope_scaling": None,
-    }
-)
 
 
 def write_plain(path: Path, weights=None, **options) -> Path:
     weights = random_weights() if weights is None else weights
     return write_gguf(path, gguf_tensors(weights), **options)
-
-
-def random_blocks(rng, shape, kind: T) -> np.ndarray:
-    """Return random quantised rows: each bit pattern is a value."""
-    size, nbytes = gguf.GGML_QUANT_SIZES[kind]
-    blocks = rng.integers(0, 256, (shape[0] * shape[1] // size, nbytes), np.uint8)
-    for at in SCALES[kind]:
-        scale = rng.normal(size=len(blocks)).astype(np.float16)
-        blocks[:, at : at + 2] = scale.view(np.uint8).reshape(-1, 2)
-    return blocks.reshape(shape[0], -1)
 
 
 def test_a_file_of_llama_cpps_layout_is_read(tmp_path):
@@ -81,26 +52,6 @@ def test_a_file_of_llama_cpps_layout_is_read(tmp_path):
         for name, array in weights.items()
     }
     assert_same_bits(found, expected)
-
-
-def wide_tensors(kind: T) -> tuple[dict, dict[str, np.ndarray]]:
-    """Return the tensors of a WIDE file whose matrices are of one type, and what they mean."""
-    rng = np.random.default_rng(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, 1)
-    tensors, expected = {}, {}
-    for name, shape in text_weights(WIDE.text).items():
-        array = rng.normal(size=shape).astype(np.float32)
-        other = names.get_name(f"model.{name}", try_suffixes=(".weight",))
-        if len(shape) == 1:
-            tensors[other], expected[name] = (array, None), array - np.float32(1)
-            continue
-        if kind in SCALES:
-            data = random_blocks(rng, shape, kind)
-        else:
-            data = gguf.quants.quantize(array, kind)
-        tensors[other] = (data, kind)
-        expected[name] = gguf.quants.dequantize(data, kind)
-    return tensors, expected
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)

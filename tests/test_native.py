@@ -257,8 +257,10 @@ def test_without_the_library_everything_runs_on_xla_and_one_line_says_so(monkeyp
             x, weight = draw(2, 256), stored("q8_0", 0, 5, 256)
             np.testing.assert_allclose(ops.linear(x, weight), x @ np.asarray(dense(weight)).T, 1e-4)
         assert [record.message for record in caplog.records] == [
-            "no native CPU kernels were built: stored weights run on XLA, more slowly"
+            "no native CPU kernels, stored weights run on XLA, more slowly: they were not built "
+            "when gemlax was installed"
         ]
+        assert cpu.kernels() == (None, (), "they were not built when gemlax was installed")
         with ops.implementation("cpu"), pytest.raises(NotImplementedError, match="when gemlax is"):
             cpu.live()
     finally:
@@ -275,6 +277,7 @@ def test_a_library_that_does_not_load_is_not_used(monkeypatch, tmp_path, caplog)
     try:
         assert cpu.live() is None
         assert "cannot be used" in caplog.text
+        assert str(broken) in cpu.kernels().reason
     finally:
         cpu._library.cache_clear()
 

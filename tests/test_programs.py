@@ -17,12 +17,13 @@ from gemlax import cache, ops
 from gemlax.checkpoints import text_weights
 from gemlax.config import LayerSpec, TextConfig
 from gemlax.decoder import Decoder
+from gemlax.formats import Coded
 from gemlax.generate import DecodeState, Engine, Limits
 from gemlax.layers import DecoderLayer, Keys
 from gemlax.presets import preset, tiny
 from gemlax.qtensor import QTensor
 from gemlax.sampling import make_sampling
-from gemlax.weights import Coded, build_decoder
+from gemlax.weights import build_decoder
 
 pytestmark = pytest.mark.optimised
 

@@ -168,6 +168,7 @@ def test_a_model_may_be_saved_over_the_one_it_is_read_from(tmp_path):
             rf"cannot save '{Q}', float32 \[64, 128\]: expected \(128",
         ),
         (lambda w: w.update({Q: w[Q].astype(np.float64)}), r"float64 \[128, 64\]"),
+        (lambda w: w.update({Q: w[Q].astype(np.int8)}), r"int8 \[128, 64\]"),
         (lambda w: w.update({"lm_head.weight": w[TABLE]}), r"'lm_head.weight', .*expected None"),
     ],
 )

@@ -1,11 +1,11 @@
-"""gemlax runs Google's Gemma in JAX: load, generate, score, save."""
+"""gemlax runs Google's Gemma in JAX: load, quantize, generate, score, save."""
 
 from gemlax.chat import Message
 from gemlax.completion import Completion, Stream, TokenLogprob
 from gemlax.config import GemmaConfig
 from gemlax.decoder import Decoder
 from gemlax.errors import CheckpointError, Error, RequestError, UnsupportedError
-from gemlax.model import Model, Score, load, load_tokenizer, save
+from gemlax.model import Model, Score, load, load_tokenizer, quantize, save
 from gemlax.presets import PRESETS, preset, tiny
 from gemlax.session import Reply, Session
 from gemlax.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "preset",
+    "quantize",
     "save",
     "tiny",
 ]

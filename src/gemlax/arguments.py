@@ -32,6 +32,15 @@ is no terminal, each line of it is a turn.
 The source is a .gguf file, a folder or a name, as for --model; the target is a folder that
 transformers and gemlax read. The text decoder is written, encoders are left out.
 """,
+    "quantize": """examples:
+  gemlax quantize gemma-3-1b-pt/ gemma-3-1b-int8/ --format int8
+  gemlax quantize model.gguf smaller/ --rules rules.json --json
+
+Rules are a JSON object: a format (int8, int4, nf4 or dense) by pattern of weight names, as in
+{"embed_tokens.weight": "int8", "*.mlp.*": "int4"}; the first pattern that fits counts, and what
+none fits stays dense. --format is for every matrix but routers. gemlax alone reads the target;
+gemlax convert makes floats of it again. A source that is quantised already is decoded first.
+""",
     "info": """examples:
   gemlax info gemma-3-4b --context 32768
   gemlax info model.gguf --json
@@ -64,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_generate(_command(commands, "generate", "continue a text"))
     _add_chat(_command(commands, "chat", "talk to a model"))
     _add_convert(_command(commands, "convert", "write a model as a Hugging Face folder"))
+    _add_quantize(_command(commands, "quantize", "write a model with its matrices quantised"))
     _add_info(_command(commands, "info", "what a model is and costs, without loading it"))
     _add_perplexity(_command(commands, "perplexity", "score a text file"))
     _add_bench(_command(commands, "bench", "measure speed and memory on this machine"))
@@ -143,13 +153,24 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="folder, .gguf file or name")
-    parser.add_argument("target", type=Path, help="a new folder, in one that exists")
+    _add_source_and_target(parser)
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
         help="of the weights; default: as stored, and float32 for float16 and quantised ones",
     )
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    _add_source_and_target(parser)
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--format", choices=["int8", "int4", "nf4"], help="of every matrix")
+    how.add_argument("--rules", type=Path, metavar="F", help="a JSON file: formats by name")
+
+
+def _add_source_and_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="folder, .gguf file or name")
+    parser.add_argument("target", type=Path, help="a new folder, in one that exists")
     parser.add_argument("--overwrite", action="store_true", help="replace the model at the target")
     parser.add_argument("--json", action="store_true", help="one JSON line on stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")

@@ -1,4 +1,4 @@
-"""The command line: generate, chat, convert, info, perplexity, bench. Only this file prints."""
+"""The command line, one function for each command. Only this file prints."""
 
 import argparse
 import io
@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -188,31 +189,76 @@ def _dim(text: str, end: str = "\n") -> None:
     _note(f"\x1b[2m{text}\x1b[0m", end=end)
 
 
-# --- convert -----------------------------------------------------------------------------------
+# --- convert and quantize ----------------------------------------------------------------------
 
 
 def _convert(args: argparse.Namespace) -> int:
+    done, seconds = _rewrite(args, "converting", lambda config: {"dtype": args.dtype})
+    if args.json:
+        _write_rewritten(args, done, seconds)
+    else:
+        missing = "" if done.tokenizer else ", no tokenizer"
+        _write(f"{args.target}: {done.parameters:,} parameters in {done.dtype}{missing}")
+    return 0
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from gemlax.quantization import formats_by_rules
+
+    rules = args.format or _read_rules(args.rules)
+    counts: dict[str, int] = {}
+
+    def options(config: Any) -> dict[str, Any]:
+        formats = formats_by_rules(rules, config.text)
+        if not formats:
+            raise Error(f"the rules fit no matrix of {args.source}; nothing would be quantised")
+        counts.update(Counter(formats.values()))
+        return {"formats": formats}
+
+    done, seconds = _rewrite(args, "quantising", options)
+    if args.json:
+        _write_rewritten(args, done, seconds, matrices=counts)
+    else:
+        missing = "" if done.tokenizer else ", no tokenizer"
+        which = ", ".join(f"{count} matrices in {format}" for format, count in counts.items())
+        _write(f"{args.target}: {which}, {done.nbytes / 1e6:,.1f} MB of weights{missing}")
+    return 0
+
+
+def _read_rules(path: Path) -> dict[str, str]:
+    try:
+        rules = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise Error(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(rules, dict):
+        raise Error(f"{path} must hold a JSON object of formats by pattern, got {rules!r:.80}")
+    return rules
+
+
+def _rewrite(
+    args: argparse.Namespace, doing: str, options: Callable[[Any], dict[str, Any]]
+) -> tuple[Any, float]:
+    """Write the source as a folder; `options` of its config are those of `convert`."""
     from gemlax import checkpoints
 
     begin = time.perf_counter()
     with (
         checkpoints.open_checkpoint(checkpoints.find(args.source)) as source,
-        _bar(args, f"converting {args.source}") as progress,
+        _bar(args, f"{doing} {args.source}") as progress,
     ):
+        how = options(source.config)
         try:
             done = checkpoints.convert(
-                source, args.target, dtype=args.dtype, overwrite=args.overwrite, progress=progress
+                source, args.target, overwrite=args.overwrite, progress=progress, **how
             )
         except FileExistsError as error:
             raise Error(str(error).replace("pass overwrite=True", "pass --overwrite")) from error
-    seconds = round(time.perf_counter() - begin, 3)
-    found = {"source": args.source, "target": str(args.target), **done._asdict()}
-    if args.json:
-        _write(json.dumps({**found, "seconds": seconds}))
-    else:
-        missing = "" if done.tokenizer else ", no tokenizer"
-        _write(f"{args.target}: {done.parameters:,} parameters in {done.dtype}{missing}")
-    return 0
+    return done, round(time.perf_counter() - begin, 3)
+
+
+def _write_rewritten(args: argparse.Namespace, done: Any, seconds: float, **more: Any) -> None:
+    found = {"source": args.source, "target": str(args.target), **done._asdict(), **more}
+    _write(json.dumps({**found, "seconds": seconds}))
 
 
 # --- info --------------------------------------------------------------------------------------
@@ -296,7 +342,19 @@ def _describe_model(args: argparse.Namespace) -> dict[str, Any]:
         "context": context,
         "kv_bytes_at_context_float32": cost.kv_bytes(text, context, 4),
         "kv_bytes_at_context_bfloat16": cost.kv_bytes(text, context, 2),
+        **_describe_kernels(),
         "kv_memory": [row._asdict() for row in cost.kv_memory(text)],
+    }
+
+
+def _describe_kernels() -> dict[str, str]:
+    """Say which native kernels run here, or why none does."""
+    from gemlax.ops import cpu
+
+    found = cpu.kernels()
+    return {
+        "native_kernels": found.instructions or f"none: {found.reason}",
+        "native_formats": ", ".join(found.formats) or "none",
     }
 
 
@@ -485,6 +543,7 @@ _COMMANDS = {
     "generate": _generate,
     "chat": _chat,
     "convert": _convert,
+    "quantize": _quantize,
     "info": _info,
     "perplexity": _perplexity,
     "bench": _bench,

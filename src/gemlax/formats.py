@@ -1,7 +1,8 @@
 """The forms in which a weight is held as codes: how they decode, and how our own are made.
 
 int8, int4 and nf4 are symmetric, in groups of 32 weights along a row with one bfloat16 scale each.
-The types of GGUF are held byte for byte as in the file: `q4_k` and so on.
+The types of GGUF are held byte for byte as in the file: `q4_k` and so on. NumPy arrays are decoded
+by NumPy and JAX arrays by JAX, from one definition.
 Sources: github.com/ggml-org/ggml, ggml-quants.c; arXiv 2305.14314, appendix E (nf4).
 """
 
@@ -12,9 +13,18 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array
 
-__all__ = ["FORMATS", "GROUP", "MADE", "Form", "Format", "check", "decode", "encode"]
+__all__ = [
+    "FORMATS",
+    "GROUP",
+    "MADE",
+    "Coded",
+    "Form",
+    "Format",
+    "check",
+    "decode",
+    "encode",
+]
 
 Format = Literal[
     "float32", "bfloat16", "int8", "int4", "nf4", "q8_0", "q4_0", "q5_0", "q4_k", "q6_k"
@@ -23,6 +33,9 @@ Format = Literal[
 GROUP = 32
 # The formats that `encode` makes.
 MADE: tuple[Format, ...] = ("int8", "int4", "nf4")
+# Groups that `encode` works on at a time: half a megabyte of weights, so that its scratch arrays
+# stay in cache (docs/log.md).
+_STEP = 2**12
 
 # The 16 levels of nf4: quantiles of the normal distribution, scaled to [-1, 1].
 NF4 = np.array(
@@ -41,6 +54,17 @@ class Form(NamedTuple):
     elements: int
     dtype: Any
     scaled: bool = False
+
+
+class Coded(NamedTuple):
+    """One weight as codes [..., out, elements], with scales where the format has them.
+
+    Scales [..., out, blocks] are bits of bfloat16, uint16.
+    """
+
+    format: Format
+    codes: np.ndarray
+    scales: np.ndarray | None = None
 
 
 FORMATS: dict[Format, Form] = {
@@ -79,79 +103,83 @@ def check(format: Format, codes: tuple[int, ...], scales: tuple[int, ...] | None
     return blocks * form.block
 
 
-def decode(codes: Array, scales: Array | None, format: Format) -> Array:
+def decode(codes: Any, scales: Any, format: Format) -> Any:
     """Return the weights [..., width]: float32, and bfloat16 where that is the format."""
     if format == "float32":
         return codes
     if format == "bfloat16":
-        return jax.lax.bitcast_convert_type(codes, jnp.bfloat16)
+        return codes.view(ml_dtypes.bfloat16)
     blocks = codes.reshape(*codes.shape[:-1], -1, FORMATS[format].elements)
-    weights = _DECODERS[format](blocks)
+    with np.errstate(invalid="ignore", over="ignore"):
+        weights = _DECODERS[format](blocks)
     if scales is not None:
-        held = jax.lax.bitcast_convert_type(scales, jnp.bfloat16).astype(jnp.float32)
-        weights = weights * held[..., None]
+        weights = weights * scales.view(ml_dtypes.bfloat16).astype(np.float32)[..., None]
     return weights.reshape(*codes.shape[:-1], -1)
 
 
-def _halves(codes: Array) -> Array:
+def _of(block: Any) -> Any:
+    """Return the module whose functions take this array."""
+    return jnp if isinstance(block, jax.Array) else np
+
+
+def _halves(codes: Any) -> Any:
     """Return the low halves of bytes [..., n], then the high ones: [..., 2 n] in [0, 15]."""
-    return jnp.concatenate([codes & 15, codes >> 4], axis=-1)
+    return _of(codes).concatenate([codes & 15, codes >> 4], axis=-1)
 
 
-def _float16(block: Array, at: int) -> Array:
+def _float16(block: Any, at: int) -> Any:
     """Return the float16 at byte `at` of each block, [..., 1] as float32."""
-    half = jax.lax.bitcast_convert_type(block[..., at : at + 2], jnp.float16)
-    return half[..., None].astype(jnp.float32)
+    return block[..., at : at + 2].view(np.float16).astype(np.float32)
 
 
-def _int4(block: Array) -> Array:
-    return _halves(block).astype(jnp.float32) - 8
+def _int4(block: Any) -> Any:
+    return _halves(block).astype(np.float32) - 8
 
 
-def _nf4(block: Array) -> Array:
-    return jnp.asarray(NF4)[_halves(block)]
+def _nf4(block: Any) -> Any:
+    return _of(block).asarray(NF4)[_halves(block)]
 
 
-def _q8_0(block: Array) -> Array:
-    codes = jax.lax.bitcast_convert_type(block[..., 2:], jnp.int8)
-    return _float16(block, 0) * codes.astype(jnp.float32)
+def _q8_0(block: Any) -> Any:
+    codes = block[..., 2:].view(np.int8)
+    return _float16(block, 0) * codes.astype(np.float32)
 
 
-def _q4_0(block: Array) -> Array:
+def _q4_0(block: Any) -> Any:
     return _float16(block, 0) * _int4(block[..., 2:])
 
 
-def _q5_0(block: Array) -> Array:
-    bits = jnp.stack([block[..., 2:6] >> i & 1 for i in range(8)], axis=-1)
+def _q5_0(block: Any) -> Any:
+    bits = _of(block).stack([block[..., 2:6] >> i & 1 for i in range(8)], axis=-1)
     fifth = bits.reshape(*block.shape[:-1], 32)
     codes = _halves(block[..., 6:]) | (fifth << 4)
-    return _float16(block, 0) * (codes.astype(jnp.float32) - 16)
+    return _float16(block, 0) * (codes.astype(np.float32) - 16)
 
 
-def _q4_k(block: Array) -> Array:
+def _q4_k(block: Any) -> Any:
     a, b, c = block[..., 4:8], block[..., 8:12], block[..., 12:16]
-    scales = jnp.concatenate([a & 63, (c & 15) | (a >> 6 << 4)], axis=-1)  # [..., 8]
-    minima = jnp.concatenate([b & 63, (c >> 4) | (b >> 6 << 4)], axis=-1)
+    scales = _of(block).concatenate([a & 63, (c & 15) | (a >> 6 << 4)], axis=-1)  # [..., 8]
+    minima = _of(block).concatenate([b & 63, (c >> 4) | (b >> 6 << 4)], axis=-1)
     pairs = block[..., 16:].reshape(*block.shape[:-1], 4, 32)
-    codes = jnp.stack([pairs & 15, pairs >> 4], axis=-2).reshape(*block.shape[:-1], 8, 32)
-    steps = (_float16(block, 0) * scales.astype(jnp.float32))[..., None]
-    lowest = (_float16(block, 2) * minima.astype(jnp.float32))[..., None]
-    return (steps * codes.astype(jnp.float32) - lowest).reshape(*block.shape[:-1], 256)
+    codes = _of(block).stack([pairs & 15, pairs >> 4], axis=-2).reshape(*block.shape[:-1], 8, 32)
+    steps = (_float16(block, 0) * scales.astype(np.float32))[..., None]
+    lowest = (_float16(block, 2) * minima.astype(np.float32))[..., None]
+    return (steps * codes.astype(np.float32) - lowest).reshape(*block.shape[:-1], 256)
 
 
-def _q6_k(block: Array) -> Array:
+def _q6_k(block: Any) -> Any:
     low = block[..., :128].reshape(*block.shape[:-1], 2, 1, 64)
     low = _halves(low).reshape(*block.shape[:-1], 2, 4, 32)
     high = block[..., 128:192].reshape(*block.shape[:-1], 2, 32)
-    high = jnp.stack([high >> i & 3 for i in (0, 2, 4, 6)], axis=-2)
-    codes = (low | (high << 4)).astype(jnp.float32).reshape(*block.shape[:-1], 16, 16) - 32
-    scales = jax.lax.bitcast_convert_type(block[..., 192:208], jnp.int8).astype(jnp.float32)
+    high = _of(block).stack([high >> i & 3 for i in (0, 2, 4, 6)], axis=-2)
+    codes = (low | (high << 4)).astype(np.float32).reshape(*block.shape[:-1], 16, 16) - 32
+    scales = block[..., 192:208].view(np.int8).astype(np.float32)
     steps = (_float16(block, 208) * scales)[..., None]
     return (steps * codes).reshape(*block.shape[:-1], 256)
 
 
-_DECODERS: dict[Format, Callable[[Array], Array]] = {
-    "int8": lambda block: block.astype(jnp.float32),
+_DECODERS: dict[Format, Callable[[Any], Any]] = {
+    "int8": lambda block: block.astype(np.float32),
     "int4": _int4,
     "nf4": _nf4,
     "q8_0": _q8_0,
@@ -174,9 +202,14 @@ def encode(weights: np.ndarray, format: Format) -> tuple[np.ndarray, np.ndarray]
     if weights.shape[-1] % GROUP:
         raise ValueError(f"rows of {weights.shape[-1]} weights are no groups of {GROUP}")
     groups = np.ascontiguousarray(weights, np.float32).reshape(-1, GROUP)
-    if not np.isfinite(groups).all():
-        raise ValueError("weights to be quantised must be finite")
-    codes, scales = {"int8": _to_int8, "int4": _to_int4, "nf4": _to_nf4}[format](groups)
+    form = FORMATS[format]
+    codes = np.empty((len(groups), form.elements), form.dtype)
+    scales = np.empty(len(groups), ml_dtypes.bfloat16)
+    for start in range(0, len(groups), _STEP):
+        part = slice(start, start + _STEP)
+        if not np.isfinite(groups[part]).all():
+            raise ValueError("weights to be quantised must be finite")
+        codes[part], scales[part] = _ENCODERS[format](groups[part])
     lead = weights.shape[:-1]
     return codes.reshape(*lead, -1), scales.view(np.uint16).reshape(*lead, -1)
 
@@ -224,3 +257,6 @@ def _to_nf4(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _pack(halves: np.ndarray) -> np.ndarray:
     """Put weight i + 16 of a group above weight i in one byte: [n, 32] to [n, 16]."""
     return halves[:, : GROUP // 2] | (halves[:, GROUP // 2 :] << 4)
+
+
+_ENCODERS = {"int8": _to_int8, "int4": _to_int4, "nf4": _to_nf4}

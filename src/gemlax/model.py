@@ -1,4 +1,4 @@
-"""The model a user holds: config, tokenizer, decoder; load, save, score, generate, stream."""
+"""The model a user holds: config, tokenizer, decoder; load, quantize, save, score, generate."""
 
 import functools
 import itertools
@@ -24,12 +24,12 @@ from gemlax.decoder import Decoder, Layers
 from gemlax.errors import RequestError, UnsupportedError
 from gemlax.generate import DecodeState, Engine, bucket
 from gemlax.ops.storage import Storage
-from gemlax.quantize import Rules, check_rules, codes_of
+from gemlax.quantization import Rules, check_rules, codes_by_rules, codes_of
 from gemlax.session import Reply, Session
 from gemlax.tokenizer import Tokenizer
-from gemlax.weights import build_decoder, named_weights
+from gemlax.weights import build_decoder, held_formats, held_weights, named_weights, weight_reader
 
-__all__ = ["Model", "Score", "load", "load_tokenizer", "save"]
+__all__ = ["Model", "Score", "load", "load_tokenizer", "quantize", "save"]
 
 Prompt = str | Sequence[str] | Sequence[Sequence[int]]
 
@@ -369,9 +369,9 @@ def load(
         kv_cache: "int8" holds keys and values as 8-bit codes, which moves the logits a little
             (docs/log.md); None: in `dtype`.
         quantize: how matrices are held. "stored": the quantised ones as the file has them; "dense":
-            decoded; "int8", "int4", "nf4": quantised now; or rules, see `quantize.Rules`. None:
+            decoded; "int8", "int4", "nf4": quantised now; or rules, see `quantization.Rules`. None:
             "stored" where native kernels run, which read codes faster than XLA reads floats, and
-            "dense" elsewhere.
+            for a folder that gemlax quantised; "dense" elsewhere, and on a mesh.
         implementation: of products with stored weights and of attention: "xla", "cpu" (native
             kernels), or None: the kernels where they were built.
 
@@ -390,12 +390,12 @@ def load(
         raise RequestError(f"quantize={quantize!r} needs one device: on a mesh weights are dense")
     with ops.implementation(implementation):
         native = ops.cpu.live() is not None
-    quantize = quantize or ("stored" if native and placed is None else "dense")
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
         source.check()
+        as_stored = placed is None and (native or source.keeps_codes)
         decoder = build_decoder(
             source.config.text, source.read, dtype=dtype, layers=layers, progress=progress,
-            mesh=placed, codes=codes_of(source, quantize),
+            mesh=placed, codes=codes_of(source, quantize or ("stored" if as_stored else "dense")),
         )  # fmt: skip
         tokenizer = source.tokenizer()
         if tokenizer is None:
@@ -430,26 +430,74 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizers.load_tokenizer(path)
 
 
-def save(model: Model, path: str | Path, *, overwrite: bool = False) -> None:
+def quantize(model: Model, rules: Rules) -> Model:
+    """Return a model whose matrices are codes, made of the weights of another, which stays.
+
+    Matrices that are codes already are decoded first, so that their error and the new one add up.
+    Layers stay scanned or unrolled, and everything else is the given model's.
+
+    Args:
+        rules: as `load` takes them: "int8", "int4", "nf4", or a format by pattern of names;
+            "dense" decodes.
+
+    Raises:
+        RequestError: a format that cannot be made, a weight that is no matrix of whole groups or
+            not finite, or a model on a mesh.
+    """
+    check_rules(rules)
+    if rules == "stored":
+        raise RequestError("quantize='stored' is for load: a model in memory has no file")
+    if model.mesh is not None:
+        raise RequestError("a model on a mesh cannot be quantised: load it with quantize=")
+    old, read = model.decoder, weight_reader(model.decoder)
+
+    def fill(name: str, out: np.ndarray) -> None:
+        out[...] = read(name)
+
+    decoder = build_decoder(
+        model.config.text, fill, dtype=model.dtype, layers="scan" if old.scanned else "unroll",
+        codes=codes_by_rules(model.config.text, fill, rules),
+    )  # fmt: skip
+    return Model(
+        model.config, decoder, model.tokenizer, model.generation_config, model.chat_template,
+        kv_cache=model.kv_cache, implementation=model.implementation,
+    )  # fmt: skip
+
+
+def save(
+    model: Model, path: str | Path, *, keep_codes: bool = False, overwrite: bool = False
+) -> None:
     """Write a folder that transformers and `load` read: safetensors, config, tokenizer.
 
     The folder appears whole or not at all. `load(path, dtype=model.dtype)` gives the same
     weights bit for bit.
 
+    Args:
+        model: what is saved; matrices that are codes are decoded.
+        path: a new or empty folder whose parent exists.
+        keep_codes: write matrices that are codes as they are. Then the file is as small as the
+            model in memory and `load` gives the same codes, but transformers cannot read it.
+        overwrite: replace a folder that holds a model.
+
     Raises:
         FileExistsError: `path` exists and is not an empty folder, unless `overwrite`.
         OSError: it cannot be written; nothing is left behind.
+        RequestError: `keep_codes` of a model that has none.
         UnsupportedError: the model is spread over several processes.
     """
     if jax.process_count() > 1:
         raise UnsupportedError(
             "a model that several processes hold cannot be saved; load it in one"
         )
+    formats = held_formats(model.decoder) if keep_codes else {}
+    if keep_codes and not formats:
+        raise RequestError("keep_codes: the model holds no codes; quantize it, or leave it out")
     checkpoints.save_safetensors(
         Path(path),
         model.config,
-        named_weights(model.decoder),
+        held_weights(model.decoder) if keep_codes else named_weights(model.decoder),
         generation_config=checkpoints.generation_ids(model.config) | model.generation_config,
+        formats=formats,
         write_tokenizer=functools.partial(
             checkpoints.write_tokenizer, model.tokenizer, model.chat_template
         ),

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -21,18 +20,20 @@ from jax.sharding import Mesh, NamedSharding
 from gemlax import sharding
 from gemlax.config import TextConfig
 from gemlax.decoder import Decoder, Layers, Read, weight_path
-from gemlax.formats import Format
+from gemlax.formats import Coded, Format, decode
 from gemlax.qtensor import Mixed, QTensor, Split, from_numpy, pack_bfloat16
 
 __all__ = [
-    "Coded",
     "Codes",
     "Placement",
     "abstract_decoder",
     "build_decoder",
     "default_layers",
+    "held_formats",
+    "held_weights",
     "named_weights",
     "place",
+    "weight_reader",
 ]
 
 # XLA:CPU takes over NumPy memory that is aligned to this.
@@ -48,14 +49,6 @@ def default_layers(dtype: jnp.dtype) -> Layers:
     """
     fast = jax.default_backend() == "cpu" and jnp.dtype(dtype) == jnp.float32
     return "unroll" if fast else "scan"
-
-
-class Coded(NamedTuple):
-    """One weight as codes [..., out, elements], with scales where the format has them."""
-
-    format: Format
-    codes: np.ndarray
-    scales: np.ndarray | None = None
 
 
 # What gives a weight of a canonical name as codes, or None.
@@ -126,7 +119,6 @@ def _hold_codes(
     found = [codes(name) for _, name in names]
     if not any(found):
         return None
-    decoded = None if dtype == jnp.float32 else dtype.name
     stacked = names[0][0] is not None
     for i, (_, name) in enumerate(names):
         if found[i] is None:
@@ -141,7 +133,8 @@ def _hold_codes(
         held = _copy([x.codes for x in members]), _copy(scales) if scales else None
         if not stacked:
             held = held[0][0], None if held[1] is None else held[1][0]
-        return from_numpy(*held, format, decoded)
+        own = jnp.dtype("bfloat16" if format == "bfloat16" else "float32")
+        return from_numpy(*held, format, None if dtype == own else dtype.name)
 
     by_format: dict[Format, list[int]] = {}
     for i, one in enumerate(each):
@@ -203,21 +196,71 @@ def named_weights(decoder: Decoder) -> Iterator[tuple[str, np.ndarray]]:
 
     On a mesh each weight is gathered when its turn comes, so every process must take it.
     """
-    flat = dict(nnx.to_flat_state(nnx.state(decoder)))
-    layers: Layers = "scan" if decoder.scanned else "unroll"
+    read = weight_reader(decoder)
+    return ((name, read(name)) for name in _canonical_names(decoder.config))
+
+
+def held_weights(decoder: Decoder) -> Iterator[tuple[str, np.ndarray | Coded]]:
+    """Yield every weight as it is held: codes where `held_formats` has its name, else floats."""
+    flat, formats = _variables(decoder), held_formats(decoder)
     for name in _canonical_names(decoder.config):
-        path, row = weight_path(decoder.config, layers, name)
-        value: Any = flat[path].get_value()
-        if isinstance(value, Mixed):
-            assert row is not None
-            value, row = value.parts[int(value.which[row])], int(value.row[row])
-        if not isinstance(value, QTensor):
-            yield name, _whole(jax.tree.leaves(value)[0], row)
-        elif value.format == "bfloat16":
-            yield name, _whole(value.codes, row).view(ml_dtypes.bfloat16)
-        else:
-            held = value if row is None else jax.tree.map(lambda a, row=row: a[row], value)
-            yield name, np.asarray(held.dense())
+        held = _held(decoder, flat, name)
+        if isinstance(held, Coded) and name not in formats:
+            held = decode(held.codes, held.scales, held.format)
+        yield name, held
+        del held  # before the next one is read
+
+
+def held_formats(decoder: Decoder) -> dict[str, Format]:
+    """Return the format of every matrix that is held as codes, by canonical name.
+
+    A matrix whose bits are held is none of them where it has the dtype of the decoder.
+    """
+    flat, dtype = _variables(decoder), decoder.norm.weight.get_value().dtype
+    found = {name: _place(decoder, flat, name)[0] for name in _canonical_names(decoder.config)}
+    return {
+        name: value.format
+        for name, value in found.items()
+        if isinstance(value, QTensor) and value.format != dtype.name
+    }
+
+
+def weight_reader(decoder: Decoder) -> Callable[[str], np.ndarray]:
+    """Return what reads a weight by canonical name, in the dtype of the decoder."""
+    flat, dtype = _variables(decoder), decoder.norm.weight.get_value().dtype
+
+    def read(name: str) -> np.ndarray:
+        held = _held(decoder, flat, name)
+        if not isinstance(held, Coded):
+            return held
+        return decode(held.codes, held.scales, held.format).astype(dtype, copy=False)
+
+    return read
+
+
+def _variables(decoder: Decoder) -> dict[tuple[Any, ...], Any]:
+    return dict(nnx.to_flat_state(nnx.state(decoder)))
+
+
+def _place(
+    decoder: Decoder, flat: Mapping[tuple[Any, ...], Any], name: str
+) -> tuple[Any, int | None]:
+    """Return the array, stack or codes that a weight lies in, and its row there."""
+    path, row = weight_path(decoder.config, "scan" if decoder.scanned else "unroll", name)
+    value: Any = flat[path].get_value()
+    if isinstance(value, Mixed):
+        assert row is not None
+        value, row = value.parts[int(value.which[row])], int(value.row[row])
+    return value, row
+
+
+def _held(decoder: Decoder, flat: Mapping[tuple[Any, ...], Any], name: str) -> np.ndarray | Coded:
+    """Return a weight in host memory, as it is held."""
+    value, row = _place(decoder, flat, name)
+    if not isinstance(value, QTensor):
+        return _whole(jax.tree.leaves(value)[0], row)
+    scales = None if value.scales is None else _whole(value.scales, row)
+    return Coded(value.format, _whole(value.codes, row), scales)
 
 
 def _whole(array: jax.Array, row: int | None) -> np.ndarray:

@@ -12,7 +12,8 @@ from gemlax.checkpoints.find import DEMO, find, has_demo
 from gemlax.checkpoints.gguf import MAGIC, GGUFCheckpoint
 from gemlax.checkpoints.names import text_weights
 from gemlax.checkpoints.orbax import MARKERS, OrbaxCheckpoint
-from gemlax.checkpoints.safetensors import INDEX, SafetensorsCheckpoint, save_safetensors
+from gemlax.checkpoints.safetensors import INDEX, SafetensorsCheckpoint
+from gemlax.checkpoints.save import save_safetensors
 from gemlax.errors import CheckpointError
 
 __all__ = [

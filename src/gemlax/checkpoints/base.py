@@ -24,7 +24,7 @@ import numpy as np
 from gemlax.checkpoints.names import Weight, resolve
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, Error, UnsupportedError
-from gemlax.formats import Format
+from gemlax.formats import Coded
 from gemlax.tokenizer import Tokenizer, find_chat_template
 
 __all__ = [
@@ -65,13 +65,16 @@ class Checkpoint(abc.ABC):
         source: the file or folder.
         config: what it says it is; `vocab_size` is the number of rows that the table has.
         generation_config: generation_config.json, or an empty dict.
-        stored_dtype: "float32", "float16", "bfloat16" (the one most bytes are in) or "gguf".
+        stored_dtype: "float32", "float16", "bfloat16" (the one most bytes are in), "gguf", or the
+            formats of codes.
+        keeps_codes: somebody chose the formats of its codes: they are kept on any backend.
     """
 
     source: Path
     config: GemmaConfig
     generation_config: dict[str, Any]
     stored_dtype: str
+    keeps_codes: bool = False
 
     def check(self) -> None:
         """Check names, shapes and types of all tensors; no weight is read.
@@ -112,9 +115,13 @@ class Checkpoint(abc.ABC):
             )
         self._fill(weight, out)
 
-    def stored(self, name: str) -> tuple[Format, np.ndarray] | None:
-        """Return a weight's format and codes as they are in the file, or None: `read` it."""
+    def stored(self, name: str) -> Coded | None:
+        """Return the codes of a weight as they are in the file, or None: `read` it."""
         return None
+
+    def is_float(self, name: str) -> bool:
+        """Return whether a weight is in the file as floats."""
+        return True
 
     @abc.abstractmethod
     def tokenizer(self) -> Tokenizer | None:

@@ -1,9 +1,11 @@
 """Any checkpoint into a Hugging Face folder: one weight at a time, from disk to disk.
 
-No decoder is built. The text decoder, its config, tokenizer and chat template are written.
+No decoder is built. Matrices may be quantised on the way. The text decoder, its config, tokenizer
+and chat template are written.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gemlax.checkpoints.base import BFLOAT16, Checkpoint
+from gemlax.checkpoints.codes import Formats, check_formats, count_bytes
 from gemlax.checkpoints.names import text_weights
-from gemlax.checkpoints.safetensors import save_safetensors
+from gemlax.checkpoints.save import save_safetensors
 from gemlax.config import GemmaConfig
-from gemlax.errors import RequestError
+from gemlax.errors import CheckpointError, RequestError
+from gemlax.formats import Coded, encode
 from gemlax.tokenizer import Tokenizer, find_chat_template
 
 __all__ = ["Converted", "convert", "generation_ids", "write_tokenizer"]
@@ -25,7 +29,7 @@ Progress = Callable[[int, int], None]
 
 
 class Converted(NamedTuple):
-    """What was written; `nbytes` are those of the weights."""
+    """What was written: `dtype` is that of weights which are floats; `nbytes` of all weights."""
 
     dtype: str
     tensors: int
@@ -39,21 +43,26 @@ def convert(
     target: str | Path,
     *,
     dtype: str | None = None,
+    formats: Formats | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Converted:
     """Write `source` as a folder that transformers and gemlax read; all of it or nothing.
+
+    With `formats`, gemlax alone reads it. One weight is held at a time, in float32 and as codes.
 
     Args:
         source: an open checkpoint; it may be the one at `target`.
         target: a new or empty folder whose parent exists.
         dtype: "float32" or "bfloat16". None keeps the one that most of the source is in, and makes
             float16 and quantised weights float32, which holds them exactly.
+        formats: of those matrices that are quantised, by canonical name (`quantization`).
         overwrite: replace a folder that holds a model.
         progress: told (bytes written, bytes in all) after each weight.
 
     Raises:
-        CheckpointError: the tensors of `source` do not fit its config.
+        CheckpointError: the tensors of `source` do not fit its config, or `formats` its weights;
+            a weight that is quantised is not finite.
         FileExistsError: `target` is there and not empty, or is no folder that may be replaced.
         RequestError: another dtype.
         OSError: the disk is full, or `target` cannot be written.
@@ -64,13 +73,21 @@ def convert(
     source.check()
     tokenizer, template = source.tokenizer(), source.chat_template
     config, shapes = source.config, text_weights(source.config.text)
-    count = sum(int(np.prod(shape)) for shape in shapes.values())
-    nbytes = count * DTYPES[name].itemsize
+    own = formats or {}
+    check_formats(own, shapes, source.source)
+    count = sum(math.prod(shape) for shape in shapes.values())
+    nbytes = sum(
+        count_bytes(shape, own[weight])
+        if weight in own
+        else math.prod(shape) * DTYPES[name].itemsize
+        for weight, shape in shapes.items()
+    )
     save_safetensors(
         target,
         config,
-        _weights(source, DTYPES[name], nbytes, progress),
+        _weights(source, DTYPES[name], own, nbytes, progress),
         generation_config=generation_ids(config) | source.generation_config,
+        formats=own,
         write_tokenizer=functools.partial(write_tokenizer, tokenizer, template),
         overwrite=overwrite,
     )
@@ -97,14 +114,24 @@ def write_tokenizer(tokenizer: Tokenizer | None, template: str | None, folder: P
 
 
 def _weights(
-    source: Checkpoint, dtype: np.dtype, nbytes: int, progress: Progress | None
-) -> Iterator[tuple[str, np.ndarray]]:
+    source: Checkpoint, dtype: np.dtype, formats: Formats, nbytes: int, progress: Progress | None
+) -> Iterator[tuple[str, np.ndarray | Coded]]:
     done = 0
     for name, shape in text_weights(source.config.text).items():
-        array = np.empty(shape, dtype)
+        array = np.empty(shape, np.float32 if name in formats else dtype)
         source.read(name, array)
-        done += array.nbytes
-        yield name, array
-        del array  # before the next one is made
+        if name in formats:
+            try:
+                coded = Coded(formats[name], *encode(array, formats[name]))
+            except ValueError as error:
+                raise CheckpointError(f"{source.source}: {name}: {error}") from error
+            done += count_bytes(shape, formats[name])
+            del array  # before its codes are written
+            yield name, coded
+            del coded
+        else:
+            done += array.nbytes
+            yield name, array
+            del array  # before the next one is made
         if progress is not None:
             progress(done, nbytes)

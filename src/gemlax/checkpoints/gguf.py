@@ -35,7 +35,7 @@ from gemlax.checkpoints.base import (
 from gemlax.checkpoints.names import Weight, unused
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, UnsupportedError
-from gemlax.formats import Format
+from gemlax.formats import Coded, Format
 from gemlax.tokenizer import Tokenizer
 
 __all__ = [
@@ -235,14 +235,19 @@ class GGUFCheckpoint(Checkpoint):
         offset = np.float32(weight.gguf_offset)
         fill(out, lambda a, b: decode(a, b).astype(np.float32) - offset, weight.gguf)
 
-    def stored(self, name: str) -> tuple[Format, np.ndarray] | None:
+    def stored(self, name: str) -> Coded | None:
         """Return the blocks of a quantised matrix, [..., out, bytes], byte for byte."""
         weight = self._weights[name]
         tensor = self._tensors.get(weight.gguf)
         if tensor is None or tensor.shape != weight.shape or tensor.type not in KEPT:
             return None
         data = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.start)
-        return KEPT[tensor.type], data.reshape(*tensor.shape[:-1], -1)
+        return Coded(KEPT[tensor.type], data.reshape(*tensor.shape[:-1], -1))
+
+    def is_float(self, name: str) -> bool:
+        """Return whether a weight is in the file as floats."""
+        tensor = self._tensors.get(self._weights[name].gguf)
+        return tensor is None or tensor.type in FLOATS
 
     def _decoder(self, name: str, tensor: Tensor) -> Callable[[int, int], np.ndarray]:
         """Return a function that gives elements [a, b) of a tensor; a is a block's first."""

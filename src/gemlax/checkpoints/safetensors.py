@@ -1,4 +1,6 @@
-"""Hugging Face folders: config.json and *.safetensors, read in place and written atomically.
+"""Hugging Face folders: config.json and *.safetensors, read in place.
+
+Matrices may lie there as codes: codes.py says how.
 
 The header is parsed here rather than by the `safetensors` package so that a damaged file is
 named with what is wrong in it, and so that a weight can be read range by range.
@@ -11,9 +13,7 @@ import logging
 import math
 import mmap
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,6 @@ import numpy as np
 from gemlax.checkpoints.base import (
     BFLOAT16,
     Checkpoint,
-    compare,
     fill,
     fit_vocab,
     log_left_aside,
@@ -32,12 +31,23 @@ from gemlax.checkpoints.base import (
     same_bytes,
     show,
 )
+from gemlax.checkpoints.codes import (
+    CODES,
+    KEY,
+    SCALES,
+    Entry,
+    check_formats,
+    disagree,
+    entries,
+    read_formats,
+)
 from gemlax.checkpoints.names import Weight, text_weights, unused
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, UnsupportedError
+from gemlax.formats import FORMATS, Coded, decode
 from gemlax.tokenizer import Tokenizer, find_tokenizer
 
-__all__ = ["INDEX", "SafetensorsCheckpoint", "parse_header", "save_safetensors"]
+__all__ = ["DTYPES", "INDEX", "READ", "SafetensorsCheckpoint", "main_dtype", "parse_header"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +55,8 @@ INDEX = "model.safetensors.index.json"
 # The limit of the reference implementation.
 MAX_HEADER_BYTES = 100_000_000
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# With those of codes.
+READ = DTYPES | {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
 # Bits of one element. Source: safetensors 0.8, tensor.rs, Dtype.
 BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8,
@@ -90,6 +101,9 @@ class SafetensorsCheckpoint(Checkpoint):
         path = self.source / "config.json"
         config = read_json(path)
         refuse_drafter(config.get("model_type"), self.source)
+        self._formats = read_formats(config, path)
+        self.keeps_codes = bool(self._formats)
+        config.pop(KEY, None)
         self._tensors = self._read_headers()
         aside = [name for name in self._tensors if _is_other_part(name)]
         log_left_aside(logger, self.source, aside, "other parts than the text decoder")
@@ -110,7 +124,10 @@ class SafetensorsCheckpoint(Checkpoint):
         self.config = fit_vocab(resolved, table.shape[0] if table and table.shape else None)
         generation = self.source / "generation_config.json"
         self.generation_config = read_json(generation) if generation.exists() else {}
-        self.stored_dtype = _main_dtype(self._text().values())
+        check_formats(self._formats, text_weights(self.config.text), path)
+        self.stored_dtype = main_dtype((t.dtype, t.nbytes) for t in self._text().values())
+        if self._formats:
+            self.stored_dtype = ", ".join(sorted(set(self._formats.values())))
 
     def _read_headers(self) -> dict[str, Tensor]:
         index = self.source / INDEX
@@ -178,21 +195,46 @@ class SafetensorsCheckpoint(Checkpoint):
         }
 
     def _table(self) -> Tensor | None:
-        return self._tensors.get(f"{self._prefix}embed_tokens.weight")
+        name = f"{self._prefix}embed_tokens.weight"
+        return self._tensors.get(name) or self._tensors.get(name + CODES)
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
-        return {self._prefix + name: weight.shape for name, weight in self._weights.items()}
+        return {
+            self._prefix + name: entry.shape
+            for weight in self._weights.values()
+            for name, entry in self._entries(weight).items()
+        }
+
+    def _entries(self, weight: Weight) -> dict[str, Entry]:
+        return entries(weight.name, weight.shape, self._formats.get(weight.name))
 
     def _found(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self._text().items()}
 
     def _other_problems(self) -> list[str]:
         table = self._table()
-        return [
+        problems = [
             f"{name} differs from {self._prefix}embed_tokens.weight; only a tied head is supported"
             for name in self._heads
             if table and not self._same_bytes(self._tensors[name], table)
         ]
+        for name in self._formats:
+            problems += self._problems_of_codes(self._weights[name])
+        return problems
+
+    def _problems_of_codes(self, weight: Weight) -> list[str]:
+        """Return what is wrong with the tensors of one matrix, beyond what `compare` finds."""
+        found = {n: self._tensors.get(self._prefix + n) for n in self._entries(weight)}
+        problems = [
+            f"mistyped: {self._prefix}{name} is {tensor.dtype}, expected {entry.dtype}"
+            for name, entry in self._entries(weight).items()
+            if (tensor := found[name]) is not None and tensor.dtype != entry.dtype
+        ]
+        codes, scales = found.get(weight.name + CODES), found.get(weight.name + SCALES)
+        if codes is not None and scales is not None:
+            error = disagree(self._formats[weight.name], codes.shape, scales.shape)
+            problems += [f"disagreeing: {self._prefix}{weight.name}: {error}"] if error else []
+        return problems
 
     def _same_bytes(self, a: Tensor, b: Tensor) -> bool:
         return a[1:3] == b[1:3] and same_bytes(  # dtype and shape
@@ -200,39 +242,84 @@ class SafetensorsCheckpoint(Checkpoint):
         )
 
     def _check_types(self) -> None:
-        wrong = [f"{n} ({t.dtype})" for n, t in self._text().items() if t.dtype not in DTYPES]
+        coded = {
+            self._prefix + n for own in self._formats for n in self._entries(self._weights[own])
+        }
+        wrong = [
+            f"{name} ({tensor.dtype})"
+            for name, tensor in self._text().items()
+            if tensor.dtype not in DTYPES and name not in coded
+        ]
         if wrong:
             raise UnsupportedError(
                 f"{self.source} holds tensors of types other than {', '.join(DTYPES)}: "
                 f"{', '.join(wrong)}"
             )
 
+    def stored(self, name: str) -> Coded | None:
+        """Return the codes and scales of a matrix, or None: it lies there as floats.
+
+        Raises:
+            CheckpointError: they are not there, or do not fit the config.
+        """
+        format = self._formats.get(name)
+        if format is None:
+            return None
+        weight = self._weights[name]
+        parts = [self._array(own, entry) for own, entry in self._entries(weight).items()]
+        bits = [part.view(np.uint16) if part.dtype == BFLOAT16 else part for part in parts]
+        return Coded(format, *bits)
+
+    def is_float(self, name: str) -> bool:
+        """Return whether a weight is in the file as floats."""
+        return name not in self._formats
+
     def _fill(self, weight: Weight, out: np.ndarray) -> None:
-        name = self._prefix + weight.name
+        coded = self.stored(weight.name)
+        if coded is None or coded.format == "bfloat16":
+            (entry,) = self._entries(weight).values()
+            values = self._array(weight.name, entry).reshape(-1)
+            fill(out, lambda start, stop: values[start:stop], self._prefix + weight.name)
+            return
+        form = FORMATS[coded.format]
+        blocks = coded.codes.reshape(-1, form.elements)
+        scales = None if coded.scales is None else coded.scales.reshape(-1, 1)
+
+        def decoded(start: int, stop: int) -> np.ndarray:
+            part = slice(start // form.block, stop // form.block)
+            own = None if scales is None else scales[part]
+            return decode(blocks[part], own, coded.format).reshape(-1)
+
+        fill(out, decoded, self._prefix + weight.name)
+
+    def _array(self, name: str, entry: Entry) -> np.ndarray:
+        """Return a tensor where it lies in the file, once it is what is expected."""
+        name = self._prefix + name
         tensor = self._tensors.get(name)
-        if tensor is None or tensor.shape != weight.shape:
+        if tensor is None or tensor.shape != entry.shape:
             got = "no such tensor" if tensor is None else list(tensor.shape)
-            raise CheckpointError(
-                f"{self.source}: {name}: expected {list(weight.shape)}, got {got}"
-            )
-        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"{self.source}: {name}: expected {list(entry.shape)}, got {got}")
+        expected = DTYPES.keys() if entry.dtype is None else {entry.dtype}
+        if tensor.dtype not in expected:
             raise UnsupportedError(
-                f"{self.source}: {name} is {tensor.dtype}; expected {', '.join(DTYPES)}"
+                f"{self.source}: {name} is {tensor.dtype}; expected {', '.join(expected)}"
             )
-        data = self._maps[tensor.file]
-        values = np.frombuffer(data, DTYPES[tensor.dtype], out.size, tensor.start)
-        fill(out, lambda start, stop: values[start:stop], name)
+        dtype = READ[tensor.dtype]
+        values = np.frombuffer(
+            self._maps[tensor.file], dtype, math.prod(tensor.shape), tensor.start
+        )
+        return values.reshape(tensor.shape)
 
 
 def _is_other_part(name: str) -> bool:
     return name.removeprefix("model.").startswith(OTHER_PARTS)
 
 
-def _main_dtype(tensors: Iterable[Tensor]) -> str:
-    """Return the dtype that most bytes are in."""
+def main_dtype(sizes: Iterable[tuple[str, int]]) -> str:
+    """Return the dtype that most bytes are in, of (safetensors' name of a dtype, bytes)."""
     nbytes: dict[str, int] = {}
-    for tensor in tensors:
-        nbytes[tensor.dtype] = nbytes.get(tensor.dtype, 0) + tensor.nbytes
+    for dtype, size in sizes:
+        nbytes[dtype] = nbytes.get(dtype, 0) + size
     name = max(nbytes, key=lambda dtype: nbytes[dtype], default="F32")
     return DTYPES[name].name if name in DTYPES else name
 
@@ -303,184 +390,3 @@ def _are_sizes(value: Any) -> bool:
         and len(value) <= 16
         and all(type(size) is int and 0 <= size < 2**63 for size in value)
     )
-
-
-# --- writing -----------------------------------------------------------------------------------
-
-
-def save_safetensors(
-    folder: str | Path,
-    config: GemmaConfig,
-    weights: Iterable[tuple[str, np.ndarray]],
-    *,
-    generation_config: Mapping[str, Any],
-    write_tokenizer: Callable[[Path], None] | None = None,
-    max_shard_bytes: int = 5 * 2**30,
-    overwrite: bool = False,
-) -> None:
-    """Write a folder that `open_checkpoint` and transformers read; all of it or nothing.
-
-    It is written beside `folder` and renamed; one weight at a time is held.
-
-    Args:
-        folder: its parent must exist.
-        config: written as config.json, with the dtype that most bytes are in.
-        weights: canonical name and array (float32, float16 or bfloat16) of every weight, once, in
-            any order.
-        generation_config: written as generation_config.json unless it is empty.
-        write_tokenizer: called with the folder, to add the tokenizer's files.
-        max_shard_bytes: a file is closed before it grows beyond this; one weight may be larger.
-        overwrite: replace a folder that holds a model. Everything in it is removed.
-
-    Raises:
-        FileExistsError: `folder` is there and not empty, or is no folder that may be replaced.
-        CheckpointError: `weights` are not those of `config`.
-        OSError: the disk is full, or a folder cannot be written.
-    """
-    folder = Path(folder).expanduser().resolve()
-    _refuse_to_replace(folder, overwrite)
-    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
-    try:
-        part.mkdir()
-        dtype = _write_weights(part, config, weights, max_shard_bytes)
-        _write_json(part / "config.json", config.to_hf() | {"dtype": dtype})
-        if generation_config:
-            _write_json(part / "generation_config.json", generation_config)
-        if write_tokenizer is not None:
-            write_tokenizer(part)
-        _put_in_place(part, folder)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(error.errno, f"cannot save the checkpoint: {reason}", str(folder)) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _refuse_to_replace(folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; expected a new or empty folder")
-    inside = list(folder.iterdir())
-    if inside and not overwrite:
-        raise FileExistsError(f"{folder} is not empty; pass overwrite=True to replace it")
-    model = any(path.name == "config.json" for path in inside)
-    if inside and (not model or any(path.is_dir() for path in inside)):
-        raise FileExistsError(
-            f"{folder} is not replaced: it has {'a sub-folder' if model else 'no config.json'}, so "
-            "it is not just a model"
-        )
-
-
-class _Shard:
-    """A safetensors file that grows; room for its header was left in front."""
-
-    def __init__(self, path: Path, room: int):
-        self.path = path
-        self.room = room
-        self.entries: dict[str, Any] = {}
-        self.nbytes = 0
-        with path.open("wb") as file:
-            file.write(b" " * room)
-
-    def append(self, name: str, array: np.ndarray) -> None:
-        with self.path.open("ab") as file:
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        end = self.nbytes + array.nbytes
-        self.entries[name] = {
-            "dtype": DTYPE_NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [self.nbytes, end],
-        }
-        self.nbytes = end
-
-    def finish(self) -> None:
-        header = _header(self.entries).ljust(self.room - 8)
-        assert len(header) == self.room - 8
-        with self.path.open("r+b") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-
-
-def _header(entries: Mapping[str, Any]) -> bytes:
-    return json.dumps({"__metadata__": {"format": "pt"}} | dict(entries)).encode()
-
-
-def _room(expected: Mapping[str, tuple[int, ...]]) -> int:
-    """Return the bytes that the header of any shard fits in, a multiple of 8."""
-    widest = {
-        f"model.{name}": {"dtype": "BF16", "shape": shape, "data_offsets": [2**60, 2**60]}
-        for name, shape in expected.items()
-    }
-    return 8 + -(-len(_header(widest)) // 8) * 8
-
-
-def _write_weights(
-    part: Path, config: GemmaConfig, weights: Iterable[tuple[str, np.ndarray]], limit: int
-) -> str:
-    """Write the shards and their index; return the dtype that most bytes are in."""
-    expected = text_weights(config.text)
-    room = _room(expected)
-    shards = [_Shard(part / "model.safetensors", room)]
-    seen: dict[str, tuple[int, ...]] = {}
-    for name, array in weights:
-        if expected.get(name) != array.shape or name in seen or array.dtype not in DTYPE_NAMES:
-            raise CheckpointError(
-                f"cannot save {name!r}, {array.dtype} {list(array.shape)}: "
-                + ("it came twice" if name in seen else f"expected {expected.get(name)}")
-            )
-        seen[name] = array.shape
-        if shards[-1].entries and shards[-1].nbytes + array.nbytes > limit:
-            shards.append(_Shard(part / f"{len(shards)}.safetensors", room))
-        shards[-1].append(f"model.{name}", array)
-        del array  # before the next one is made
-    if problems := compare(expected, seen):
-        raise CheckpointError("cannot save a part of a model:\n  " + "\n  ".join(problems))
-    for shard in shards:
-        shard.finish()
-    if len(shards) > 1:
-        _write_index(part, shards)
-    tensors = [
-        Tensor("", entry["dtype"], (), 0, entry["data_offsets"][1] - entry["data_offsets"][0])
-        for shard in shards
-        for entry in shard.entries.values()
-    ]
-    return _main_dtype(tensors)
-
-
-def _write_index(part: Path, shards: list[_Shard]) -> None:
-    where: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        shard.path.rename(part / file)
-        where |= dict.fromkeys(shard.entries, file)
-    size = sum(shard.nbytes for shard in shards)
-    _write_json(part / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
-
-
-def _put_in_place(part: Path, folder: Path) -> None:
-    """Rename `part` to `folder` once its files are on the disk."""
-    for path in (*part.rglob("*"), part):
-        _sync(path)
-    old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
-    if folder.exists():
-        folder.rename(old)
-    try:
-        part.rename(folder)
-    except BaseException:
-        if old.exists():
-            old.rename(folder)
-        raise
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,13 @@ from gemlax.qtensor import At, Mixed, QTensor, Weight, shape_of
 __all__ = [
     "MAX_ROWS",
     "Implementation",
+    "Kernels",
     "attend",
     "attends",
     "bind",
     "decode",
     "implementation",
+    "kernels",
     "live",
     "multiply",
     "prefers",
@@ -78,13 +80,31 @@ def bind(name: Implementation | None, function: Callable[..., Any]) -> Callable[
     return bound
 
 
+class Kernels(NamedTuple):
+    """The native kernels of this process: their instruction set and formats, or why none is live.
+
+    `instructions` is "avx2", "portable" or None.
+    """
+
+    instructions: str | None
+    formats: tuple[Format, ...]
+    reason: str | None
+
+
+def kernels() -> Kernels:
+    """Say which kernels are used where nothing else is asked for."""
+    if jax.default_backend() != "cpu":
+        return Kernels(None, (), f"the backend is {jax.default_backend()}")
+    name, reason = _library()
+    return Kernels(name, tuple(_NUMBERS) if name else (), reason)
+
+
 @functools.cache
-def _library() -> str | None:
-    """Register the kernels; return the name of their instruction set, None if there are none."""
+def _library() -> tuple[str | None, str | None]:
+    """Register the kernels; return the name of their instruction set, or why there are none."""
     found = importlib.util.find_spec("gemlax._native")
     if found is None or found.origin is None:
-        _log.warning("no native CPU kernels were built: stored weights run on XLA, more slowly")
-        return None
+        return None, "they were not built when gemlax was installed"
     try:
         library = ctypes.CDLL(found.origin)
         for name in _TARGETS:
@@ -92,10 +112,15 @@ def _library() -> str | None:
             handler = jax.ffi.pycapsule(library[target])
             jax.ffi.register_ffi_target(target, handler, platform="cpu")
     except Exception as error:  # OSError, AttributeError, or what jaxlib says of the version
-        _log.warning("the native CPU kernels cannot be used, XLA runs instead: %s", error)
-        return None
+        return None, f"they cannot be used: {error}"
     library.gemlax_kernels.restype = ctypes.c_char_p
-    return library.gemlax_kernels().decode()
+    return library.gemlax_kernels().decode(), None
+
+
+@functools.cache
+def _warn(reason: str | None) -> None:
+    """Say once that XLA runs in place of the kernels."""
+    _log.warning("no native CPU kernels, stored weights run on XLA, more slowly: %s", reason)
 
 
 def live() -> str | None:
@@ -107,13 +132,15 @@ def live() -> str | None:
     asked = _asked.get()
     if asked == "xla":
         return None
-    name = _library() if jax.default_backend() == "cpu" else None
-    if asked == "cpu" and name is None:
+    found = kernels()
+    if asked == "cpu" and found.instructions is None:
         raise NotImplementedError(
             "implementation='cpu' needs a CPU backend and the native kernels, which are compiled "
-            f"when gemlax is installed; the backend is {jax.default_backend()}"
+            f"when gemlax is installed: {found.reason}"
         )
-    return name
+    if found.instructions is None and jax.default_backend() == "cpu":
+        _warn(found.reason)
+    return found.instructions
 
 
 def _call(name: str, out: jax.ShapeDtypeStruct) -> Callable[..., Array]:

@@ -9,11 +9,12 @@ import ml_dtypes
 import numpy as np
 
 from gemlax.checkpoints import Checkpoint, text_weights
+from gemlax.config import TextConfig
 from gemlax.errors import RequestError
-from gemlax.formats import GROUP, MADE, Format, encode
-from gemlax.weights import Coded, Codes
+from gemlax.formats import GROUP, MADE, Coded, Format, encode
+from gemlax.weights import Codes
 
-__all__ = ["Rules", "check_rules", "codes_of"]
+__all__ = ["Rules", "check_rules", "codes_by_rules", "codes_of", "formats_by_rules"]
 
 # A format for every matrix but routers; or a format, or "dense", by pattern of canonical names
 # (`fnmatch`; the first that fits counts, what none fits is dense): {"*.mlp.*": "int4"}.
@@ -61,42 +62,61 @@ def _format_of(rules: Rules, name: str, shape: tuple[int, ...]) -> Format | None
     return cast(Format, format)
 
 
-def _quantised(
-    rules: Rules, name: str, shape: tuple[int, ...], read: Callable[[np.ndarray], None]
-) -> Coded | None:
-    """Quantise a weight that `read` writes, as rules say; None: it stays dense."""
-    format = _format_of(rules, name, shape)
-    if format is None:
+def formats_by_rules(rules: Rules, config: TextConfig) -> dict[str, Format]:
+    """Return the format of every matrix that rules quantise, by canonical name.
+
+    Raises:
+        RequestError: rows of a width that makes no groups, or a format that cannot be made.
+    """
+    check_rules(rules)
+    shapes = text_weights(config)
+    found = {name: _format_of(rules, name, shape) for name, shape in shapes.items()}
+    return {name: format for name, format in found.items() if format is not None}
+
+
+def codes_by_rules(
+    config: TextConfig, read: Callable[[str, np.ndarray], None], rules: Rules
+) -> Codes | None:
+    """Return what quantises matrices that `read` writes as float32; None: all are dense."""
+    if rules == "dense":
         return None
-    wide = np.empty(shape, np.float32)
-    read(wide)
-    try:
-        return Coded(format, *encode(wide, format))
-    except ValueError as error:
-        raise RequestError(f"{name} cannot be quantised: {error}") from error
+    shapes = text_weights(config)
+
+    def codes(name: str) -> Coded | None:
+        format = _format_of(rules, name, shapes[name])
+        if format is None:
+            return None
+        wide = np.empty(shapes[name], np.float32)
+        read(name, wide)
+        try:
+            return Coded(format, *encode(wide, format))
+        except ValueError as error:
+            raise RequestError(f"{name} cannot be quantised: {error}") from error
+
+    return codes
 
 
 def codes_of(source: Checkpoint, rules: Rules) -> Codes | None:
-    """Return what gives the matrices of a checkpoint as codes; None: all are dense."""
-    if rules == "dense":
-        return None
-    shapes = text_weights(source.config.text)
+    """Return what gives the matrices of a checkpoint as codes; None: all are dense.
+
+    What a file quantises in a type that no kernel reads is rounded to bfloat16; floats stay.
+    """
     if rules != "stored":
-        return lambda name: _quantised(
-            rules, name, shapes[name], lambda out: source.read(name, out)
-        )
-    stored = {name: source.stored(name) for name, shape in shapes.items() if len(shape) > 1}
+        return codes_by_rules(source.config.text, source.read, rules)
+    shapes = text_weights(source.config.text)
+    coded = [name for name, shape in shapes.items() if len(shape) > 1 and not source.is_float(name)]
+    stored = {name: source.stored(name) for name in coded}
     others = [name for name, held in stored.items() if held is None]
-    if len(others) == len(stored):
+    if not stored:
         return None
     if others:
         _log.info("%s: %d matrices are held as bfloat16: %s", source.source, len(others),
                   "no kernel reads their type")  # fmt: skip
 
-    def codes(name: str) -> Coded:
-        held = stored[name]
-        if held is not None:
-            return Coded(*held)
+    def codes(name: str) -> Coded | None:
+        held = stored.get(name)
+        if held is not None or name not in stored:
+            return held
         wide = np.empty(shapes[name], ml_dtypes.bfloat16)
         source.read(name, wide)
         return Coded("bfloat16", wide.view(np.uint16))

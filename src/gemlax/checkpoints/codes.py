@@ -1,0 +1,176 @@
+"""Matrices as codes in a safetensors folder: what config.json says of them, and their tensors.
+
+`quantization_config` holds the method, its version, and the format of each such matrix by
+canonical name. The codes of a matrix lie as `<name>.codes` and, where its format has scales, those
+as `<name>.scales` in bfloat16; a matrix that is held as bfloat16 lies plainly. Nothing else reads
+this layout.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from gemlax import formats
+from gemlax.checkpoints.base import BFLOAT16, show
+from gemlax.errors import CheckpointError, UnsupportedError
+from gemlax.formats import FORMATS, Coded, Format
+
+__all__ = [
+    "CODES",
+    "KEY",
+    "SCALES",
+    "Entry",
+    "Formats",
+    "check_formats",
+    "count_bytes",
+    "disagree",
+    "entries",
+    "flatten",
+    "read_formats",
+    "write_formats",
+]
+
+# Format by canonical name of those matrices that are codes.
+Formats = Mapping[str, Format]
+
+KEY = "quantization_config"
+# Another layout, or another meaning of a format's codes, is another version.
+METHOD, VERSION = "gemlax", 1
+CODES, SCALES = ".codes", ".scales"
+_DTYPES = {np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8", np.dtype(np.uint16): "BF16"}
+_SHOWN = 5
+
+
+class Entry(NamedTuple):
+    """A tensor that a weight lies in; dtype as safetensors calls it, None: any float."""
+
+    shape: tuple[int, ...]
+    dtype: str | None = None
+
+
+def read_formats(config: Mapping[str, Any], source: Path) -> dict[str, Format]:
+    """Return what a config.json says of codes; empty: all weights are floats.
+
+    Raises:
+        CheckpointError: it says something that this version never writes.
+        UnsupportedError: another method, or another version.
+    """
+    found = config.get(KEY)
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping) or found.get("quant_method") != METHOD:
+        method = found.get("quant_method") if isinstance(found, Mapping) else found
+        raise UnsupportedError(
+            f"{source}: the weights are quantised by {show(repr(method))}, which gemlax does not "
+            "read; it reads what `gemlax quantize` wrote, GGUF files, and folders of floats"
+        )
+    if found.get("version") != VERSION:
+        raise UnsupportedError(
+            f"{source}: {KEY} has version {show(repr(found.get('version')))}; this gemlax reads "
+            f"version {VERSION}"
+        )
+    own = found.get("formats")
+    if found.keys() != {"quant_method", "version", "formats"} or not isinstance(own, Mapping):
+        raise CheckpointError(
+            f"{source}: {KEY} must have quant_method, version and formats (an object), got "
+            f"{show(', '.join(map(str, found)))}"
+        )
+    unknown = [f"{show(n)} ({show(repr(f))})" for n, f in own.items() if not _is_format(f)]
+    if unknown or not own:
+        raise UnsupportedError(
+            f"{source}: {KEY} names formats that are not known: "
+            f"{', '.join(unknown[:_SHOWN]) or 'none at all'}; expected {', '.join(_known())}"
+        )
+    return cast(dict[str, Format], dict(own))
+
+
+def _known() -> list[Format]:
+    return [format for format in FORMATS if format != "float32"]
+
+
+def _is_format(value: object) -> bool:
+    return isinstance(value, str) and value in _known()
+
+
+def write_formats(own: Formats) -> dict[str, Any]:
+    """Return what `read_formats` reads, as part of a config.json; nothing where all is floats."""
+    if not own:
+        return {}
+    return {KEY: {"quant_method": METHOD, "version": VERSION, "formats": dict(own)}}
+
+
+def check_formats(own: Formats, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
+    """Check that formats are those of matrices whose rows are whole blocks.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    for name, format in own.items():
+        shape, block = shapes.get(name, ()), FORMATS[format].block
+        if len(shape) < 2 or shape[-1] % block:
+            what = f"its shape is {list(shape)}" if shape else "there is no such weight"
+            raise CheckpointError(
+                f"{source}: {KEY} says that {show(name)} is {format}, which is for matrices with "
+                f"rows of whole blocks of {block}; {what}"
+            )
+
+
+def entries(name: str, shape: tuple[int, ...], format: Format | None) -> dict[str, Entry]:
+    """Return the tensors that a weight lies in, by name."""
+    if format is None or format == "bfloat16":
+        return {name: Entry(shape, None if format is None else "BF16")}
+    form = FORMATS[format]
+    blocks = shape[-1] // form.block
+    dtype = _DTYPES[np.dtype(form.dtype)]
+    found = {name + CODES: Entry((*shape[:-1], blocks * form.elements), dtype)}
+    if form.scaled:
+        found[name + SCALES] = Entry((*shape[:-1], blocks), "BF16")
+    return found
+
+
+def count_bytes(shape: tuple[int, ...], format: Format) -> int:
+    """Return the bytes that a matrix takes as codes."""
+    sizes = {"I8": 1, "U8": 1, "BF16": 2}
+    return sum(
+        math.prod(e.shape) * sizes[str(e.dtype)] for e in entries("", shape, format).values()
+    )
+
+
+def flatten(
+    weights: Iterable[tuple[str, np.ndarray | Coded]], own: Formats
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors of each weight; what is yielded is not kept.
+
+    Raises:
+        CheckpointError: codes of another format than `own` says.
+    """
+    for name, weight in weights:
+        if not isinstance(weight, Coded):
+            yield name, weight
+        elif weight.format != own.get(name):
+            raise CheckpointError(
+                f"cannot save {name!r}: it comes as {weight.format}, expected {own.get(name)}"
+            )
+        elif weight.format == "bfloat16":
+            yield name, weight.codes.view(BFLOAT16)
+        else:
+            yield name + CODES, weight.codes
+            if weight.scales is not None:
+                yield name + SCALES, weight.scales.view(BFLOAT16)
+        del weight  # before the next one is made
+
+
+def disagree(
+    format: Format, codes: tuple[int, ...] | None, scales: tuple[int, ...] | None
+) -> str | None:
+    """Say what is wrong where both tensors of a matrix are there and do not fit one another."""
+    if not codes or not scales:
+        return None
+    try:
+        formats.check(format, codes, scales)
+    except ValueError as error:
+        return str(error)
+    return None
