@@ -372,7 +372,7 @@ TWINS: list[tuple[Rule, str, str]] = [
     ),
     (rule_hosts, "see https://example.com/a", "see https://github.com/google-deepmind/gemma"),
     (rule_paths, "open('/home/me/model.gguf')", "#!/usr/bin/env bash\nx > /dev/null\n"),
-    (rule_paths, "cd /tmp/x\n", "tests/tmp/x, a/home/b, https://github.com/etc/x\n"),
+    (rule_paths, "cd /" + "tmp/x\n", "tests/tmp/x, a/home/b, https://github.com/etc/x\n"),
 ]
 
 

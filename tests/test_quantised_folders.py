@@ -302,8 +302,9 @@ def test_experts_and_per_layer_tables_lie_in_the_folder_as_codes(tmp_path, capsy
     ("rules", "message"),
     [
         ('{"*": "int5"}', "int8, int4, nf4, got 'int5'"),
-        ('["int8"]', "must hold a JSON object of formats by pattern, got ['int8']"),
+        ('["int8"]', "rules.json holds a JSON list; expected an object"),
         ("{", "rules.json is not valid JSON"),
+        ("[" * 100_000, "rules.json is not valid JSON"),
         ('{"*.nothing": "int8"}', "the rules fit no matrix"),
     ],
 )

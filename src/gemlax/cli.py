@@ -203,9 +203,10 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _quantize(args: argparse.Namespace) -> int:
+    from gemlax.checkpoints.base import read_json
     from gemlax.quantization import formats_by_rules
 
-    rules = args.format or _read_rules(args.rules)
+    rules = args.format or read_json(args.rules)
     counts: dict[str, int] = {}
 
     def options(config: Any) -> dict[str, Any]:
@@ -223,16 +224,6 @@ def _quantize(args: argparse.Namespace) -> int:
         which = ", ".join(f"{count} matrices in {format}" for format, count in counts.items())
         _write(f"{args.target}: {which}, {done.nbytes / 1e6:,.1f} MB of weights{missing}")
     return 0
-
-
-def _read_rules(path: Path) -> dict[str, str]:
-    try:
-        rules = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise Error(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(rules, dict):
-        raise Error(f"{path} must hold a JSON object of formats by pattern, got {rules!r:.80}")
-    return rules
 
 
 def _rewrite(

@@ -163,12 +163,10 @@ def flatten(
         del weight  # before the next one is made
 
 
-def disagree(
-    format: Format, codes: tuple[int, ...] | None, scales: tuple[int, ...] | None
-) -> str | None:
-    """Say what is wrong where both tensors of a matrix are there and do not fit one another."""
+def disagree(format: Format, codes: tuple[int, ...], scales: tuple[int, ...]) -> str | None:
+    """Say what is wrong where the shapes of a matrix's tensors do not fit one another."""
     if not codes or not scales:
-        return None
+        return None  # no rows: `compare` says so
     try:
         formats.check(format, codes, scales)
     except ValueError as error:
