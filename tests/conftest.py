@@ -47,8 +47,8 @@ def pytest_collection_modifyitems(items):
 def plain_code(request):
     """Compile without LLVM's optimisations, which takes half as long.
 
-    Modules marked `optimised` look at programs, time or real weights and get them; so does every
-    module with GEMLAX_TEST_OPTIMISED=1, and on jax 0.12, which has no such setting.
+    Modules marked `optimised` look at programs, or compare with what others made, and get them; so
+    does every module with GEMLAX_TEST_OPTIMISED=1, and on jax 0.12, which has no such setting.
     """
     name = "jax_disable_most_optimizations"
     wanted = os.environ.get("GEMLAX_TEST_OPTIMISED") == "1"

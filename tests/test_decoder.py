@@ -173,6 +173,13 @@ def test_the_default_is_the_faster_layout_of_the_cpu(weights, dtype, layers):
 # --- where weights lie -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_no_two_matrices_of_a_new_decoder_are_alike(layers):
+    made = Decoder(CONFIG.text, layers=layers, rngs=nnx.Rngs(0))
+    starts = [w.flat[:8].tobytes() for _, w in named_weights(made) if w.ndim > 1]
+    assert len(set(starts)) == len(starts) == 1 + 14 * 7
+
+
 @pytest.mark.parametrize("stack", STACKS)
 def test_weights_come_back_under_their_names_bit_for_bit(decoders, weights, stack):
     back = dict(named_weights(decoders[stack]))

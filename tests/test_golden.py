@@ -13,6 +13,8 @@ from gemlax.config import GemmaConfig
 from gemlax.decoder import Decoder
 from gemlax.presets import PRESETS, preset, tiny
 
+pytestmark = pytest.mark.optimised
+
 FOLDER = Path(__file__).resolve().parent / "golden"
 
 
