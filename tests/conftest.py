@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="module")
 def plain_code(request):
-    """Compile without LLVM's optimisations, which takes half as long.
+    """Compile without LLVM's optimisations, which takes about 0.6 of the time.
 
     Modules marked `optimised` look at programs, or compare with what others made, and get them; so
     does every module with GEMLAX_TEST_OPTIMISED=1, and on jax 0.12, which has no such setting.
