@@ -50,10 +50,8 @@ inline void add(const Kernels& use, float* out, const uint16_t* v, float weight,
   use.add_bfloat16(out, v, weight, n);
 }
 
-// The larger, or NaN where one is NaN: std::max may lose it.
-inline float higher(float a, float b) { return b > a || std::isnan(b) ? b : a; }
-
 // Online softmax over slots [first, last). Source: arXiv 1805.02867.
+// A NaN may get lost in a peak, but not in the sums.
 template <class T>
 void attend(const Shapes& s, const Task& task, const T* k, const T* v, Partial partial) {
   const Kernels& use = kernels();
@@ -81,7 +79,7 @@ void attend(const Shapes& s, const Task& task, const T* k, const T* v, Partial p
         for (int64_t i = 0; i < count; ++i) {
           if (!seen(i)) continue;
           logits[i] = task.scale * dot(use, q, k + (start + i) * stride, int(s.size));
-          peak = higher(peak, logits[i]);
+          peak = std::max(peak, logits[i]);
           any = true;
         }
         if (!any) continue;
@@ -111,7 +109,7 @@ void combine(const Shapes& s, const std::vector<Partial>& parts, int64_t kv_head
     std::fill(result, result + s.size, 0.0f);
     float peak = -std::numeric_limits<float>::infinity(), total = 0;
     for (const Partial& part : parts)
-      if (part.total[query] != 0) peak = higher(peak, part.peak[query]);
+      if (part.total[query] != 0) peak = std::max(peak, part.peak[query]);
     for (const Partial& part : parts) {
       if (part.total[query] == 0) continue;
       const float weight = std::exp(part.peak[query] - peak);
