@@ -245,6 +245,14 @@ def test_other_caches_are_left_to_the_reference():
 # Choosing.
 
 
+def test_what_is_bound_to_no_choice_follows_the_one_around_it():
+    assert cpu.bind("xla", cpu.live)() is None
+    assert cpu.bind(None, cpu.live)() is not None
+    with ops.implementation("xla"):
+        assert cpu.bind(None, cpu.live)() is None
+        assert cpu.bind("cpu", cpu.live)() is not None
+
+
 def test_without_the_library_everything_runs_on_xla_and_one_line_says_so(monkeypatch, caplog):
     real = importlib.util.find_spec
     monkeypatch.setattr(
