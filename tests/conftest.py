@@ -1,6 +1,8 @@
 """How every test runs: eight CPU devices, strict promotion, checked shapes, the real model once."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -32,7 +34,22 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# A program that was compiled once serves every test of this process and the commands it starts:
+# each engine, and each call of a decoder outside jit, asks for its own again. It is not kept.
+PROGRAMS = tempfile.mkdtemp(prefix="gemlax-programs-")
+for setting, value in {
+    "jax_compilation_cache_dir": PROGRAMS,
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}.items():
+    jax.config.update(setting, value)
+    os.environ[setting.upper()] = str(value)
+
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
+
+
+def pytest_unconfigure():
+    shutil.rmtree(PROGRAMS, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

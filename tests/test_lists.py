@@ -203,13 +203,25 @@ def test_attention_metadata_reaches_every_layer_unchanged(decoders, layers, monk
     assert all(metadata is METADATA for metadata in seen)
 
 
-def test_metadata_may_differ_by_kind_and_must_name_both(decoders):
-    by_kind = {"sliding_attention": METADATA, "full_attention": METADATA}
+def test_metadata_may_differ_by_kind_or_be_named_by_layer(decoders):
     one, _ = step(decoders["scan"], pages(), METADATA, flat=True)
-    two, _ = step(decoders["scan"], pages(), by_kind, flat=True)
-    np.testing.assert_array_equal(one, two)
-    with pytest.raises(TypeError, match=r"needs the keys .* got layer\.0"):
+    twin = METADATA._replace()
+    by_kind = {"sliding_attention": METADATA, "full_attention": twin}
+    by_layer = {f"layer.{i}": by_kind[spec.kind] for i, spec in enumerate(TEXT.layers)}
+    owned = {name: by_layer[name] for name in list(by_layer)[:OWNERS]}
+    for metadata in (by_kind, by_layer, owned):
+        two, _ = step(decoders["scan"], pages(), metadata, flat=True)
+        np.testing.assert_array_equal(one, two)
+
+
+def test_metadata_of_other_layers_or_unequal_within_a_kind_is_an_error(decoders):
+    with pytest.raises(TypeError, match=r"layer\.0 to layer\.9; got layer\.0$"):
         step(decoders["scan"], pages(), {"layer.0": METADATA}, flat=True)
+    by_layer = {f"layer.{i}": METADATA for i in range(len(TEXT.layers))}
+    with pytest.raises(TypeError, match=r"got .*layer\.10"):
+        step(decoders["scan"], pages(), by_layer | {"layer.10": METADATA}, flat=True)
+    with pytest.raises(ValueError, match=r"'layer\.1'\] is another object than .* sliding"):
+        step(decoders["scan"], pages(), by_layer | {"layer.1": METADATA._replace()}, flat=True)
 
 
 @pytest.mark.parametrize("front", ["NNX", "Linen"])

@@ -219,6 +219,7 @@ def test_perplexity_is_llama_cpps(model, golden):
 # Against itself.
 
 
+@pytest.mark.slow
 def test_score_in_windows_loses_little(model, golden, text_logprobs):
     (score,) = model.score([golden["text"]["ids"]], window=512)
     full = float(np.exp(-text_logprobs.mean()))
@@ -271,6 +272,7 @@ def test_a_row_of_a_ragged_batch_equals_the_prompt_alone(model, batch, cases, na
     check_path(name, batch[name].tokens, cases[name] | {"tokens": alone.tokens}, SAME)
 
 
+@pytest.mark.slow
 def test_unrolled_layers_give_the_same_tokens(saved, batch, cases):
     names = ("fact", "german")
     found = saved.generate([cases[name]["ids"] for name in names], max_new_tokens=STEPS)

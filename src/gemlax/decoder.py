@@ -111,7 +111,7 @@ class Decoder(nnx.Module):
                 layer that owns keys and values. Its entries are replaced and it is returned.
                 A position beyond the capacity of a dense cache is dropped, so check lengths.
             attention_metadata: what paged caches need: `ops.AttentionMetadata`, or a dict of them
-                by kind. Every layer gets it as it is.
+                by kind, or by layer ("layer.0"). Every layer gets it as it is.
             scan: the loop over layers; Linen hands in its own.
 
         Raises:
@@ -119,7 +119,7 @@ class Decoder(nnx.Module):
             ValueError: a list or dict that does not fit the layers, too many tokens for a ring,
                 or several rows of tokens for pages.
         """
-        metadata = kv.metadata_by_kind(attention_metadata)
+        metadata = kv.metadata_by_kind(self.config, attention_metadata)
         if positions is None:
             if attention_metadata is None:
                 raise TypeError("positions may be None only where attention_metadata has them")

@@ -55,20 +55,41 @@ def new_pools(
     return pools
 
 
-def metadata_by_kind(metadata: Any) -> dict[Kind, Any]:
-    """Return the attention metadata of each kind of layer: the same, or an entry of a dict.
+def metadata_by_kind(config: TextConfig, metadata: Any) -> dict[Kind, Any]:
+    """Return the attention metadata of each kind of layer.
+
+    Args:
+        config: says which layers are of which kind.
+        metadata: one for all layers; a dict by kind; or, as tpu-inference groups them, a dict by
+            layer, "layer.0" and so on, in which all layers of a kind have the same object. Layers
+            that share keys and values may be left out of the last.
 
     Raises:
-        TypeError: a dict that is not by kind.
+        TypeError: a dict with other keys.
+        ValueError: layers of one kind with different metadata.
     """
     if not isinstance(metadata, dict):
         return dict.fromkeys(KINDS, metadata)
-    if metadata.keys() != set(KINDS):
+    if metadata.keys() == set(KINDS):
+        return metadata
+    names = {f"layer.{i}": spec for i, spec in enumerate(config.layers)}
+    owners = {name for name, spec in names.items() if spec.owns_kv}
+    if not owners <= metadata.keys() <= names.keys():
         raise TypeError(
-            f"attention_metadata by kind needs the keys {', '.join(KINDS)}; "
-            f"got {', '.join(map(str, metadata)) or 'none'}"
+            f"attention_metadata in a dict needs the keys {', '.join(KINDS)}, or layer.0 to "
+            f"layer.{len(names) - 1}; got {', '.join(map(str, metadata)) or 'none'}"
         )
-    return metadata
+    found: dict[Kind, Any] = dict.fromkeys(KINDS)
+    for name, entry in metadata.items():
+        kind = names[name].kind
+        if found[kind] is None:
+            found[kind] = entry
+        elif found[kind] is not entry:
+            raise ValueError(
+                f"attention_metadata[{name!r}] is another object than that of the {kind} layers "
+                "before it: all layers of a kind must share one"
+            )
+    return found
 
 
 class PageView(NamedTuple):
