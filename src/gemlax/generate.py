@@ -8,7 +8,7 @@ of (batch, chunk, capacity); sampling settings, limits and stop ids are traced.
 
 import functools
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -370,13 +370,14 @@ def _decode(
     """Run up to `steps` decode steps on the device; stop early when every row is done."""
     program = _Program(nnx.merge(graphdef, weights), num_tokens, mesh, limits, settings)
 
-    def more(carry: tuple[Array, DecodeState]) -> Array:
+    def more(carry: Any) -> Array:
         return (carry[0] < steps) & ~jnp.all(carry[1].done)
 
     def step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-        known = _replicated(mesh, carry[1])
-        return carry[0] + 1, _speculate(program, drafts, known) if drafts else _step(program, known)
+        return carry[0] + 1, _step(program, _replicated(mesh, carry[1]))
 
+    if drafts:
+        return _speculate(program, drafts, more, state)
     return jax.lax.while_loop(more, step, (jnp.int32(0), state))[1]
 
 
@@ -437,18 +438,48 @@ def _append(program: _Program, raw: Array, state: DecodeState) -> DecodeState:
     )
 
 
-def _speculate(program: _Program, most: int, state: DecodeState) -> DecodeState:
-    """Append one token to each row, or as many more as drafts are right, where it is worth it."""
-    room = jnp.where(state.done, 0, program.limits.ends - state.lengths - 1)
-    drafts = speculation.propose(state.tokens, state.lengths, room, most)
-    new = jax.lax.cond(
-        speculation.worthwhile(drafts, state.done),
-        lambda state: _verify(program, drafts, state),
-        lambda state: _step(program, state),
-        state,
-    )
-    steps = state.drafting.steps + (~state.done).astype(jnp.int32)
-    return new._replace(drafting=Drafting(steps))
+def _speculate(
+    program: _Program, most: int, more: Callable[[Any], Array], state: DecodeState
+) -> DecodeState:
+    """Run steps of one token a row, and of as many more as drafts are right where they may pay.
+
+    Loops in a loop, because XLA copies the caches into the branches of a conditional.
+    """
+
+    def plan(count: Array, state: DecodeState) -> _Carry:
+        assert state.drafting is not None
+        room = jnp.where(state.done, 0, program.limits.ends - state.lengths - 1)
+        drafts = speculation.propose(state.tokens, state.lengths, room, most)
+        drafts = speculation.afford(drafts, state.drafting)
+        return _Carry(count, state, drafts, speculation.worthwhile(drafts, state.done))
+
+    def advance(old: _Carry, run: Callable[[DecodeState], DecodeState]) -> _Carry:
+        state = _replicated(program.mesh, old.state)
+        new = run(state)
+        added = new.lengths - state.lengths
+        drafting = speculation.account(state.drafting, old.drafts, old.tried, added)
+        return plan(old.count + 1, new._replace(drafting=drafting))
+
+    def narrow(carry: _Carry) -> _Carry:
+        return advance(carry, functools.partial(_step, program))
+
+    def wide(carry: _Carry) -> _Carry:
+        return advance(carry, functools.partial(_verify, program, carry.drafts))
+
+    def both(carry: _Carry) -> _Carry:
+        carry = jax.lax.while_loop(lambda c: more(c) & ~c.tried, narrow, carry)
+        return jax.lax.while_loop(lambda c: more(c) & c.tried, wide, carry)
+
+    return jax.lax.while_loop(more, both, plan(jnp.int32(0), state)).state
+
+
+class _Carry(NamedTuple):
+    """What a step with drafts hands to the next: how many have run, and the next drafts."""
+
+    count: Array
+    state: DecodeState
+    drafts: Drafts
+    tried: Array  # the next step takes the drafts
 
 
 def _verify(program: _Program, drafts: Drafts, state: DecodeState) -> DecodeState:

@@ -11,12 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-__all__ = ["MOST", "Drafting", "Drafts", "propose", "start", "worthwhile"]
+__all__ = ["MOST", "Drafting", "Drafts", "account", "afford", "propose", "start", "worthwhile"]
 
 # The attention kernel takes 16 tokens of a row at once (ops.cpu.MAX_ROWS): the last and 15 drafts.
 MOST = 15
 # How many of its last tokens a row looks for: three, or else two.
 _NGRAMS = (3, 2)
+# A step takes the time of its rows and of two more: measured with native kernels (docs/log.md).
+_FIXED = 2.0
+# Of a row's budget, in steps: what it begins with, what a step without drafts adds, and the most.
+# A row whose drafts are all wrong loses 2% of its time; found by trial (docs/log.md).
+_START, _INCOME, _MOST_SAVED = 1.0, 0.02, 2.0
 
 
 class Drafts(NamedTuple):
@@ -27,14 +32,19 @@ class Drafts(NamedTuple):
 
 
 class Drafting(NamedTuple):
-    """What a row remembers of its drafts: `steps` it has run, one token each without drafts."""
+    """What a row remembers of its drafts.
+
+    `steps` counts what it has run. `budget` is how many steps' time drafts have saved, kept small:
+    where it is used up, the row waits.
+    """
 
     steps: Any  # [B]
+    budget: Any  # [B]
 
 
 def start(batch: int) -> Drafting:
     """Return what rows remember before their first step."""
-    return Drafting(steps=np.zeros(batch, np.int32))
+    return Drafting(steps=np.zeros(batch, np.int32), budget=np.full(batch, _START, np.float32))
 
 
 def propose(
@@ -67,6 +77,28 @@ def _last_match(tokens: Array, last: Array, n: int) -> Array:
 
 
 def worthwhile(drafts: Drafts, done: Bool[Array, " B"]) -> Bool[Array, ""]:
-    """Tell whether enough rows have drafts for all of them to take the long step."""
-    drafting = jnp.sum(drafts.counts > 0)
-    return (drafting > 0) & (2 * drafting >= jnp.sum(~done))
+    """Tell whether a step with drafts would pay if all of them were right."""
+    possible = jnp.sum(drafts.counts).astype(jnp.float32)
+    running = jnp.sum(~done).astype(jnp.float32)
+    return (possible > 0) & (possible >= running * _extra(drafts))
+
+
+def afford(drafts: Drafts, drafting: Drafting) -> Drafts:
+    """Take back the drafts of rows whose budget is used up."""
+    return drafts._replace(counts=jnp.where(drafting.budget < 0, 0, drafts.counts))
+
+
+def account(
+    drafting: Drafting, drafts: Drafts, tried: Bool[Array, ""], added: Int[Array, " B"]
+) -> Drafting:
+    """Count a step that added so many tokens to each row; `tried` says whether it took drafts."""
+    gain = (added - 1).astype(jnp.float32) - _extra(drafts)
+    change = jnp.where(tried & (drafts.counts > 0), gain, _INCOME)
+    budget = jnp.minimum(drafting.budget + change, _MOST_SAVED)
+    return Drafting(drafting.steps + (added > 0).astype(jnp.int32), budget)
+
+
+def _extra(drafts: Drafts) -> float:
+    """Return how many ordinary steps' time a step with drafts takes beyond one."""
+    batch, most = drafts.tokens.shape
+    return batch * most / (batch + _FIXED)
