@@ -68,8 +68,8 @@ class Rows(NamedTuple):
     lengths: np.ndarray  # [B]
     done: np.ndarray  # [B]
     logprobs: tuple[np.ndarray, ...] | None
-    steps: np.ndarray | None  # [B], of those that drafted
     state: DecodeState
+    steps: np.ndarray | None = None  # [B], of rows that draft
 
 
 @dataclass
@@ -316,8 +316,8 @@ def _to_host(state: DecodeState) -> Rows:
         lengths=np.array(state.lengths),
         done=np.array(state.done),
         logprobs=None if logprobs is None else tuple(np.array(x) for x in logprobs),
-        steps=None if state.drafting is None else np.array(state.drafting.steps),
         state=state,
+        steps=None if state.drafting is None else np.array(state.drafting.steps),
     )
 
 
