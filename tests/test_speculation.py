@@ -283,7 +283,7 @@ def test_a_ring_too_short_for_the_drafts_is_refused_and_the_shortest_loses_nothi
         longer = begin + jnp.arange(chunk + 1, dtype=jnp.int32)[None]
         lost = cache.rollback(cache.mark(caches, longer), np.array([begin + 1]))
         assert cache.holds(config, lost, np.array([begin])).tolist() == [False]
-        with pytest.raises(ValueError, match="takes .* tokens at a time"):
+        with pytest.raises(ValueError, match="tokens at a time"):
             caches["sliding_attention"].layer(0, longer, sliding, None)
         caches = cache.mark(caches, at[:, begin : begin + 1])
 

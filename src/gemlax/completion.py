@@ -31,8 +31,8 @@ class TokenLogprob(NamedTuple):
 class Completion:
     """What was generated. `tokens` includes the stop token, `text` shows no control token.
 
-    `finish_reason` is "stop" (a stop id or stop string) or "length". `accepted_per_step` is how many
-    drafts a step accepted on average; None without `speculate`.
+    `finish_reason` is "stop" (a stop id or stop string) or "length". `accepted_per_step`: how many
+    drafts a step accepted on average, None without `speculate`.
     """
 
     text: str

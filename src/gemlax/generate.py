@@ -446,19 +446,20 @@ def _speculate(
     Loops in a loop, because XLA copies the caches into the branches of a conditional.
     """
 
-    def plan(count: Array, state: DecodeState) -> _Carry:
+    def plan(steps: Array, state: DecodeState) -> _Carry:
         assert state.drafting is not None
         room = jnp.where(state.done, 0, program.limits.ends - state.lengths - 1)
         drafts = speculation.propose(state.tokens, state.lengths, room, most)
         drafts = speculation.afford(drafts, state.drafting)
-        return _Carry(count, state, drafts, speculation.worthwhile(drafts, state.done))
+        return _Carry(steps, state, drafts, speculation.worthwhile(drafts, state.done))
 
     def advance(old: _Carry, run: Callable[[DecodeState], DecodeState]) -> _Carry:
         state = _replicated(program.mesh, old.state)
         new = run(state)
         added = new.lengths - state.lengths
+        assert state.drafting is not None
         drafting = speculation.account(state.drafting, old.drafts, old.tried, added)
-        return plan(old.count + 1, new._replace(drafting=drafting))
+        return plan(old.steps + 1, new._replace(drafting=drafting))
 
     def narrow(carry: _Carry) -> _Carry:
         return advance(carry, functools.partial(_step, program))
@@ -476,7 +477,7 @@ def _speculate(
 class _Carry(NamedTuple):
     """What a step with drafts hands to the next: how many have run, and the next drafts."""
 
-    count: Array
+    steps: Array
     state: DecodeState
     drafts: Drafts
     tried: Array  # the next step takes the drafts
