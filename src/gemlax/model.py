@@ -205,7 +205,8 @@ class Model:
             stop_ids: ids that end a row, besides those of the checkpoint.
             logprobs: also return the log-probability of each token and the n (0 to 20) likeliest.
             speculate: draft up to so many tokens (at most 15) from the text so far, and judge them
-                in one step: the same tokens sooner, where a text repeats. None or 0: off.
+                in one step: the same tokens but for near ties, and sooner where a text repeats.
+                None or 0: off.
 
         Raises:
             RequestError: a setting outside its range, or a prompt that does not fit.
