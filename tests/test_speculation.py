@@ -382,6 +382,17 @@ def test_a_stream_and_a_stop_string_cut_drafted_text_alike(model):
     assert found.finish_reason == "stop"
 
 
+def test_unrolled_layers_and_8_bit_caches_take_drafts_too():
+    weights = conditioned_weights("test_speculation", text_weights(CONFIG.text))
+    small = Model(CONFIG, build(CONFIG, weights, "unroll"), kv_cache="int8")
+    (prompt,) = repeating(30)
+    settings = {"max_new_tokens": 16, "temperature": 1.0, "top_k": 20}
+    (plain,) = small.generate([prompt], **settings)
+    (found,) = small.generate([prompt], speculate=D, **settings)
+    assert found.tokens == plain.tokens
+    assert found.accepted_per_step is not None
+
+
 @pytest.mark.parametrize("wrong", [-1, 16, 2.5, True, "3"], ids=str)
 def test_a_number_of_drafts_out_of_range_is_named(model, wrong):
     with pytest.raises(RequestError) as error:
