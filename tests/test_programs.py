@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from jax.extend import core as jex
 
-from gemlax import cache, ops
+from gemlax import cache, generate, ops, speculation
 from gemlax.checkpoints import text_weights
 from gemlax.config import LayerSpec, TextConfig
 from gemlax.decoder import Decoder
@@ -77,6 +77,13 @@ def compile_prefill(engine: Engine, width: int, capacity: int):
     ids = jax.ShapeDtypeStruct((1, width), jnp.int32)
     caches = jax.eval_shape(lambda: cache.new_caches(engine.config, 1, capacity, engine.dtype))
     return engine._prefill.lower(abstract(engine._weights), ids, ids, caches).compile()
+
+
+def compile_drafting(engine: Engine, batch: int, capacity: int, drafts: int = 3):
+    weights, state, *rest = decode_args(engine, batch, capacity)
+    drafting = abstract(jax.tree.map(jnp.asarray, speculation.start(batch)))
+    args = (weights, state._replace(drafting=drafting), *rest)
+    return engine._drafting(drafts).lower(*args).compile()
 
 
 def num_bytes(tree) -> int:
@@ -187,6 +194,37 @@ def test_unrolled_layers_write_the_same_caches_in_place():
     programs = [compile_decode(engine, 1, capacity) for capacity in CAPACITIES]
     assert growth_faults(*programs, cache_growth(engine)) == []
     assert copy_faults(programs[1], caches_of(engine, 8192)) == []
+
+
+def test_decoding_with_drafts_writes_the_caches_in_place():
+    engine = engine_of(TINY, implementation="cpu")
+    programs = [compile_drafting(engine, 1, capacity) for capacity in CAPACITIES]
+    assert growth_faults(*programs, cache_growth(engine)) == []
+    assert copy_faults(programs[1], caches_of(engine, 8192)) == []
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+def test_small_caches_are_written_in_place_with_drafts_too(implementation):
+    engine = engine_of(tiny(preset("gemma-4-e2b")).text, implementation=implementation)
+    assert copy_faults(compile_drafting(engine, 2, 256), caches_of(engine, 256, 2)) == []
+
+
+def test_twin_that_chooses_its_steps_by_a_conditional_copies_the_caches(monkeypatch):
+    def conditional(program, most, more, state):
+        def step(carry):
+            drafts = speculation.propose(carry[1].tokens, carry[1].lengths, carry[1].lengths, most)
+            wide, narrow = (
+                lambda state: generate._verify(program, drafts, state),
+                lambda state: generate._step(program, state),
+            )
+            tried = jnp.any(drafts.counts > 0)
+            return carry[0] + 1, jax.lax.cond(tried, wide, narrow, carry[1])
+
+        return jax.lax.while_loop(more, step, (jnp.int32(0), state))[1]
+
+    monkeypatch.setattr(generate, "_speculate", conditional)
+    engine = engine_of(tiny(preset("gemma-3-270m")).text, implementation="cpu")
+    assert copy_faults(compile_drafting(engine, 1, 256), caches_of(engine, 256))
 
 
 def test_bfloat16_caches_are_written_in_place_on_cpu():

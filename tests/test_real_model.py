@@ -266,6 +266,43 @@ def test_kernels_on_the_codes_of_the_file_say_what_its_floats_say(model, stored,
     assert ties <= 1
 
 
+# Texts that repeat themselves, in part or as a whole, and others.
+COPIED = (
+    "one, two, three, four, five, one, two, three, four, five, one, two,",
+    '[{"name": "Anna", "age": 31}, {"name": "Ben", "age": 25}, {"name":',
+    "The cat sat on the mat. The cat sat on the hat. The cat sat on",
+    "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a - b\n\ndef mul(a, b):\n",
+    "A rose is a rose is a rose is a",
+    "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday, Monday,",
+    "x = 1\ny = 2\nz = 3\nprint(x)\nprint(y)\nprint(",
+    "The history of the Roman Empire is",
+    "<li>apple</li>\n<li>banana</li>\n<li>cherry</li>\n<li>",
+    "2 + 2 = 4\n3 + 3 = 6\n4 + 4 = 8\n5 + 5 =",
+)
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_drafts_change_no_token(stored, cases, count):
+    """Greedy tokens with three drafts a step and without, but for near ties; and some are right."""
+    texts = [*COPIED, *(case["text"] for case in cases.values())][:count]
+    assert len(texts) == count
+    same = accepted = 0
+    for text in texts:
+        plain = stored.generate(text, max_new_tokens=24, logprobs=5)
+        found = stored.generate(text, max_new_tokens=24, logprobs=5, speculate=3)
+        parted = [i for i, (a, b) in enumerate(zip(plain.tokens, found.tokens, strict=True))
+                  if a != b]  # fmt: skip
+        same += not parted
+        accepted += found.accepted_per_step
+        if parted:
+            entry = plain.logprobs[parted[0]]
+            other = entry.top.get(found.tokens[parted[0]], -np.inf)
+            assert entry.logprob - other < KERNELS, f"{text!r}: not a near tie"
+    print(f"{same} of {count} equal, {accepted / count:.2f} drafts accepted a step")
+    assert same >= count - 1
+    assert accepted > 0.3 * count
+
+
 @pytest.mark.parametrize("name", SHORT)
 def test_a_row_of_a_ragged_batch_equals_the_prompt_alone(model, batch, cases, name):
     (alone,) = model.generate([cases[name]["ids"]], max_new_tokens=STEPS)

@@ -72,6 +72,21 @@ class Script:
 # --- Model.chat --------------------------------------------------------------------------------
 
 
+def test_a_session_with_drafts_says_the_same_and_keeps_its_cache(model):
+    found = []
+    for drafts in (None, 3):
+        session = model.session(max_new_tokens=12, speculate=drafts)
+        told = []
+        for text in ("hello hello hello hello", "hello hello hello hello"):
+            before = model.engine.counters.prefill_tokens
+            reply = session.send(text)
+            assert list(reply)
+            told.append((reply.message.tokens, model.engine.counters.prefill_tokens - before))
+            assert (reply.accepted_per_step is None) == (drafts is None)
+        found.append(told)
+    assert found[0] == found[1]
+
+
 def test_an_answer_is_what_generate_gives_for_the_prompt(model):
     message = model.chat(USER, max_new_tokens=8)
     prompt = model.chat_format.encode(USER)

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemlax import generate, model, sharding
 from gemlax.checkpoints import text_weights
+from gemlax.config import GemmaConfig
 from gemlax.decoder import Decoder
 from gemlax.errors import RequestError
 from gemlax.generate import Engine
@@ -378,6 +379,21 @@ def test_a_mesh_gives_the_tokens_of_one_device(engines, alone, expected, axes):
     assert len(np.unique(found)) > 60  # no row repeats one token
     if not np.array_equal(found, expected):
         assert near_ties(found, expected, merged(alone), merged(engines(axes))) <= 1
+
+
+@pytest.mark.slow
+def test_drafts_change_no_token_on_a_mesh(weights):
+    config = GemmaConfig(text=TINY)
+    some = [[2, *range(30, 40)] * 3, [2, 5, 6] * 5, [2, 9, 9, 9, 9]]
+    found = []
+    for mesh in (None, make_mesh("data=2,tensor=4")):
+        one = model.Model(config, decoder_on(TINY, weights, mesh), mesh=mesh)
+        for settings in ({}, {"temperature": 1.0, "top_k": 20}):
+            plain = one.generate(some, max_new_tokens=12, **settings)
+            drafted = one.generate(some, max_new_tokens=12, speculate=3, **settings)
+            assert [row.tokens for row in drafted] == [row.tokens for row in plain]
+            found.append([row.tokens for row in drafted])
+    assert found[:2] == found[2:]
 
 
 @pytest.mark.slow

@@ -143,6 +143,12 @@ def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may repeat")
+    parser.add_argument(
+        "--speculate",
+        type=int,
+        metavar="N",
+        help="draft N tokens from the text so far; the same answer, sooner where a text repeats",
+    )
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:

@@ -112,6 +112,7 @@ def _report(model: Any, completion: Any, first_s: float) -> dict[str, Any]:
         "prompt_tokens": counters.prefill_tokens + 1,
         "prefill_tok_s": _rate(counters.prefill_tokens, counters.prefill_s),
         "decode_tok_s": _rate(counters.decode_tokens, counters.decode_s),
+        "accepted_per_step": completion.accepted_per_step,
         "compile_s": round(counters.compile_s, 3),
         "first_piece_s": round(first_s, 3),
     }

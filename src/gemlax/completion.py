@@ -11,6 +11,7 @@ from gemlax.config import GemmaConfig
 from gemlax.errors import RequestError
 from gemlax.generate import STOP_PLACES, DecodeState, Engine, Rows
 from gemlax.sampling import TOP_LOGPROBS, Sampling, make_sampling
+from gemlax.speculation import MOST
 from gemlax.tokenizer import TextStream, Tokenizer
 
 __all__ = ["DEFAULTS", "Completion", "Request", "Stream", "TokenLogprob"]
@@ -30,19 +31,22 @@ class TokenLogprob(NamedTuple):
 class Completion:
     """What was generated. `tokens` includes the stop token, `text` shows no control token.
 
-    `finish_reason` is "stop" (a stop id or stop string) or "length".
+    `finish_reason` is "stop" (a stop id or stop string) or "length". `accepted_per_step`: how many
+    drafts a step accepted on average, None without `speculate`.
     """
 
     text: str
     tokens: list[int]
     finish_reason: FinishReason
     logprobs: list[TokenLogprob] | None = None
+    accepted_per_step: float | None = None
 
 
 DEFAULTS: dict[str, Any] = {
     "max_new_tokens": 256, "context": None, "temperature": None, "top_k": None, "top_p": None,
     "min_p": None, "repetition_penalty": None, "presence_penalty": 0.0, "frequency_penalty": 0.0,
     "logit_bias": None, "seed": 0, "stop": (), "stop_ids": (), "logprobs": None,
+    "speculate": None,
 }  # fmt: skip
 _FROM_CONFIG = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
                 "repetition_penalty": 1.0}  # fmt: skip
@@ -71,6 +75,7 @@ class Request:
         self.stop = self._stop_strings()
         self.stop_ids = self._stop_ids(generation_config)
         self.num_logprobs = self._num_logprobs()
+        self.drafts = self._drafts()
         self.settings = self._settings(generation_config)
         # Per row what says that a stop string was met; a chat puts its own parser here.
         self.streams: list[Any] = [
@@ -90,9 +95,10 @@ class Request:
             self.context,
             self.stop_ids,
             logprobs=self.num_logprobs is not None,
+            drafts=self.drafts,
             before=before,
         )
-        steps = self.engine.steps(state, limits, self.settings, sizes)
+        steps = self.engine.steps(state, limits, self.settings, sizes, self.drafts)
         ended: np.ndarray | None = None
         while True:
             try:
@@ -132,7 +138,13 @@ class Request:
             tokens=tokens,
             finish_reason="stop" if stopped else "length",
             logprobs=self._logprobs(row, tokens, rows),
+            accepted_per_step=self._accepted(row, rows),
         )
+
+    def _accepted(self, row: int, rows: Rows) -> float | None:
+        if rows.steps is None or not rows.steps[row]:
+            return None
+        return int(rows.lengths[row] - len(self.prompts[row])) / int(rows.steps[row]) - 1
 
     def _logprobs(self, row: int, tokens: list[int], rows: Rows) -> list[TokenLogprob] | None:
         if self.num_logprobs is None or rows.logprobs is None:
@@ -176,6 +188,13 @@ class Request:
         if n is not None and not (number and 0 <= n <= TOP_LOGPROBS):
             raise RequestError(f"logprobs must be None or in [0, {TOP_LOGPROBS}], got {n!r}")
         return n
+
+    def _drafts(self) -> int:
+        most = self.options["speculate"]
+        number = isinstance(most, (int, np.integer)) and not isinstance(most, bool)
+        if most is not None and not (number and 0 <= most <= MOST):
+            raise RequestError(f"speculate must be None or in [0, {MOST}] drafts, got {most!r}")
+        return int(most or 0)
 
     def _settings(self, generation_config: Mapping[str, Any]) -> Sampling:
         options, limit = self.options, self.engine.num_tokens

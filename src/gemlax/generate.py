@@ -8,7 +8,7 @@ of (batch, chunk, capacity); sampling settings, limits and stop ids are traced.
 
 import functools
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,12 +19,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from gemlax import ops, sampling, sharding
-from gemlax.cache import Caches, holds, mark, new_caches, resume, round_capacity
+from gemlax import ops, sampling, sharding, speculation
+from gemlax.cache import Caches, holds, mark, new_caches, resume, rollback, round_capacity
 from gemlax.config import CHUNK, Kind, TextConfig
 from gemlax.decoder import Decoder
 from gemlax.ops.storage import Storage
 from gemlax.sampling import Sampling
+from gemlax.speculation import Drafting, Drafts
 
 __all__ = ["Counters", "DecodeState", "Engine", "Rows", "bucket"]
 
@@ -40,7 +41,8 @@ class DecodeState(NamedTuple):
     """What a decode step changes. It is donated: the caches are written in place.
 
     `tokens` [B, S] holds prompt and output; unused places hold the vocabulary size.
-    `logprobs`, when asked for, are (own [B, S], ids [B, S, 20], values [B, S, 20]).
+    `logprobs`, when asked for, are (own [B, S], ids [B, S, 20], values [B, S, 20]); `drafting` is
+    there when tokens are drafted.
     """
 
     caches: Caches
@@ -48,6 +50,7 @@ class DecodeState(NamedTuple):
     lengths: Any
     done: Any
     logprobs: Any = None
+    drafting: Drafting | None = None
 
 
 class Limits(NamedTuple):
@@ -66,6 +69,7 @@ class Rows(NamedTuple):
     done: np.ndarray  # [B]
     logprobs: tuple[np.ndarray, ...] | None
     state: DecodeState
+    steps: np.ndarray | None = None  # [B], of rows that draft
 
 
 @dataclass
@@ -108,9 +112,14 @@ class Engine:
         self.counters = Counters()
         graphdef, self._weights = nnx.split(decoder)
         prefill = functools.partial(_prefill, graphdef, mesh)
-        decode = functools.partial(_decode, graphdef, num_tokens, mesh)
         self._prefill = jax.jit(ops.cpu.bind(implementation, prefill), donate_argnums=(3,))
-        self._decode = jax.jit(ops.cpu.bind(implementation, decode), donate_argnums=(1,))
+
+        @functools.cache
+        def decode(drafts: int) -> Any:
+            program = functools.partial(_decode, graphdef, num_tokens, mesh, drafts)
+            return jax.jit(ops.cpu.bind(implementation, program), donate_argnums=(1,))
+
+        self._decode, self._drafting = decode(0), decode
         self._compiled: dict[tuple, Any] = {}
 
     def rows(self, prompts: int) -> int:
@@ -144,11 +153,13 @@ class Engine:
         stop_ids: Sequence[int],
         *,
         logprobs: bool = False,
+        drafts: int = 0,
         before: DecodeState | None = None,
     ) -> tuple[DecodeState, Limits]:
         """Prefill the prompts (each with at least one id) and return what `steps` needs.
 
         Rows beyond the prompts fill the batch up to its bucket; they are done from the start.
+        `drafts` is what `steps` will be given.
         `before` is a state of as many rows, which is used up: what its caches hold of the same
         beginning of each prompt is not prefilled again.
         """
@@ -188,6 +199,7 @@ class Engine:
             logprobs=self.put(_logprob_buffers(batch, capacity, self.num_tokens))
             if logprobs
             else None,
+            drafting=self.put(speculation.start(batch)) if drafts else None,
         )
         stops = np.full(STOP_PLACES, -1, np.int32)
         stops[: len(stop_ids)] = list(stop_ids)
@@ -237,17 +249,20 @@ class Engine:
         limits: Limits,
         settings: Sampling,
         sizes: Iterator[int],
+        drafts: int = 0,
     ) -> Generator[Rows, np.ndarray | None, None]:
         """Decode in blocks of `sizes` steps; yield the rows after each, until all are done.
 
-        The receiver may `send` a mask of rows that shall end (a stop string was met).
+        The receiver may `send` a mask of rows that shall end (a stop string was met). A step adds
+        a token to each row, and up to `drafts` more where drafts are right.
         """
         settings = self.put(settings)
         while not bool(np.all(np.asarray(state.done))):
             size = self.put(np.int32(next(sizes)))
             args = (self._weights, state, limits, settings, size)
             shape = (*state.tokens.shape, settings.bias_ids.shape[1], state.logprobs is not None)
-            program = self._program("decode", self._decode, shape, args, 1)
+            shape += (drafts,) if drafts else ()
+            program = self._program("decode", self._drafting(drafts), shape, args, 1)
             begin = time.perf_counter()
             before = np.asarray(state.lengths)
             state = program(*args)
@@ -302,6 +317,7 @@ def _to_host(state: DecodeState) -> Rows:
         done=np.array(state.done),
         logprobs=None if logprobs is None else tuple(np.array(x) for x in logprobs),
         state=state,
+        steps=None if state.drafting is None else np.array(state.drafting.steps),
     )
 
 
@@ -344,6 +360,7 @@ def _decode(
     graphdef: Any,
     num_tokens: int,
     mesh: Mesh | None,
+    drafts: int,
     weights: Any,
     state: DecodeState,
     limits: Limits,
@@ -351,37 +368,55 @@ def _decode(
     steps: Array,
 ) -> DecodeState:
     """Run up to `steps` decode steps on the device; stop early when every row is done."""
-    decoder = nnx.merge(graphdef, weights)
+    program = _Program(nnx.merge(graphdef, weights), num_tokens, mesh, limits, settings)
 
-    def more(carry: tuple[Array, DecodeState]) -> Array:
+    def more(carry: Any) -> Array:
         return (carry[0] < steps) & ~jnp.all(carry[1].done)
 
     def step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-        return carry[0] + 1, _step(decoder, num_tokens, mesh, carry[1], limits, settings)
+        return carry[0] + 1, _step(program, _replicated(mesh, carry[1]))
 
+    if drafts:
+        return _speculate(program, drafts, more, state)
     return jax.lax.while_loop(more, step, (jnp.int32(0), state))[1]
 
 
-def _step(
-    decoder: Decoder,
-    num_tokens: int,
-    mesh: Mesh | None,
-    state: DecodeState,
-    limits: Limits,
-    settings: Sampling,
-) -> DecodeState:
-    if mesh is not None:  # all but the caches: every device knows what every row has said
-        known = state._replace(caches={})
-        known = jax.lax.with_sharding_constraint(known, sharding.replicated(mesh))
-        state = known._replace(caches=state.caches)
-    batch, capacity = state.tokens.shape
-    rows = jnp.arange(batch, dtype=jnp.int32)
+class _Program(NamedTuple):
+    """What every step of a decode program reads."""
+
+    decoder: Decoder
+    num_tokens: int
+    mesh: Mesh | None
+    limits: Limits
+    settings: Sampling
+
+
+def _replicated(mesh: Mesh | None, state: DecodeState) -> DecodeState:
+    """On a mesh, let every device know what every row has said: all but the caches."""
+    if mesh is None:
+        return state
+    known = state._replace(caches={})
+    known = jax.lax.with_sharding_constraint(known, sharding.replicated(mesh))
+    return known._replace(caches=state.caches)
+
+
+def _step(program: _Program, state: DecodeState) -> DecodeState:
+    """Append one token to each row."""
+    rows = jnp.arange(len(state.tokens), dtype=jnp.int32)
     last = state.lengths - 1
     # A row that is done writes nothing: neither cache nor token.
     positions = jnp.where(state.done, ops.EMPTY, last)[:, None]
     current = jnp.where(state.done, 0, state.tokens[rows, last])[:, None]
-    hidden, caches = _run(decoder, mesh, current, positions, state.caches)
-    raw = decoder.logits(hidden[:, 0])[:, :num_tokens]
+    hidden, caches = _run(program.decoder, program.mesh, current, positions, state.caches)
+    raw = program.decoder.logits(hidden[:, 0])[:, : program.num_tokens]
+    return _append(program, raw, state)._replace(caches=caches)
+
+
+def _append(program: _Program, raw: Array, state: DecodeState) -> DecodeState:
+    """Sample a token from the logits `raw` [B, V] for each row that is not done."""
+    limits, settings = program.limits, program.settings
+    batch, capacity = state.tokens.shape
+    rows = jnp.arange(batch, dtype=jnp.int32)
     columns = jnp.arange(capacity, dtype=jnp.int32)[None]
     is_output = (columns >= limits.prompts[:, None]) & (columns < state.lengths[:, None])
     logits = sampling.adjust(raw, settings, state.tokens, is_output)
@@ -395,10 +430,89 @@ def _step(
         )
     lengths = state.lengths + (~state.done).astype(jnp.int32)
     stopped = jnp.any(token[:, None] == limits.stop_ids[None], axis=1)
-    return DecodeState(
-        caches=caches,
+    return state._replace(
         tokens=state.tokens.at[rows, slot].set(token, mode="drop"),
         lengths=lengths,
         done=state.done | stopped | (lengths >= limits.ends),
         logprobs=logprobs,
     )
+
+
+def _speculate(
+    program: _Program, most: int, more: Callable[[Any], Array], state: DecodeState
+) -> DecodeState:
+    """Run steps of one token a row, and of as many more as drafts are right where they may pay.
+
+    Loops in a loop, because XLA copies the caches into the branches of a conditional.
+    """
+
+    def plan(steps: Array, state: DecodeState) -> _Carry:
+        assert state.drafting is not None
+        room = jnp.where(state.done, 0, program.limits.ends - state.lengths - 1)
+        drafts = speculation.propose(state.tokens, state.lengths, room, most)
+        drafts = speculation.afford(drafts, state.drafting)
+        return _Carry(steps, state, drafts, speculation.worthwhile(drafts, state.done))
+
+    def advance(old: _Carry, run: Callable[[DecodeState], DecodeState]) -> _Carry:
+        state = _replicated(program.mesh, old.state)
+        new = run(state)
+        added = new.lengths - state.lengths
+        assert state.drafting is not None
+        drafting = speculation.account(state.drafting, old.drafts, old.tried, added)
+        return plan(old.steps + 1, new._replace(drafting=drafting))
+
+    def narrow(carry: _Carry) -> _Carry:
+        return advance(carry, functools.partial(_step, program))
+
+    def wide(carry: _Carry) -> _Carry:
+        return advance(carry, functools.partial(_verify, program, carry.drafts))
+
+    def both(carry: _Carry) -> _Carry:
+        carry = jax.lax.while_loop(lambda c: more(c) & ~c.tried, narrow, carry)
+        return jax.lax.while_loop(lambda c: more(c) & c.tried, wide, carry)
+
+    return jax.lax.while_loop(more, both, plan(jnp.int32(0), state)).state
+
+
+class _Carry(NamedTuple):
+    """What a step with drafts hands to the next: how many have run, and the next drafts."""
+
+    steps: Array
+    state: DecodeState
+    drafts: Drafts
+    tried: Array  # the next step takes the drafts
+
+
+def _verify(program: _Program, drafts: Drafts, state: DecodeState) -> DecodeState:
+    """Run the last token and the drafts of each row at once, and append what is sampled.
+
+    A row goes on while what it samples is what was drafted. So each token is drawn from the logits
+    after the tokens before it, with its own key, as without drafts: nothing is to be corrected.
+    """
+    rows = jnp.arange(len(state.tokens), dtype=jnp.int32)
+    last = state.lengths - 1
+    order = jnp.arange(drafts.tokens.shape[1] + 1, dtype=jnp.int32)[None]
+    wanted = (order <= drafts.counts[:, None]) & ~state.done[:, None]
+    positions = jnp.where(wanted, last[:, None] + order, ops.EMPTY)
+    current = jnp.concatenate([state.tokens[rows, last][:, None], drafts.tokens], axis=1)
+    current = jnp.where(wanted, current, 0)
+    hidden, caches = _run(program.decoder, program.mesh, current, positions, state.caches)
+    raw = program.decoder.logits(hidden)[..., : program.num_tokens]  # [B, d + 1, V]
+    tried = jnp.pad(drafts.tokens, ((0, 0), (0, 1)))
+
+    def more(carry: tuple[Array, Array, DecodeState]) -> Array:
+        return jnp.any(carry[1])
+
+    def one(carry: tuple[Array, Array, DecodeState]) -> tuple[Array, Array, DecodeState]:
+        index, going, known = carry
+        logits = jax.lax.dynamic_index_in_dim(raw, index, 1, keepdims=False)
+        new = _append(program, logits, known._replace(done=~going))
+        right = new.tokens[rows, known.lengths] == tried[rows, index]
+        done = jnp.where(going, new.done, known.done)
+        goes_on = going & ~done & right & (index < drafts.counts)
+        return index + 1, goes_on, new._replace(done=done)
+
+    begin = (jnp.int32(0), ~state.done, state._replace(caches={}))
+    new = jax.lax.while_loop(more, one, begin)[2]
+    # All but the last token of a row have been through the decoder.
+    return new._replace(caches=rollback(caches, new.lengths - 1))

@@ -187,6 +187,7 @@ class Model:
         stop: str | Sequence[str] = (),
         stop_ids: Sequence[int] = (),
         logprobs: int | None = None,
+        speculate: int | None = None,
     ) -> Completion | list[Completion]:
         """Continue a prompt, or several at once.
 
@@ -203,6 +204,9 @@ class Model:
             stop: strings that end the text; they are not part of it.
             stop_ids: ids that end a row, besides those of the checkpoint.
             logprobs: also return the log-probability of each token and the n (0 to 20) likeliest.
+            speculate: draft up to so many tokens (at most 15) from the text so far, and judge them
+                in one step: the same tokens but for near ties, and sooner where a text repeats.
+                None or 0: off.
 
         Raises:
             RequestError: a setting outside its range, or a prompt that does not fit.

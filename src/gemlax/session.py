@@ -22,12 +22,14 @@ class Reply:
     Attributes:
         message: the whole `Message` once the iterator is exhausted, None before.
         num_prompt_tokens: tokens of the prompt, BOS included.
+        accepted_per_step: as in `Completion`, once the iterator is exhausted.
     """
 
     def __init__(self, request: Request, parser: OutputParser, before: DecodeState | None = None):
         """Nothing runs yet. `before` is used up: see `Engine.start`."""
         request.streams = [parser]
         self.message: Message | None = None
+        self.accepted_per_step: float | None = None
         self.num_prompt_tokens = len(request.prompts[0])
         self.at_end: Callable[[Message, Rows | None], None] | None = None
         self._request, self._parser, self._before = request, parser, before
@@ -63,6 +65,7 @@ class Reply:
                 parser.stop()
         yield from parser.flush()
         done = self._request.completion(0, rows)
+        self.accepted_per_step = done.accepted_per_step
         called = done.finish_reason == "stop" and bool(parser.tool_calls)
         self.message = Message(
             content=parser.content,

@@ -84,6 +84,7 @@ class Terminal:
             "prefill_tokens": self._counters.prefill_tokens - prefilled,
             "tokens": tokens,
             "decode_tok_s": round(tokens / seconds, 2) if tokens and seconds > 0 else None,
+            "accepted_per_step": _rounded(reply.accepted_per_step),
             "seconds": round(time.perf_counter() - begin, 3),
             "context_used": self._session.num_tokens,
         }
@@ -106,9 +107,11 @@ class Terminal:
 
     def _summary(self, turn: dict[str, Any], message: Message, interrupted: bool) -> str:
         session = self._session
+        accepted = turn["accepted_per_step"]
         speed = f", {turn['decode_tok_s']:.1f} tok/s" if turn["decode_tok_s"] else ""
         parts = [
             f"{turn['tokens']} tokens{speed}",
+            *([f"{accepted:.2f} drafts accepted a step"] if accepted is not None else []),
             f"prefilled {turn['prefill_tokens']}",
             f"context {session.num_tokens}/{session.context}",
         ]
@@ -120,6 +123,10 @@ class Terminal:
                 "the context is full: /reset starts anew" if full else "cut at --max-new-tokens"
             )
         return f"[{'; '.join(parts)}]"
+
+
+def _rounded(number: float | None) -> float | None:
+    return None if number is None else round(number, 3)
 
 
 @contextmanager
