@@ -43,6 +43,7 @@ GOOD = {
     "plain": [*GENERATE, PROMPT],
     "nothing": ["generate", "--model", "{model}", "--max-new-tokens", "0", "--json", PROMPT],
     "stop": [*GENERATE, "--json", "--stop", "g", PROMPT],
+    "drafts": [*GENERATE, "--json", "--speculate", "3", PROMPT],
     "seed 1": [*GENERATE, "--json", "--temperature", "1.5", "--seed", "1", PROMPT],
     "seed 1 again": [*GENERATE, "--json", "--temperature", "1.5", "--seed", "1", PROMPT],
     "seed 2": [*GENERATE, "--json", "--temperature", "1.5", "--seed", "2", PROMPT],
@@ -82,6 +83,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "zero repetition": ([*GENERATE, "--repetition-penalty", "0", PROMPT], 1, "repetition_penalty"),
     "nan presence": ([*GENERATE, "--presence-penalty", "nan", PROMPT], 1, "presence_penalty"),
     "inf frequency": ([*GENERATE, "--frequency-penalty", "inf", PROMPT], 1, "frequency_penalty"),
+    "too many drafts": ([*GENERATE, "--speculate", "16", PROMPT], 1, "must be None or in"),
     "negative seed": ([*GENERATE, "--seed", "-1", PROMPT], 1, "seed"),
     "empty stop": ([*GENERATE, "--stop", "", PROMPT], 1, "stop must be non-empty"),
     "two prompts": ([*GENERATE, "--file", "{bad}/prompt.txt", PROMPT], 1, "not both"),
@@ -252,6 +254,12 @@ def test_a_prompt_comes_from_the_argument_a_file_or_stdin(outcomes, model):
     for done in (piped, outcomes["file"]):
         assert done.report["tokens"] == expected["tokens"]
         assert done.report["prompt_tokens"] == expected["prompt_tokens"]
+
+
+def test_drafts_change_no_token_and_are_counted(outcomes):
+    plain, drafted = outcomes["argument"].report, outcomes["drafts"].report
+    assert drafted["tokens"] == plain["tokens"]
+    assert 0 <= drafted["accepted_per_step"] <= 3
 
 
 def test_a_chat_takes_a_turn_per_line_and_keeps_its_cache(model):

@@ -203,7 +203,7 @@ def test_decoding_with_drafts_writes_the_caches_in_place():
     assert copy_faults(programs[1], caches_of(engine, 8192)) == []
 
 
-@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+@pytest.mark.parametrize("implementation", [pytest.param("xla", marks=pytest.mark.slow), "cpu"])
 def test_small_caches_are_written_in_place_with_drafts_too(implementation):
     engine = engine_of(tiny(preset("gemma-4-e2b")).text, implementation=implementation)
     assert copy_faults(compile_drafting(engine, 2, 256), caches_of(engine, 256, 2)) == []
