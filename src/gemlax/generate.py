@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from gemlax import ops, sampling, sharding, speculation
+from gemlax.adapters import choose
 from gemlax.cache import Caches, holds, mark, new_caches, resume, rollback, round_capacity
 from gemlax.config import CHUNK, Kind, TextConfig
 from gemlax.decoder import Decoder
@@ -59,6 +60,7 @@ class Limits(NamedTuple):
     prompts: Any  # [B]
     ends: Any  # [B]
     stop_ids: Any  # [STOP_PLACES], filled with -1
+    adapters: Any = None  # [B], entries of the tables of adapters; None: there are none
 
 
 class Rows(NamedTuple):
@@ -99,15 +101,17 @@ class Engine:
         mesh: Mesh | None = None,
         storage: Storage = None,
         implementation: ops.Implementation | None = None,
+        adapters: Sequence[str] = (),
     ):
         """`num_tokens`: ids from here on are never sampled (rows without a token).
 
         On a `mesh`, that of the weights, caches are cut by rows and heads, all else is replicated.
         `storage` is that of the caches (`new_caches`), `implementation` that of stored weights and
-        attention (`ops.implementation`).
+        attention (`ops.implementation`). `adapters` are those of the decoder's tables, in order.
         """
         self.config, self.dtype, self.mesh = decoder.config, dtype, mesh
         self.storage: Storage = storage
+        self.adapters = tuple(adapters)
         self.num_tokens = num_tokens
         self.counters = Counters()
         graphdef, self._weights = nnx.split(decoder)
@@ -155,13 +159,15 @@ class Engine:
         logprobs: bool = False,
         drafts: int = 0,
         before: DecodeState | None = None,
+        adapters: Sequence[int] = (),
     ) -> tuple[DecodeState, Limits]:
         """Prefill the prompts (each with at least one id) and return what `steps` needs.
 
         Rows beyond the prompts fill the batch up to its bucket; they are done from the start.
         `drafts` is what `steps` will be given.
         `before` is a state of as many rows, which is used up: what its caches hold of the same
-        beginning of each prompt is not prefilled again.
+        beginning of each prompt is not prefilled again; it took the same adapters. `adapters` are
+        the entries of the decoder's tables that the prompts take; 0 is none.
         """
         batch = self.rows(len(prompts))
         max_new_tokens = min(max_new_tokens, context)
@@ -176,21 +182,9 @@ class Engine:
             row[: len(prompt)] = prompt
         done = np.arange(batch) >= len(prompts)
         filled = np.where(done, 0, lengths - 1)
-        if before is None:
-            caches = self._caches(
-                lambda: new_caches(self.config, batch, capacity, self.dtype, storage=self.storage)
-            )
-            kept = 0 * filled
-        else:
-            assert len(before.tokens) == batch
-            kept = np.minimum(_same_start(before, tokens), filled)
-            kept = np.where(self._holds(before.caches, kept), kept, 0)
-            caches = self._caches(
-                lambda old, kept: resume(self.config, old, kept, capacity),
-                before.caches,
-                self.put(kept),
-            )
-        caches = self._fill(caches, tokens, kept, filled)
+        caches, kept = self._first_caches(before, tokens, filled)
+        rows = self._entries(batch, adapters)
+        caches = self._fill(caches, tokens, kept, filled, rows)
         state = DecodeState(
             caches=caches,
             tokens=self.put(tokens),
@@ -203,7 +197,35 @@ class Engine:
         )
         stops = np.full(STOP_PLACES, -1, np.int32)
         stops[: len(stop_ids)] = list(stop_ids)
-        return state, self.put(Limits(lengths, ends, stops))
+        return state, self.put(Limits(lengths, ends, stops))._replace(adapters=rows)
+
+    def _first_caches(
+        self, before: DecodeState | None, tokens: np.ndarray, filled: np.ndarray
+    ) -> tuple[Caches, np.ndarray]:
+        """Return caches for `tokens`, and how many of each row's first tokens they hold."""
+        batch, capacity = tokens.shape
+        if before is None:
+            caches = self._caches(
+                lambda: new_caches(self.config, batch, capacity, self.dtype, storage=self.storage)
+            )
+            return caches, 0 * filled
+        assert len(before.tokens) == batch
+        kept = np.minimum(_same_start(before, tokens), filled)
+        kept = np.where(self._holds(before.caches, kept), kept, 0)
+        caches = self._caches(
+            lambda old, kept: resume(self.config, old, kept, capacity),
+            before.caches,
+            self.put(kept),
+        )
+        return caches, kept
+
+    def _entries(self, batch: int, adapters: Sequence[int]) -> Array | None:
+        """Return the entry of the tables of adapters of each row; None: there are no tables."""
+        if not self.adapters:
+            return None
+        chosen = np.zeros(batch, np.int32)
+        chosen[: len(adapters)] = list(adapters)
+        return self.put(chosen)
 
     def _holds(self, caches: Caches, kept: np.ndarray) -> np.ndarray:
         check: Any = functools.partial(holds, self.config)
@@ -212,7 +234,12 @@ class Engine:
         return np.asarray(check(caches, self.put(kept)))
 
     def _fill(
-        self, caches: Caches, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray
+        self,
+        caches: Caches,
+        tokens: np.ndarray,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        adapters: Array | None,
     ) -> Caches:
         """Prefill the tokens from `starts` up to `lengths` of each row, in chunks."""
         capacity = tokens.shape[1]
@@ -228,7 +255,7 @@ class Engine:
             chunk = np.where(valid, tokens[:, np.minimum(columns, capacity - 1)], 0)
             chunk = chunk.astype(np.int32)
             positions = np.where(valid, columns[None], ops.EMPTY).astype(np.int32)
-            args = (self._weights, *self._by_rows((chunk, positions)), caches)
+            args = (self._weights, *self._by_rows((chunk, positions)), caches, adapters)
             program = self._program("prefill", self._prefill, (*chunk.shape, capacity), args, 3)
             caches = program(*args)
             self.counters.prefill_calls += 1
@@ -328,9 +355,12 @@ def _prefill(
     tokens: Array,
     positions: Array,
     caches: Caches,
+    adapters: Array | None = None,
 ) -> Caches:
     """Write one chunk into the caches. The hidden states are dropped, and what makes only them."""
-    return _run(nnx.merge(graphdef, weights), mesh, tokens, positions, caches)[1]
+    decoder = nnx.merge(graphdef, weights)
+    choose(decoder, adapters)
+    return _run(decoder, mesh, tokens, positions, caches)[1]
 
 
 def _run(
@@ -368,7 +398,9 @@ def _decode(
     steps: Array,
 ) -> DecodeState:
     """Run up to `steps` decode steps on the device; stop early when every row is done."""
-    program = _Program(nnx.merge(graphdef, weights), num_tokens, mesh, limits, settings)
+    decoder = nnx.merge(graphdef, weights)
+    choose(decoder, limits.adapters)
+    program = _Program(decoder, num_tokens, mesh, limits, settings)
 
     def more(carry: Any) -> Array:
         return (carry[0] < steps) & ~jnp.all(carry[1].done)
