@@ -4,6 +4,7 @@
 #include <limits>
 #include <vector>
 
+#include "meter.h"
 #include "rows.h"
 #include "threads.h"
 
@@ -164,6 +165,7 @@ ffi::Error handle(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer 
                   ffi::Buffer<ffi::S32> at, ffi::Buffer<ffi::S32> row,
                   ffi::Buffer<ffi::S32> positions, ffi::Result<ffi::Buffer<ffi::F32>> out,
                   bool ring, int32_t window, float scale) {
+  const Meter meter(kAttention);
   const auto asked = q.dimensions(), held = k.dimensions();
   if (asked.size() != 4 || held.size() != 5)
     return ffi::Error::InvalidArgument("attention needs q [B, T, N, H] and k [n, B, S, K, H]");

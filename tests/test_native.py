@@ -48,7 +48,7 @@ def draw(*shape, seed=0):
 
 def test_this_machine_has_the_kernels():
     assert cpu.live() == os.environ.get("GEMLAX_KERNELS", cpu.live())
-    assert cpu.live() in ("avx2", "portable")
+    assert cpu.live() in ("avx512", "avx2", "portable")
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 16, 43])

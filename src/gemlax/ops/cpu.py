@@ -36,6 +36,7 @@ __all__ = [
     "multiply",
     "prefers",
     "serves",
+    "spent",
 ]
 
 Implementation = Literal["xla", "cpu"]
@@ -50,6 +51,8 @@ _NUMBERS: dict[Format, int] = {
     "q8_0": 4, "q4_0": 5, "q5_0": 6, "q4_k": 7, "q6_k": 8,
 }  # fmt: skip
 _TARGETS = ("multiply", "decode", "attention")
+# As csrc/meter.h numbers them: products by the format of their first weight, then the others.
+_METERED = (*_NUMBERS, "decoding", "attention")
 # Queries of one call of attention, and rows that float weights are multiplied with by a kernel.
 MAX_ROWS = 16
 
@@ -83,7 +86,7 @@ def bind(name: Implementation | None, function: Callable[..., Any]) -> Callable[
 class Kernels(NamedTuple):
     """The native kernels of this process: their instruction set and formats, or why none is live.
 
-    `instructions` is "avx2", "portable" or None.
+    `instructions` is "avx512", "avx2", "portable" or None.
     """
 
     instructions: str | None
@@ -99,18 +102,40 @@ def kernels() -> Kernels:
     return Kernels(name, tuple(_NUMBERS) if name else (), reason)
 
 
+def spent() -> dict[str, tuple[int, float]]:
+    """Return calls and seconds of each kind of kernel since the process began.
+
+    Products go by the format of their first weight. Empty where there are no kernels.
+    """
+    if _library()[0] is None:
+        return {}
+    numbers = (ctypes.c_int64 * (2 * len(_METERED)))()
+    _open().gemlax_totals(numbers)
+    return {
+        name: (numbers[2 * i], numbers[2 * i + 1] / 1e9)
+        for i, name in enumerate(_METERED)
+        if numbers[2 * i]
+    }
+
+
+def _open() -> ctypes.CDLL:
+    found = importlib.util.find_spec("gemlax._native")
+    if found is None or found.origin is None:
+        raise FileNotFoundError("gemlax._native")
+    return ctypes.CDLL(found.origin)
+
+
 @functools.cache
 def _library() -> tuple[str | None, str | None]:
     """Register the kernels; return the name of their instruction set, or why there are none."""
-    found = importlib.util.find_spec("gemlax._native")
-    if found is None or found.origin is None:
-        return None, "they were not built when gemlax was installed"
     try:
-        library = ctypes.CDLL(found.origin)
+        library = _open()
         for name in _TARGETS:
             target = f"gemlax_{name}"
             handler = jax.ffi.pycapsule(library[target])
             jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    except FileNotFoundError:
+        return None, "they were not built when gemlax was installed"
     except Exception as error:  # OSError, AttributeError, or what jaxlib says of the version
         return None, f"they cannot be used: {error}"
     library.gemlax_kernels.restype = ctypes.c_char_p
@@ -124,7 +149,7 @@ def _warn(reason: str | None) -> None:
 
 
 def live() -> str | None:
-    """Return the instruction set of the kernels that are used: "avx2", "portable" or None.
+    """Return the instruction set of the kernels that are used, or None.
 
     Raises:
         NotImplementedError: "cpu" was asked for and cannot be had.
