@@ -84,6 +84,7 @@ void add_bfloat16(float* out, const uint16_t* v, float weight, int n) {
 const Kernels kPortable = {
     "portable",
     false,
+    nullptr,
     encode_plainly,
     {ROWS(Float32), ROWS(BFloat16), ROWS(Int8), ROWS(Int4), ROWS(Q8_0), ROWS(Q4_0), ROWS(Q5_0),
      ROWS(Q4_K), ROWS(Q6_K)},

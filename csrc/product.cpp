@@ -198,12 +198,38 @@ std::vector<Piece> cut(const std::vector<Part>& parts) {
   return pieces;
 }
 
+// Passes over activations from which weights are better unpacked once.
+constexpr int64_t kManyPasses = 4;
+
+// All but the last rows of activations, if they do not fill a pass: those are left.
+int64_t multiply_many(const Piece& piece, const Weights& weights, const Prepared& x, int64_t rows,
+                      float* out, int64_t columns) {
+  const Many* many = kernels().many;
+  const auto unpack = many ? many->unpack[piece.part->format] : nullptr;
+  if (!unpack || x.passes() < kManyPasses) return 0;
+  const int width = x.pass(0).width;
+  const int64_t spans = (x.pass(0).groups() + many->span - 1) / many->span;
+  constexpr int64_t kRows = 24;  // of weights at a time, which stay in the second cache
+  thread_local std::vector<int16_t, Aligned<int16_t>> codes;
+  thread_local std::vector<float> scales;
+  codes.resize(std::max<size_t>(codes.size(), kRows * width));
+  scales.resize(std::max<size_t>(scales.size(), kRows * spans));
+  for (int64_t first = piece.first; first < piece.last; first += kRows) {
+    const int64_t last = std::min(piece.last, first + kRows);
+    unpack(weights, first, last, width, codes.data(), scales.data());
+    for (int64_t p = 0; p < rows / kMaxRows; ++p)
+      many->dot(codes.data(), scales.data(), last - first, x.pass(p),
+                out + p * kMaxRows * columns + piece.column + first, columns);
+  }
+  return rows / kMaxRows;
+}
+
 void multiply_piece(const Piece& piece, const Prepared& x, int64_t rows, float* out,
                     int64_t columns) {
   const Part& part = *piece.part;
   const Weights weights = {part.codes, part.row_bytes, part.scales, part.groups};
   const int64_t width = piece.last - piece.first;
-  for (int64_t p = 0; p < x.passes(); ++p) {
+  for (int64_t p = multiply_many(piece, weights, x, rows, out, columns); p < x.passes(); ++p) {
     const Activations own = x.pass(p);
     const Dot dot = kernels().dot[part.format][log2_rows(own.rows)];
     const int64_t begin = p * kMaxRows;

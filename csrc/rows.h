@@ -42,6 +42,18 @@ struct Weights {
 using Dot = void (*)(const Weights& weights, int64_t first, int64_t last, const Activations& x,
                      float* out, int64_t stride);
 
+// The way to take many rows: weights as 16-bit integers, `span` groups of a row with one scale.
+struct Many {
+  // Rows [first, last) to codes [row, width], groups in the order of `Activations`, and scales
+  // [row, spans]. The rounding adds 1e-4 of a result's size.
+  void (*unpack[kFormats])(const Weights& weights, int64_t first, int64_t last, int width,
+                           int16_t* codes, float* scales);
+  int span;
+  // As `Dot`, for kMaxRows rows of activations and all of `rows` unpacked rows.
+  void (*dot)(const int16_t* codes, const float* scales, int64_t rows, const Activations& x,
+              float* out, int64_t stride);
+};
+
 // Turn a row into codes, group g at `codes + g * step`, with the sums of its groups and, if wanted,
 // `offsets` 8 * step / 32 apart; return the scale.
 // What is not finite makes the scale NaN: each product would be infinite or NaN. Nothing is written
@@ -52,7 +64,8 @@ using Encode = float (*)(const float* x, int width, int64_t step, int16_t* codes
 // One way to compute: `dot[format][log2(rows)]`, and whether it reads codes or floats.
 struct Kernels {
   const char* name;
-  bool offsets;  // whether `Activations::offsets` is read
+  bool offsets;      // whether `Activations::offsets` is read
+  const Many* many;  // or none
   Encode encode;
   Dot dot[kFormats][4];
   bool codes[kFormats];
@@ -66,6 +79,7 @@ struct Kernels {
 extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2, kAvx512;
+extern const Many kManyAvx512;
 #endif
 
 // `Encode` in plain C++; it makes no offsets.
