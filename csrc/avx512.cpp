@@ -397,6 +397,7 @@ const Kernels kAvx512 = {
     "avx512",
     true,
     &kManyAvx512,
+    &kAttendAvx512,
     encode,
     {ROWS(plain, float), ROWS(plain, uint16_t), ROWS(groups, Int8), ROWS(groups, Int4),
      ROWS(groups, Q8_0), ROWS(groups, Q4_0), ROWS(groups, Q5_0), ROWS(q4_k, Q4_K),

@@ -85,6 +85,7 @@ const Kernels kPortable = {
     "portable",
     false,
     nullptr,
+    nullptr,
     encode_plainly,
     {ROWS(Float32), ROWS(BFloat16), ROWS(Int8), ROWS(Int4), ROWS(Q8_0), ROWS(Q4_0), ROWS(Q5_0),
      ROWS(Q4_K), ROWS(Q6_K)},

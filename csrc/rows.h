@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "attention.h"
 #include "formats.h"
 
 namespace gemlax {
@@ -66,6 +67,7 @@ struct Kernels {
   const char* name;
   bool offsets;      // whether `Activations::offsets` is read
   const Many* many;  // or none
+  const AttendMany* attend_many;  // or none
   Encode encode;
   Dot dot[kFormats][4];
   bool codes[kFormats];

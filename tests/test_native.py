@@ -194,13 +194,15 @@ def test_what_no_kernel_serves_says_so():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("window", [None, 24])
-@pytest.mark.parametrize(("length", "kv_heads"), [(1, 1), (1, 2), (5, 2), (16, 4)])
+@pytest.mark.parametrize(("length", "kv_heads"), [(1, 1), (1, 2), (5, 2), (16, 4), (75, 2)])
 def test_attention_over_a_cache_equals_the_reference(length, kv_heads, window, dtype):
     batch, slots, heads, size, rows = 3, 200, 4, 40, 2
     rng = np.random.default_rng(length)
     held = np.zeros((), np.uint16 if dtype == "bfloat16" else np.float32)
     k, v = (encode((draw(rows, batch, slots, kv_heads, size, seed=s)), held) for s in (1, 2))
     ring = window is not None
+    if length > cpu.MAX_ROWS and cpu.live() != "avx512":
+        pytest.skip("XLA attends for many queries on this CPU")
     last = np.array([7 + length, 90, 190])
     at = np.full((batch, slots), ops.EMPTY, np.int32)
     for row in range(batch):
@@ -239,7 +241,8 @@ def test_other_caches_are_left_to_the_reference():
     with pytest.raises(NotImplementedError):
         cpu.attend(jnp.ones((1, 1, 1, 8)), caches, caches, jnp.zeros((1, 16), jnp.int32), 0,
                    jnp.zeros((1, 1), jnp.int32), ring=False, window=None, scale=1.0)  # fmt: skip
-    assert not cpu.attends(jnp.ones((1, 17, 1, 8)), jnp.zeros((1, 1, 16, 1, 8)))
+    many = cpu.attends(jnp.ones((1, 17, 1, 8)), jnp.zeros((1, 1, 16, 1, 8)))
+    assert many == (cpu.live() == "avx512")
 
 
 # Choosing.

@@ -249,7 +249,7 @@ def _parts(weight: Weight) -> tuple[Any, ...]:
 def attends(q: Float[Array, "B T N H"], k: Any) -> bool:
     """Return whether the kernel serves these queries and this form of cache."""
     plain = isinstance(k, jax.Array) and k.dtype in (jnp.float32, jnp.uint16)
-    return plain and q.shape[1] <= MAX_ROWS
+    return plain and (q.shape[1] <= MAX_ROWS or live() == "avx512")
 
 
 def attend(
@@ -267,7 +267,8 @@ def attend(
     """Attend to layer `row` of a stacked cache [n, B, S, K, H] of float32 or bits of bfloat16.
 
     Raises:
-        NotImplementedError: a cache in another form, or more than `MAX_ROWS` tokens a row.
+        NotImplementedError: a cache in another form, or more than `MAX_ROWS` tokens a row where
+            the CPU has no AVX-512.
     """
     if not attends(q, k):
         raise NotImplementedError("the kernel takes a few queries, and float32 or bfloat16 caches")
