@@ -1,6 +1,6 @@
 // Products of a few rows of activations with a stack of weight matrices, and rows of it decoded.
 
-#include <cmath>
+#include <atomic>
 #include <cstdlib>
 #include <new>
 #include <string>
@@ -14,23 +14,40 @@ namespace ffi = xla::ffi;
 
 namespace gemlax {
 
-const Kernels& kernels() {
-  static const Kernels& chosen = []() -> const Kernels& {
+namespace {
+
+// Those of this name, if the CPU runs them.
+const Kernels* find(const std::string& name) {
+  if (name == kPortable.name) return &kPortable;
 #if defined(__x86_64__)
-    const char* set = std::getenv("GEMLAX_KERNELS");
-    const std::string asked = set ? set : "";
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512vnni");
-    if (avx2 && avx512 && asked != "portable" && asked != "avx2") return kAvx512;
-    if (avx2 && asked != "portable") return kAvx2;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (avx2 && name == kAvx2.name) return &kAvx2;
+  if (avx2 && avx512 && name == kAvx512.name) return &kAvx512;
 #endif
-    return kPortable;
-  }();
-  return chosen;
+  return nullptr;
 }
+
+// What the environment asks for, or the fastest.
+const Kernels* first_choice() {
+  const char* asked = std::getenv("GEMLAX_KERNELS");
+  if (asked && find(asked)) return find(asked);
+  for (const char* name : {"avx512", "avx2"})
+    if (const Kernels* found = find(name)) return found;
+  return &kPortable;
+}
+
+std::atomic<const Kernels*>& chosen() {
+  static std::atomic<const Kernels*> kernels{first_choice()};
+  return kernels;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
 
 namespace {
 
@@ -329,6 +346,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gemlax_decode, gemlax::decode,
                                   .Attr<ffi::Span<const int64_t>>("formats"));
 
 extern "C" const char* gemlax_kernels() { return gemlax::kernels().name; }
+
+// Choose kernels by name, or the first choice with an empty one; return whether this CPU runs them.
+extern "C" bool gemlax_use(const char* name) {
+  const gemlax::Kernels* found = *name ? gemlax::find(name) : gemlax::first_choice();
+  if (found) gemlax::chosen().store(found);
+  return found != nullptr;
+}
 
 // Calls and nanoseconds of each kind of `Metered`: 2 * kMetered numbers.
 extern "C" void gemlax_totals(int64_t* out) {
