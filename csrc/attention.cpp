@@ -191,7 +191,7 @@ void run(ffi::ThreadPool& pool, const Shapes& s, const float* q, const T* k, con
                        window};
     const int64_t offset = (row * s.slots * s.kv_heads + kv_head) * s.size;
     attend(s, task, k + offset, v + offset, partial(index));
-  });
+  }, true);
   for (int64_t owner = 0; owner < owners; ++owner) {
     std::vector<Partial> own;
     for (int64_t part = 0; part < parts; ++part) own.push_back(partial(owner * parts + part));

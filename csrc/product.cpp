@@ -292,7 +292,7 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   float* result = out->typed_data();
   parallel_for(pool, int64_t(pieces.size()), [&](int64_t i) {
     multiply_piece(pieces[i], prepared, rows, result, columns);
-  });
+  }, rows <= kMaxRows);
   return ffi::Error::Success();
 }
 
