@@ -10,7 +10,7 @@
 namespace gemlax {
 
 // Products by the format of their first weight, then the other kernels.
-enum Metered : int64_t { kDecoding = kFormats, kAttention, kMetered };
+enum Metered : int64_t { kDecoding = kFormats, kAttention, kArgMax, kMetered };
 
 struct Total {
   std::atomic<int64_t> calls{0}, nanoseconds{0};

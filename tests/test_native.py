@@ -249,6 +249,17 @@ def test_attention_passes_on_what_is_not_a_number():
     assert np.isnan(out[0, 1]).all()
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 40_000), (0, 7)])
+def test_the_place_of_the_largest_equals_the_reference(shape):
+    x = np.array(draw(*shape))
+    if shape[1] > 1 and shape[0]:
+        x[0] = np.minimum(x[0], 1)  # many equals
+        x[1, [20_000, 35_000]] = -np.nan, np.nan
+        x[2] = -np.inf
+        x[2, [30_000, 17_000]] = -0.0, 0.0
+    np.testing.assert_array_equal(jax.jit(cpu.arg_max)(x), np.argmax(x, axis=-1))
+
+
 def test_other_caches_are_left_to_the_reference():
     caches = jnp.zeros((1, 1, 16, 1, 8), jnp.int8)
     with pytest.raises(NotImplementedError):

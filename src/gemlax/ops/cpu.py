@@ -26,6 +26,7 @@ __all__ = [
     "MAX_ROWS",
     "Implementation",
     "Kernels",
+    "arg_max",
     "attend",
     "attends",
     "bind",
@@ -51,9 +52,9 @@ _NUMBERS: dict[Format, int] = {
     "float32": 0, "bfloat16": 1, "int8": 2, "int4": 3,
     "q8_0": 4, "q4_0": 5, "q5_0": 6, "q4_k": 7, "q6_k": 8,
 }  # fmt: skip
-_TARGETS = ("multiply", "decode", "attention")
+_TARGETS = ("multiply", "decode", "attention", "arg_max")
 # As csrc/meter.h numbers them: products by the format of their first weight, then the others.
-_METERED = (*_NUMBERS, "decoding", "attention")
+_METERED = (*_NUMBERS, "decoding", "attention", "arg_max")
 # Queries of one call of attention, and rows that float weights are multiplied with by a kernel.
 MAX_ROWS = 16
 
@@ -235,6 +236,11 @@ def _arguments(weight: Weight) -> tuple[Array, list[Array], list[int]]:
     for held in _parts(layer):
         leaves += [held.codes, none if held.scales is None else held.scales]
     return jnp.stack([part, row]), leaves, [_NUMBERS[held.format] for held in _parts(layer)]
+
+
+def arg_max(x: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """Return `jnp.argmax(x, axis=-1)` of float32 rows."""
+    return _call("arg_max", jax.ShapeDtypeStruct((x.shape[0],), jnp.int32))(x)
 
 
 def prefers(weight: Weight, rows: int) -> bool:
