@@ -188,7 +188,10 @@ def sample(
     keys = jax.vmap(lambda key, n: jax.random.fold_in(jax.random.wrap_key_data(key), n))(
         sampling.key, step
     )
-    greedily: Any = lambda logits, *_: arg_max(logits)
+
+    def greedily(logits: Array, sampling: Sampling, keys: Array) -> Array:
+        return arg_max(logits)
+
     return jax.lax.switch(way, (greedily, _from_few, _from_all), logits, sampling, keys)
 
 
