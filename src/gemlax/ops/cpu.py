@@ -123,10 +123,14 @@ def spent() -> dict[str, tuple[int, float]]:
 def use(name: str | None) -> bool:
     """Choose the instruction set of all kernels; return False where this CPU does not have it.
 
-    None: the environment's GEMLAX_KERNELS, or the fastest. For tests and benchmarks: a function that
-    is traced already keeps what was decided for the old set.
+    None: the environment's GEMLAX_KERNELS, or the fastest. For tests and benchmarks: a function
+    that is traced already keeps what was decided for the old set.
     """
-    found = _library()[0] is not None and bool(_open().gemlax_use((name or "").encode()))
+    if _library()[0] is None:
+        return False
+    choose = _open().gemlax_use
+    choose.restype = ctypes.c_bool
+    found = choose((name or "").encode())
     _library.cache_clear()
     return found
 
@@ -135,10 +139,7 @@ def _open() -> ctypes.CDLL:
     found = importlib.util.find_spec("gemlax._native")
     if found is None or found.origin is None:
         raise FileNotFoundError("gemlax._native")
-    library = ctypes.CDLL(found.origin)
-    if hasattr(library, "gemlax_use"):
-        library.gemlax_use.restype = ctypes.c_bool
-    return library
+    return ctypes.CDLL(found.origin)
 
 
 @functools.cache
