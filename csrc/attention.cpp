@@ -4,6 +4,7 @@
 #include <limits>
 #include <vector>
 
+#include "meter.h"
 #include "rows.h"
 #include "threads.h"
 
@@ -15,6 +16,8 @@ namespace {
 // Slots whose weights are made at a time, and the fewest that are worth a task of their own.
 constexpr int64_t kSlots = 64, kPart = 128;
 constexpr int32_t kEmpty = -1;
+// Queries of a row from which keys are taken by blocks, and those of a task then.
+constexpr int64_t kMany = 17, kQueries = 64;
 
 struct Shapes {
   int64_t batch, length, heads, size, slots, kv_heads, groups;
@@ -121,10 +124,46 @@ void combine(const Shapes& s, const std::vector<Partial>& parts, int64_t kv_head
   }
 }
 
+inline void attend_many(const ManyQueries& s, const float* k, const float* v, float* out) {
+  kernels().attend_many->floats(s, k, v, out);
+}
+inline void attend_many(const ManyQueries& s, const uint16_t* k, const uint16_t* v, float* out) {
+  kernels().attend_many->bfloat16(s, k, v, out);
+}
+
+// Queries of a prompt: by pieces, each with all that it sees.
+template <class T>
+void run_many(ffi::ThreadPool& pool, const Shapes& s, const float* q, const T* k, const T* v,
+              const int32_t* at, const int32_t* positions, int32_t window, float scale,
+              float* out) {
+  const int64_t pieces = (s.length + kQueries - 1) / kQueries;
+  parallel_for(pool, s.batch * s.kv_heads * pieces, [&](int64_t index) {
+    // The last pieces see the most keys: they come first.
+    const int64_t first = (pieces - 1 - index % pieces) * kQueries;
+    const int64_t kv_head = index / pieces % s.kv_heads, row = index / pieces / s.kv_heads;
+    const int64_t place = ((row * s.length + first) * s.heads + kv_head * s.groups) * s.size;
+    const int64_t offset = (row * s.slots * s.kv_heads + kv_head) * s.size;
+    const ManyQueries own = {q + place,
+                             positions + row * s.length + first,
+                             at + row * s.slots,
+                             std::min(kQueries, s.length - first),
+                             s.heads,
+                             s.groups,
+                             s.size,
+                             s.slots,
+                             s.kv_heads * s.size,
+                             window,
+                             scale};
+    attend_many(own, k + offset, v + offset, out + place);
+  });
+}
+
 template <class T>
 void run(ffi::ThreadPool& pool, const Shapes& s, const float* q, const T* k, const T* v,
          const int32_t* at, const int32_t* positions, bool ring, int32_t window, float scale,
          float* out) {
+  if (s.length >= kMany && kernels().attend_many)
+    return run_many(pool, s, q, k, v, at, positions, window, scale, out);
   int32_t last = -1;
   for (int64_t i = 0; i < s.batch * s.length; ++i) last = std::max(last, positions[i]);
   // Where slot = position, nothing behind the last query is seen.
@@ -152,7 +191,7 @@ void run(ffi::ThreadPool& pool, const Shapes& s, const float* q, const T* k, con
                        window};
     const int64_t offset = (row * s.slots * s.kv_heads + kv_head) * s.size;
     attend(s, task, k + offset, v + offset, partial(index));
-  });
+  }, true);
   for (int64_t owner = 0; owner < owners; ++owner) {
     std::vector<Partial> own;
     for (int64_t part = 0; part < parts; ++part) own.push_back(partial(owner * parts + part));
@@ -164,6 +203,7 @@ ffi::Error handle(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer 
                   ffi::Buffer<ffi::S32> at, ffi::Buffer<ffi::S32> row,
                   ffi::Buffer<ffi::S32> positions, ffi::Result<ffi::Buffer<ffi::F32>> out,
                   bool ring, int32_t window, float scale) {
+  const Meter meter(kAttention);
   const auto asked = q.dimensions(), held = k.dimensions();
   if (asked.size() != 4 || held.size() != 5)
     return ffi::Error::InvalidArgument("attention needs q [B, T, N, H] and k [n, B, S, K, H]");

@@ -314,6 +314,10 @@ void add_vector(float* out, const T* v, float weight, int n) {
 
 const Kernels kAvx2 = {
     "avx2",
+    false,
+    nullptr,
+    nullptr,
+    encode_plainly,
     {ROWS(plain, float), ROWS(plain, uint16_t), ROWS(groups, Int8), ROWS(groups, Int4),
      ROWS(groups, Q8_0), ROWS(groups, Q4_0), ROWS(groups, Q5_0), ROWS(q4_k, Q4_K),
      ROWS(q6_k, Q6_K)},

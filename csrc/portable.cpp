@@ -1,8 +1,34 @@
 // Kernels in plain C++, for any CPU: weights are decoded a block at a time and multiplied as floats.
 
+#include <cmath>
+
 #include "rows.h"
 
 namespace gemlax {
+
+float encode_plainly(const float* x, int width, int64_t step, int16_t* codes, float* sums,
+                     int32_t* const*) {
+  float most = 0;
+  bool finite = true;
+  for (int i = 0; i < width; ++i) {
+    most = std::fmax(most, std::fabs(x[i]));
+    finite &= std::isfinite(x[i]);
+  }
+  if (!finite) return std::nanf("");
+  if (most == 0) return 0;
+  const double inverse = 32767.0 / double(most);
+  for (int g = 0; g < width / kGroup; ++g, codes += step) {
+    int32_t sum = 0;
+    for (int i = 0; i < kGroup; ++i) {
+      const auto code = int32_t(std::lrintf(float(x[g * kGroup + i] * inverse)));
+      codes[i / 2 + i % 2 * (kGroup / 2)] = int16_t(code);
+      sum += code;
+    }
+    sums[g] = float(sum);
+  }
+  return most / 32767.0f;
+}
+
 namespace {
 
 template <class F, int R>
@@ -57,6 +83,10 @@ void add_bfloat16(float* out, const uint16_t* v, float weight, int n) {
 
 const Kernels kPortable = {
     "portable",
+    false,
+    nullptr,
+    nullptr,
+    encode_plainly,
     {ROWS(Float32), ROWS(BFloat16), ROWS(Int8), ROWS(Int4), ROWS(Q8_0), ROWS(Q4_0), ROWS(Q5_0),
      ROWS(Q4_K), ROWS(Q6_K)},
     {},

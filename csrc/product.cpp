@@ -1,10 +1,12 @@
 // Products of a few rows of activations with a stack of weight matrices, and rows of it decoded.
 
-#include <cmath>
+#include <atomic>
 #include <cstdlib>
+#include <new>
 #include <string>
 #include <vector>
 
+#include "meter.h"
 #include "rows.h"
 #include "threads.h"
 
@@ -12,18 +14,40 @@ namespace ffi = xla::ffi;
 
 namespace gemlax {
 
-const Kernels& kernels() {
-  static const Kernels& chosen = []() -> const Kernels& {
+namespace {
+
+// Those of this name, if the CPU runs them.
+const Kernels* find(const std::string& name) {
+  if (name == kPortable.name) return &kPortable;
 #if defined(__x86_64__)
-    const char* asked = std::getenv("GEMLAX_KERNELS");
-    const bool fast = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
-    if (fast && !(asked && std::string(asked) == "portable")) return kAvx2;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (avx2 && name == kAvx2.name) return &kAvx2;
+  if (avx2 && avx512 && name == kAvx512.name) return &kAvx512;
 #endif
-    return kPortable;
-  }();
-  return chosen;
+  return nullptr;
 }
+
+// What the environment asks for, or the fastest.
+const Kernels* first_choice() {
+  const char* asked = std::getenv("GEMLAX_KERNELS");
+  if (asked && find(asked)) return find(asked);
+  for (const char* name : {"avx512", "avx2"})
+    if (const Kernels* found = find(name)) return found;
+  return &kPortable;
+}
+
+std::atomic<const Kernels*>& chosen() {
+  static std::atomic<const Kernels*> kernels{first_choice()};
+  return kernels;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
 
 namespace {
 
@@ -88,75 +112,80 @@ ffi::Error find_layer(const int32_t* where, ffi::RemainingArgs args, int64_t fir
   return ffi::Error::Success();
 }
 
+// Memory that begins at a cache line: a vector that crosses one takes half as long again to load.
+template <class T>
+struct Aligned {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+  Aligned() = default;
+  template <class U>
+  Aligned(const Aligned<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, kLine); }
+  bool operator==(const Aligned&) const { return true; }
+};
+
 // Activations in the form that kernels read, padded with zeros to 1, 2, 4 or a multiple of 8 rows.
 class Prepared {
  public:
-  Prepared(const float* x, int64_t rows, int64_t width, bool floats, bool codes) : width_(width) {
+  Prepared(ffi::ThreadPool& pool, const float* x, int64_t rows, int64_t width, bool floats,
+           bool codes)
+      : width_(width), groups_((width + kGroup - 1) / kGroup) {
     const int64_t padded = rows <= 2 ? rows : rows <= 4 ? 4 : (rows + 7) / 8 * 8;
     each_ = std::min<int64_t>(padded, kMaxRows);
     passes_ = padded / each_;
-    groups_ = (width + kGroup - 1) / kGroup;
     if (codes) {
       codes_.assign(padded * groups_ * kGroup, 0);
       sums_.assign(padded * groups_, 0.0f);
       scales_.assign(padded, 0.0f);
-      for (int64_t r = 0; r < rows; ++r) encode(x + r * width, r);
+      if (kernels().offsets && rows <= 2)
+        for (auto& offsets : offsets_) offsets.assign(rows * groups_ * 8, 0);
     }
-    if (floats) {
-      floats_.assign(padded * groups_ * kGroup, 0.0f);
-      for (int64_t r = 0; r < rows; ++r)
+    if (floats) floats_.assign(padded * groups_ * kGroup, 0.0f);
+    const auto prepare = [&](int64_t r) {
+      if (codes) {
+        int32_t* const offsets[2] = {offsets_[0].data() + r * 8, offsets_[1].data() + r * 8};
+        scales_[r] = kernels().encode(x + r * width, int(width), each_ * kGroup,
+                                      codes_.data() + place(r), sums_.data() + r * groups_,
+                                      offsets_[0].empty() ? nullptr : offsets);
+      }
+      if (floats)
         for (int64_t i = 0; i < width; i += kGroup)
           std::copy_n(x + r * width + i, std::min<int64_t>(kGroup, width - i),
-                      floats_.data() + place(r, i / kGroup));
-    }
+                      floats_.data() + place(r) + i * each_);
+    };
+    if (rows > kMaxRows)
+      parallel_for(pool, rows, prepare);
+    else
+      for (int64_t r = 0; r < rows; ++r) prepare(r);
   }
 
   int64_t passes() const { return passes_; }
 
   Activations pass(int64_t index) const {
     const int64_t first = index * each_;
-    Activations x = {int(each_), int(width_), {}, {}, {}, {}};
-    if (!floats_.empty()) x.floats = floats_.data() + place(first, 0);
+    Activations x = {int(each_), int(width_), {}, {}, {}, {}, {}};
+    if (!floats_.empty()) x.floats = floats_.data() + place(first);
     if (!codes_.empty()) {
-      x.codes = codes_.data() + place(first, 0);
+      x.codes = codes_.data() + place(first);
       x.sums = sums_.data() + first * groups_;
       x.scales = scales_.data() + first;
+      for (int k = 0; k < 2; ++k) x.offsets[k] = offsets_[k].data();
     }
     return x;
   }
 
  private:
-  // Where group g of row r begins.
-  int64_t place(int64_t r, int64_t g) const {
-    return ((r / each_ * groups_ + g) * each_ + r % each_) * kGroup;
+  // Where row r begins.
+  int64_t place(int64_t r) const {
+    return (r / each_ * groups_ * each_ + r % each_) * kGroup;
   }
 
-  void encode(const float* x, int64_t r) {
-    float most = 0;
-    bool finite = true;
-    for (int64_t i = 0; i < width_; ++i) {
-      most = std::max(most, std::fabs(x[i]));
-      finite &= std::isfinite(x[i]);
-    }
-    // What is not finite makes the whole row NaN: each product would be infinite or NaN.
-    scales_[r] = finite ? most / 32767.0f : std::nanf("");
-    if (!finite || most == 0) return;
-    const double inverse = 32767.0 / double(most);
-    for (int64_t g = 0; g < groups_; ++g) {
-      int32_t sum = 0;
-      int16_t* out = codes_.data() + place(r, g);
-      for (int i = 0; i < kGroup; ++i) {
-        const auto code = int32_t(std::lrintf(float(x[g * kGroup + i] * inverse)));
-        out[i / 2 + i % 2 * (kGroup / 2)] = int16_t(code);
-        sum += code;
-      }
-      sums_[r * groups_ + g] = float(sum);
-    }
-  }
-
-  int64_t width_, each_, passes_, groups_;
-  std::vector<float> floats_, sums_, scales_;
-  std::vector<int16_t> codes_;
+  int64_t width_, groups_, each_, passes_;
+  std::vector<float, Aligned<float>> floats_;
+  std::vector<float> sums_, scales_;
+  std::vector<int16_t, Aligned<int16_t>> codes_;
+  std::vector<int32_t, Aligned<int32_t>> offsets_[2];
 };
 
 int log2_rows(int rows) { return rows == 1 ? 0 : rows == 2 ? 1 : rows == 4 ? 2 : 3; }
@@ -186,12 +215,38 @@ std::vector<Piece> cut(const std::vector<Part>& parts) {
   return pieces;
 }
 
+// Passes over activations from which weights are better unpacked once.
+constexpr int64_t kManyPasses = 4;
+
+// All but the last rows of activations, if they do not fill a pass: those are left.
+int64_t multiply_many(const Piece& piece, const Weights& weights, const Prepared& x, int64_t rows,
+                      float* out, int64_t columns) {
+  const Many* many = kernels().many;
+  const auto unpack = many ? many->unpack[piece.part->format] : nullptr;
+  if (!unpack || x.passes() < kManyPasses) return 0;
+  const int width = x.pass(0).width;
+  const int64_t spans = (x.pass(0).groups() + many->span - 1) / many->span;
+  constexpr int64_t kRows = 24;  // of weights at a time, which stay in the second cache
+  thread_local std::vector<int16_t, Aligned<int16_t>> codes;
+  thread_local std::vector<float> scales;
+  codes.resize(std::max<size_t>(codes.size(), kRows * width));
+  scales.resize(std::max<size_t>(scales.size(), kRows * spans));
+  for (int64_t first = piece.first; first < piece.last; first += kRows) {
+    const int64_t last = std::min(piece.last, first + kRows);
+    unpack(weights, first, last, width, codes.data(), scales.data());
+    for (int64_t p = 0; p < rows / kMaxRows; ++p)
+      many->dot(codes.data(), scales.data(), last - first, x.pass(p),
+                out + p * kMaxRows * columns + piece.column + first, columns);
+  }
+  return rows / kMaxRows;
+}
+
 void multiply_piece(const Piece& piece, const Prepared& x, int64_t rows, float* out,
                     int64_t columns) {
   const Part& part = *piece.part;
   const Weights weights = {part.codes, part.row_bytes, part.scales, part.groups};
   const int64_t width = piece.last - piece.first;
-  for (int64_t p = 0; p < x.passes(); ++p) {
+  for (int64_t p = multiply_many(piece, weights, x, rows, out, columns); p < x.passes(); ++p) {
     const Activations own = x.pass(p);
     const Dot dot = kernels().dot[part.format][log2_rows(own.rows)];
     const int64_t begin = p * kMaxRows;
@@ -211,6 +266,7 @@ void multiply_piece(const Piece& piece, const Prepared& x, int64_t rows, float* 
 ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> where,
                     ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::F32>> out,
                     ffi::Span<const int64_t> formats, ffi::Span<const int64_t> counts) {
+  Meter meter(kFloat32);
   const int64_t rows = x.dimensions()[0], width = x.dimensions()[1];
   const int64_t columns = out->dimensions()[1];
   if (where.element_count() != 2 * counts.size() || out->dimensions()[0] != rows)
@@ -230,17 +286,19 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
     return ffi::Error::InvalidArgument("out " + show(out->dimensions()) + " does not fit " +
                                        std::to_string(features) + " features");
   if (rows == 0 || features == 0) return ffi::Error::Success();
-  const Prepared prepared(x.typed_data(), rows, width, floats, codes);
+  meter.what = parts[0].format;
+  const Prepared prepared(pool, x.typed_data(), rows, width, floats, codes);
   const std::vector<Piece> pieces = cut(parts);
   float* result = out->typed_data();
   parallel_for(pool, int64_t(pieces.size()), [&](int64_t i) {
     multiply_piece(pieces[i], prepared, rows, result, columns);
-  });
+  }, rows <= kMaxRows);
   return ffi::Error::Success();
 }
 
 ffi::Error decode(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> where, ffi::RemainingArgs args,
                   ffi::Result<ffi::Buffer<ffi::F32>> out, ffi::Span<const int64_t> formats) {
+  const Meter meter(kDecoding);
   const int64_t features = out->dimensions()[0], width = out->dimensions()[1];
   if (where.element_count() != 2)
     return ffi::Error::InvalidArgument("decode takes one weight");
@@ -288,3 +346,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gemlax_decode, gemlax::decode,
                                   .Attr<ffi::Span<const int64_t>>("formats"));
 
 extern "C" const char* gemlax_kernels() { return gemlax::kernels().name; }
+
+// Choose kernels by name, or the first choice with an empty one; return whether this CPU runs them.
+extern "C" bool gemlax_use(const char* name) {
+  const gemlax::Kernels* found = *name ? gemlax::find(name) : gemlax::first_choice();
+  if (found) gemlax::chosen().store(found);
+  return found != nullptr;
+}
+
+// Calls and nanoseconds of each kind of `Metered`: 2 * kMetered numbers.
+extern "C" void gemlax_totals(int64_t* out) {
+  for (const gemlax::Total& total : gemlax::totals) {
+    *out++ = total.calls.load();
+    *out++ = total.nanoseconds.load();
+  }
+}

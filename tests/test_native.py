@@ -1,6 +1,7 @@
 """The native CPU kernels against the plain JAX versions, which are compared with `gguf` elsewhere.
 
-The same file runs once more with the kernels for any CPU, and with other numbers of threads.
+Each test runs with every instruction set that this CPU has, on the programs that were compiled for
+the first; the slow ones run the file with other numbers of threads.
 """
 
 import functools
@@ -29,6 +30,17 @@ EXACT = {"float32": 5e-6, "bfloat16": 5e-6}
 ROUNDED = 5e-4
 
 
+SETS = [name for name in ("portable", "avx2", "avx512") if cpu.use(name)]
+cpu.use(None)
+
+
+@pytest.fixture(autouse=True, params=SETS)
+def instructions(request):
+    assert cpu.use(request.param)
+    yield request.param
+    cpu.use(None)
+
+
 def bound(format):
     return EXACT.get(format, ROUNDED)
 
@@ -46,9 +58,10 @@ def draw(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def test_this_machine_has_the_kernels():
-    assert cpu.live() == os.environ.get("GEMLAX_KERNELS", cpu.live())
-    assert cpu.live() in ("avx2", "portable")
+def test_this_machine_has_the_kernels(instructions):
+    assert cpu.live() == instructions
+    assert not cpu.use("altivec")
+    assert cpu.live() == instructions
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 16, 43])
@@ -194,13 +207,15 @@ def test_what_no_kernel_serves_says_so():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("window", [None, 24])
-@pytest.mark.parametrize(("length", "kv_heads"), [(1, 1), (1, 2), (5, 2), (16, 4)])
+@pytest.mark.parametrize(("length", "kv_heads"), [(1, 1), (1, 2), (5, 2), (16, 4), (75, 2)])
 def test_attention_over_a_cache_equals_the_reference(length, kv_heads, window, dtype):
     batch, slots, heads, size, rows = 3, 200, 4, 40, 2
     rng = np.random.default_rng(length)
     held = np.zeros((), np.uint16 if dtype == "bfloat16" else np.float32)
     k, v = (encode((draw(rows, batch, slots, kv_heads, size, seed=s)), held) for s in (1, 2))
     ring = window is not None
+    if length > cpu.MAX_ROWS and cpu.live() != "avx512":
+        return  # XLA attends
     last = np.array([7 + length, 90, 190])
     at = np.full((batch, slots), ops.EMPTY, np.int32)
     for row in range(batch):
@@ -234,12 +249,24 @@ def test_attention_passes_on_what_is_not_a_number():
     assert np.isnan(out[0, 1]).all()
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 40_000), (0, 7)])
+def test_the_place_of_the_largest_equals_the_reference(shape):
+    x = np.array(draw(*shape))
+    if shape[1] > 1 and shape[0]:
+        x[0] = np.minimum(x[0], 1)  # many equals
+        x[1, [20_000, 35_000]] = -np.nan, np.nan
+        x[2] = -np.inf
+        x[2, [17_000, 30_000]] = -0.0, 0.0
+    np.testing.assert_array_equal(jax.jit(cpu.arg_max)(x), np.argmax(x, axis=-1))
+
+
 def test_other_caches_are_left_to_the_reference():
     caches = jnp.zeros((1, 1, 16, 1, 8), jnp.int8)
     with pytest.raises(NotImplementedError):
         cpu.attend(jnp.ones((1, 1, 1, 8)), caches, caches, jnp.zeros((1, 16), jnp.int32), 0,
                    jnp.zeros((1, 1), jnp.int32), ring=False, window=None, scale=1.0)  # fmt: skip
-    assert not cpu.attends(jnp.ones((1, 17, 1, 8)), jnp.zeros((1, 1, 16, 1, 8)))
+    many = cpu.attends(jnp.ones((1, 17, 1, 8)), jnp.zeros((1, 1, 16, 1, 8)))
+    assert many == (cpu.live() == "avx512")
 
 
 # Choosing.
@@ -259,6 +286,7 @@ def test_without_the_library_everything_runs_on_xla_and_one_line_says_so(monkeyp
         importlib.util, "find_spec", lambda name: None if name == "gemlax._native" else real(name)
     )
     cpu._library.cache_clear()
+    cpu._warn.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             assert cpu.live() is None
@@ -290,15 +318,26 @@ def test_a_library_that_does_not_load_is_not_used(monkeypatch, tmp_path, caplog)
         cpu._library.cache_clear()
 
 
+def test_the_environment_asks_for_an_instruction_set(instructions):
+    if instructions != SETS[0]:
+        pytest.skip("one is enough")
+    done = subprocess.run(
+        [sys.executable, "-c", "from gemlax.ops import cpu; print(cpu.live())"],
+        env=os.environ | {"GEMLAX_KERNELS": "portable"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "portable", done.stderr
+
+
 @pytest.mark.parametrize(
     "environment",
     [
-        pytest.param({"GEMLAX_KERNELS": "portable"}, id="portable"),
         pytest.param({"NPROC": "1"}, id="1 thread", marks=pytest.mark.slow),
         pytest.param({"NPROC": "8"}, id="8 threads", marks=pytest.mark.slow),
     ],
 )
-def test_the_same_holds_with(environment):
+def test_the_same_holds_with(environment, instructions):
+    if instructions != SETS[0]:
+        pytest.skip("the file itself runs with every set")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", "not same_holds", __file__],
         env=os.environ | environment, capture_output=True, text=True,

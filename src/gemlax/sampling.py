@@ -6,7 +6,7 @@ takes 93 ms on CPU and `top_k(64)` 0.5 ms, so nothing here sorts V.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -167,21 +167,32 @@ def _penalise(logits: Array, sampling: Sampling, history: Array, is_output: Arra
     return logits.at[rows, history].set(new, mode="drop")
 
 
+def _arg_max(logits: Array) -> Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
 def sample(
-    logits: Float[Array, "B V"], sampling: Sampling, step: Int[Array, " B"]
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    step: Int[Array, " B"],
+    *,
+    arg_max: Callable[[Array], Array] = _arg_max,
 ) -> Int[Array, " B"]:
-    """Draw one token per row. `step` numbers a row's draws: its tokens depend on no other row."""
+    """Draw one token per row. `step` numbers a row's draws: its tokens depend on no other row.
+
+    `arg_max` of the logits is taken where all rows are greedy.
+    """
     greedy = sampling.temperature == 0
     few = greedy | ((sampling.top_k > 0) & (sampling.top_k <= CANDIDATES))
     way = jnp.where(jnp.all(greedy), 0, jnp.where(jnp.all(few), 1, 2))
     keys = jax.vmap(lambda key, n: jax.random.fold_in(jax.random.wrap_key_data(key), n))(
         sampling.key, step
     )
-    return jax.lax.switch(way, (_arg_max, _from_few, _from_all), logits, sampling, keys)
 
+    def greedily(logits: Array, sampling: Sampling, keys: Array) -> Array:
+        return arg_max(logits)
 
-def _arg_max(logits: Array, sampling: Sampling, keys: Array) -> Array:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.lax.switch(way, (greedily, _from_few, _from_all), logits, sampling, keys)
 
 
 def _from_few(logits: Array, sampling: Sampling, keys: Array) -> Array:
@@ -212,7 +223,7 @@ def _from_all(logits: Array, sampling: Sampling, keys: Array) -> Array:
     by_peak = sampling.min_p * probabilities.max(axis=-1)
     keep = probabilities >= jnp.maximum(by_mass, by_peak)[:, None]
     drawn = _draw(jnp.where(keep, scaled, _OFF), keys)
-    return jnp.where(sampling.temperature == 0, _arg_max(logits, sampling, keys), drawn)
+    return jnp.where(sampling.temperature == 0, _arg_max(logits), drawn)
 
 
 def _scale(logits: Array, sampling: Sampling) -> Array:

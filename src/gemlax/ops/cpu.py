@@ -26,6 +26,7 @@ __all__ = [
     "MAX_ROWS",
     "Implementation",
     "Kernels",
+    "arg_max",
     "attend",
     "attends",
     "bind",
@@ -36,6 +37,8 @@ __all__ = [
     "multiply",
     "prefers",
     "serves",
+    "spent",
+    "use",
 ]
 
 Implementation = Literal["xla", "cpu"]
@@ -49,7 +52,9 @@ _NUMBERS: dict[Format, int] = {
     "float32": 0, "bfloat16": 1, "int8": 2, "int4": 3,
     "q8_0": 4, "q4_0": 5, "q5_0": 6, "q4_k": 7, "q6_k": 8,
 }  # fmt: skip
-_TARGETS = ("multiply", "decode", "attention")
+_TARGETS = ("multiply", "decode", "attention", "arg_max")
+# As csrc/meter.h numbers them: products by the format of their first weight, then the others.
+_METERED = (*_NUMBERS, "decoding", "attention", "arg_max")
 # Queries of one call of attention, and rows that float weights are multiplied with by a kernel.
 MAX_ROWS = 16
 
@@ -83,7 +88,7 @@ def bind(name: Implementation | None, function: Callable[..., Any]) -> Callable[
 class Kernels(NamedTuple):
     """The native kernels of this process: their instruction set and formats, or why none is live.
 
-    `instructions` is "avx2", "portable" or None.
+    `instructions` is "avx512", "avx2", "portable" or None.
     """
 
     instructions: str | None
@@ -99,18 +104,55 @@ def kernels() -> Kernels:
     return Kernels(name, tuple(_NUMBERS) if name else (), reason)
 
 
+def spent() -> dict[str, tuple[int, float]]:
+    """Return calls and seconds of each kind of kernel since the process began.
+
+    Products go by the format of their first weight. Empty where there are no kernels.
+    """
+    if _library()[0] is None:
+        return {}
+    numbers = (ctypes.c_int64 * (2 * len(_METERED)))()
+    _open().gemlax_totals(numbers)
+    return {
+        name: (numbers[2 * i], numbers[2 * i + 1] / 1e9)
+        for i, name in enumerate(_METERED)
+        if numbers[2 * i]
+    }
+
+
+def use(name: str | None) -> bool:
+    """Choose the instruction set of all kernels; return False where this CPU does not have it.
+
+    None: the environment's GEMLAX_KERNELS, or the fastest. For tests and benchmarks: a function
+    that is traced already keeps what was decided for the old set.
+    """
+    if _library()[0] is None:
+        return False
+    choose = _open().gemlax_use
+    choose.restype = ctypes.c_bool
+    found = choose((name or "").encode())
+    _library.cache_clear()
+    return found
+
+
+def _open() -> ctypes.CDLL:
+    found = importlib.util.find_spec("gemlax._native")
+    if found is None or found.origin is None:
+        raise FileNotFoundError("gemlax._native")
+    return ctypes.CDLL(found.origin)
+
+
 @functools.cache
 def _library() -> tuple[str | None, str | None]:
     """Register the kernels; return the name of their instruction set, or why there are none."""
-    found = importlib.util.find_spec("gemlax._native")
-    if found is None or found.origin is None:
-        return None, "they were not built when gemlax was installed"
     try:
-        library = ctypes.CDLL(found.origin)
+        library = _open()
         for name in _TARGETS:
             target = f"gemlax_{name}"
             handler = jax.ffi.pycapsule(library[target])
             jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    except FileNotFoundError:
+        return None, "they were not built when gemlax was installed"
     except Exception as error:  # OSError, AttributeError, or what jaxlib says of the version
         return None, f"they cannot be used: {error}"
     library.gemlax_kernels.restype = ctypes.c_char_p
@@ -124,7 +166,7 @@ def _warn(reason: str | None) -> None:
 
 
 def live() -> str | None:
-    """Return the instruction set of the kernels that are used: "avx2", "portable" or None.
+    """Return the instruction set of the kernels that are used, or None.
 
     Raises:
         NotImplementedError: "cpu" was asked for and cannot be had.
@@ -197,6 +239,11 @@ def _arguments(weight: Weight) -> tuple[Array, list[Array], list[int]]:
     return jnp.stack([part, row]), leaves, [_NUMBERS[held.format] for held in _parts(layer)]
 
 
+def arg_max(x: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """Return `jnp.argmax(x, axis=-1)` of float32 rows."""
+    return _call("arg_max", jax.ShapeDtypeStruct((x.shape[0],), jnp.int32))(x)
+
+
 def prefers(weight: Weight, rows: int) -> bool:
     """Return whether a kernel reads this weight, and multiplies so many rows faster than XLA.
 
@@ -224,7 +271,7 @@ def _parts(weight: Weight) -> tuple[Any, ...]:
 def attends(q: Float[Array, "B T N H"], k: Any) -> bool:
     """Return whether the kernel serves these queries and this form of cache."""
     plain = isinstance(k, jax.Array) and k.dtype in (jnp.float32, jnp.uint16)
-    return plain and q.shape[1] <= MAX_ROWS
+    return plain and (q.shape[1] <= MAX_ROWS or live() == "avx512")
 
 
 def attend(
@@ -242,7 +289,8 @@ def attend(
     """Attend to layer `row` of a stacked cache [n, B, S, K, H] of float32 or bits of bfloat16.
 
     Raises:
-        NotImplementedError: a cache in another form, or more than `MAX_ROWS` tokens a row.
+        NotImplementedError: a cache in another form, or more than `MAX_ROWS` tokens a row where
+            the CPU has no AVX-512.
     """
     if not attends(q, k):
         raise NotImplementedError("the kernel takes a few queries, and float32 or bfloat16 caches")

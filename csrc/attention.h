@@ -1,0 +1,29 @@
+// Attention of a run of queries of one row and K/V head over one layer of a cache.
+#pragma once
+
+#include <cstdint>
+
+namespace gemlax {
+
+struct ManyQueries {
+  const float* q;            // [count, heads, size]: `groups` heads from here on
+  const int32_t* positions;  // [count] of the queries; a negative one sees nothing
+  const int32_t* at;         // [slots]: the position that each slot holds, or -1
+  int64_t count, heads, groups, size, slots;
+  int64_t stride;  // from a slot to the next in `k` and `v`
+  int32_t window;  // 0: none
+  float scale;
+};
+
+// For caches of float32, and of the bits of bfloat16. `out` is as `q`; `k` and `v` begin at the head
+// of slot 0.
+struct AttendMany {
+  void (*floats)(const ManyQueries& s, const float* k, const float* v, float* out);
+  void (*bfloat16)(const ManyQueries& s, const uint16_t* k, const uint16_t* v, float* out);
+};
+
+#if defined(__x86_64__)
+extern const AttendMany kAttendAvx512;
+#endif
+
+}  // namespace gemlax

@@ -1,0 +1,179 @@
+// Attention of many queries, for AVX-512: keys by blocks, products as in a blocked matrix product.
+#if defined(__x86_64__)
+
+#include "avx512.h"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "attention.h"
+
+namespace gemlax {
+namespace {
+
+constexpr int kKeys = 64;  // keys at a time: four vectors
+constexpr int kRowsAtOnce = 6;
+
+inline __m512 floats_at(const float* p) { return _mm512_loadu_ps(p); }
+
+// c[m, 64] (+)= a[m, depth] b[depth, 64], for M values of m.
+template <int M>
+inline void tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                 int64_t ldc, bool add) {
+  __m512 sums[M][4];
+  for (int m = 0; m < M; ++m)
+    for (int j = 0; j < 4; ++j)
+      sums[m][j] = add ? floats_at(c + m * ldc + 16 * j) : _mm512_setzero_ps();
+  for (int64_t i = 0; i < depth; ++i) {
+    __m512 row[4];
+    for (int j = 0; j < 4; ++j) row[j] = floats_at(b + i * ldb + 16 * j);
+    for (int m = 0; m < M; ++m) {
+      const __m512 own = _mm512_set1_ps(a[m * lda + i]);
+      for (int j = 0; j < 4; ++j) sums[m][j] = _mm512_fmadd_ps(own, row[j], sums[m][j]);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(c + m * ldc + 16 * j, sums[m][j]);
+}
+
+void product(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+             float* c, int64_t ldc, bool add) {
+  int64_t m = 0;
+  for (; m + kRowsAtOnce <= rows; m += kRowsAtOnce)
+    tile<kRowsAtOnce>(depth, a + m * lda, lda, b, ldb, c + m * ldc, ldc, add);
+  for (; m < rows; ++m) tile<1>(depth, a + m * lda, lda, b, ldb, c + m * ldc, ldc, add);
+}
+
+// exp(x) for x <= 0, to 2e-7 of its size; 0 below -87. A NaN stays one.
+inline __m512 exp_below_zero(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  // Coefficients: Cephes, expf.c.
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_fmadd_ps(_mm512_mul_ps(r, r), p, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  const __mmask16 lost = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
+  return _mm512_mask_mov_ps(_mm512_scalef_ps(p, n), lost, _mm512_setzero_ps());
+}
+
+inline float one(float x) { return x; }
+inline float one(uint16_t bits) { return from_bfloat16(bits); }
+
+// Scratch of one thread.
+struct Room {
+  std::vector<float> queries, keys, values, weights, out, peaks, totals;
+};
+
+// Logits [64] of one query to weights, with what it has seen before shrunk to the new peak.
+inline void weigh(float* logits, __mmask16 const (&seen)[4], float scale, float* peak, float* total,
+                  float* out, int64_t size) {
+  const __m512 low = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  __m512 scaled[4], most = low, nan = _mm512_setzero_ps();
+  for (int j = 0; j < 4; ++j) {
+    const __m512 all = _mm512_mul_ps(floats_at(logits + 16 * j), _mm512_set1_ps(scale));
+    scaled[j] = _mm512_mask_mov_ps(low, seen[j], all);
+    most = _mm512_max_ps(most, scaled[j]);
+    nan = _mm512_mask_add_ps(nan, seen[j], nan, _mm512_sub_ps(all, all));
+  }
+  const float fresh = std::max(*peak, _mm512_reduce_max_ps(most));
+  __m512 sum = nan;  // 0, or NaN where a logit is not finite
+  for (int j = 0; j < 4; ++j) {
+    const __m512 weight =
+        _mm512_maskz_mov_ps(seen[j], exp_below_zero(_mm512_sub_ps(scaled[j], _mm512_set1_ps(fresh))));
+    _mm512_storeu_ps(logits + 16 * j, weight);
+    sum = _mm512_add_ps(sum, weight);
+  }
+  const float shrink = *total == 0 ? 0.0f : std::exp(*peak - fresh);
+  *total = *total * shrink + _mm512_reduce_add_ps(sum);
+  *peak = fresh;
+  if (shrink == 1.0f) return;
+  const __m512 factor = _mm512_set1_ps(shrink);
+  for (int64_t h = 0; h < size; h += 16)
+    _mm512_storeu_ps(out + h, _mm512_mul_ps(floats_at(out + h), factor));
+}
+
+template <class T>
+void attend(const ManyQueries& s, const T* k, const T* v, float* result) {
+  thread_local Room room;
+  const int64_t rows = s.count * s.groups, wide = (s.size + 63) / 64 * 64;
+  room.queries.resize(rows * s.size);
+  room.keys.resize(s.size * kKeys);
+  room.values.assign(kKeys * wide, 0.0f);
+  room.weights.resize(rows * kKeys);
+  room.out.assign(rows * wide, 0.0f);
+  room.peaks.assign(rows, -std::numeric_limits<float>::infinity());
+  room.totals.assign(rows, 0.0f);
+  const std::vector<T> empty(s.size, T{0});
+  int32_t first = std::numeric_limits<int32_t>::max(), last = -1;
+  for (int64_t t = 0; t < s.count; ++t) {
+    if (s.positions[t] >= 0) first = std::min(first, s.positions[t]);
+    last = std::max(last, s.positions[t]);
+    for (int64_t g = 0; g < s.groups; ++g)
+      std::copy_n(s.q + (t * s.heads + g) * s.size, s.size,
+                  room.queries.data() + (t * s.groups + g) * s.size);
+  }
+  for (int64_t start = 0; start < s.slots; start += kKeys) {
+    const int64_t count = std::min<int64_t>(kKeys, s.slots - start);
+    int32_t at[kKeys];
+    std::fill_n(at, kKeys, -1);
+    std::copy_n(s.at + start, count, at);
+    const bool any = std::any_of(at, at + kKeys, [&](int32_t p) {
+      return p >= 0 && p <= last && (s.window == 0 || p > first - s.window);
+    });
+    if (!any) continue;
+    const T* held[kKeys];  // an empty slot counts as zeros
+    for (int64_t i = 0; i < kKeys; ++i)
+      held[i] = at[i] >= 0 ? k + (start + i) * s.stride : empty.data();
+    for (int64_t h = 0; h < s.size; ++h)
+      for (int64_t i = 0; i < kKeys; ++i) room.keys[h * kKeys + i] = one(held[i][h]);
+    for (int64_t i = 0; i < kKeys; ++i) {
+      const T* value = at[i] >= 0 ? v + (start + i) * s.stride : empty.data();
+      for (int64_t h = 0; h < s.size; ++h) room.values[i * wide + h] = one(value[h]);
+    }
+    product(rows, s.size, room.queries.data(), s.size, room.keys.data(), kKeys,
+            room.weights.data(), kKeys, false);
+    const __m512i none = _mm512_set1_epi32(-1);
+    for (int64_t t = 0; t < s.count; ++t) {
+      __mmask16 seen[4];
+      for (int j = 0; j < 4; ++j) {
+        const __m512i here = _mm512_loadu_si512(at + 16 * j);
+        seen[j] = _mm512_cmpgt_epi32_mask(here, none) &
+                  _mm512_cmple_epi32_mask(here, _mm512_set1_epi32(s.positions[t]));
+        if (s.window)
+          seen[j] &= _mm512_cmpgt_epi32_mask(here, _mm512_set1_epi32(s.positions[t] - s.window));
+      }
+      for (int64_t row = t * s.groups; row < (t + 1) * s.groups; ++row)
+        if (seen[0] | seen[1] | seen[2] | seen[3])
+          weigh(room.weights.data() + row * kKeys, seen, s.scale, &room.peaks[row],
+                &room.totals[row], room.out.data() + row * wide, wide);
+        else
+          std::fill_n(room.weights.data() + row * kKeys, kKeys, 0.0f);
+    }
+    for (int64_t h = 0; h < wide; h += 64)
+      product(rows, kKeys, room.weights.data(), kKeys, room.values.data() + h, wide,
+              room.out.data() + h, wide, true);
+  }
+  for (int64_t t = 0; t < s.count; ++t)
+    for (int64_t g = 0; g < s.groups; ++g) {
+      const int64_t row = t * s.groups + g;
+      const float total = room.totals[row], inverse = total == 0 ? 0.0f : 1.0f / total;
+      for (int64_t h = 0; h < s.size; ++h)
+        result[(t * s.heads + g) * s.size + h] = room.out[row * wide + h] * inverse;
+    }
+}
+
+}  // namespace
+
+const AttendMany kAttendAvx512 = {attend<float>, attend<uint16_t>};
+
+}  // namespace gemlax
+
+#include "avx512_end.h"
+
+#endif  // __x86_64__
