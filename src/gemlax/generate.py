@@ -452,7 +452,7 @@ def _append(program: _Program, raw: Array, state: DecodeState) -> DecodeState:
     columns = jnp.arange(capacity, dtype=jnp.int32)[None]
     is_output = (columns >= limits.prompts[:, None]) & (columns < state.lengths[:, None])
     logits = sampling.adjust(raw, settings, state.tokens, is_output)
-    native = {"arg_max": ops.cpu.arg_max} if mesh is None and ops.cpu.live() else {}
+    native = {"arg_max": ops.cpu.arg_max} if program.mesh is None and ops.cpu.live() else {}
     token = sampling.sample(logits, settings, state.lengths - limits.prompts, **native)
     slot = jnp.where(state.done, capacity, state.lengths)
     logprobs = state.logprobs
