@@ -49,6 +49,7 @@ class Decoder(nnx.Module):
     ):
         dtype, keys = jnp.dtype(dtype), Keys(rngs.params())
         self.config, self.read, self.scanned = config, read, layers == "scan"
+        self.adapter: Any = None  # the record of what `adapters` put on the projections
         self.embed_tokens = Embedder(
             config.vocab_size,
             config.hidden_size,

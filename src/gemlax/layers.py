@@ -68,7 +68,16 @@ class Linear(nnx.Module):
     """x @ weight.T. The only module that holds a projection.
 
     `matrix` marks the weights that may be held as codes, and handed in as `At(stack, index)`.
+    An adapter (`gemlax.adapters` puts it there) adds lora_scale * lora_b @ lora_a to the weight;
+    lora_rows says which of several each row takes, lora_dropout is a key and a rate.
     """
+
+    lora_a: Any = None
+    lora_b: Any = None
+    lora_scale: Any = None
+    lora_rows: Any = None
+    lora_dropout: Any = None
+    lora_off: bool = False
 
     def __init__(
         self,
@@ -86,12 +95,20 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """Return x @ weight.T in the dtype of `x`."""
-        return ops.linear(x, self.weight.get_value())
+        return self.adapted(x, ops.linear(x, self.weight.get_value()))
+
+    def adapted(self, x: Array, out: Array) -> Array:
+        """Return `out`, what the weight made of `x`, with what the adapter adds."""
+        if self.lora_a is None or self.lora_off:
+            return out
+        parts = (self.lora_a, self.lora_b, self.lora_scale, self.lora_rows, self.lora_dropout)
+        return ops.low_rank(x, out, ops.Low(*(p if p is None else p.get_value() for p in parts)))
 
 
 def _together(x: Array, *layers: Linear) -> tuple[Array, ...]:
     """Apply several projections to one input."""
-    return ops.linears(x, *(layer.weight.get_value() for layer in layers))
+    outs = ops.linears(x, *(layer.weight.get_value() for layer in layers))
+    return tuple(layer.adapted(x, out) for layer, out in zip(layers, outs, strict=True))
 
 
 class RMSNorm(nnx.Module):

@@ -47,7 +47,16 @@ from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.formats import FORMATS, Coded, decode
 from gemlax.tokenizer import Tokenizer, find_tokenizer
 
-__all__ = ["DTYPES", "INDEX", "READ", "SafetensorsCheckpoint", "main_dtype", "parse_header"]
+__all__ = [
+    "DTYPES",
+    "INDEX",
+    "OTHER_PARTS",
+    "READ",
+    "SafetensorsCheckpoint",
+    "main_dtype",
+    "parse_header",
+    "read_tensors",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -322,6 +331,26 @@ def main_dtype(sizes: Iterable[tuple[str, int]]) -> str:
         nbytes[dtype] = nbytes.get(dtype, 0) + size
     name = max(nbytes, key=lambda dtype: nbytes[dtype], default="F32")
     return DTYPES[name].name if name in DTYPES else name
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Read all tensors of one small file.
+
+    Raises:
+        CheckpointError: the file is truncated, or its header contradicts itself.
+        UnsupportedError: a tensor that is not float32, float16 or bfloat16.
+    """
+    data = path.read_bytes()
+    found = {}
+    for name, tensor in parse_header(data, path).items():
+        if tensor.dtype not in DTYPES:
+            raise UnsupportedError(
+                f"{path}: {show(name)} is {tensor.dtype}; expected {', '.join(DTYPES)}"
+            )
+        count = math.prod(tensor.shape)
+        values = np.frombuffer(data, DTYPES[tensor.dtype], count, tensor.start)
+        found[name] = values.reshape(tensor.shape)
+    return found
 
 
 # --- the header --------------------------------------------------------------------------------

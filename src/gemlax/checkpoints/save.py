@@ -3,11 +3,13 @@
 Source: https://github.com/huggingface/safetensors, README, "Format".
 """
 
+import contextlib
+import itertools
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError
 from gemlax.formats import Coded
 
-__all__ = ["save_safetensors"]
+__all__ = ["new_folder", "save_safetensors", "write_json", "write_tensors"]
 
+# What a folder is that holds such a file.
+_KINDS = {"config.json": "a model", "adapter_config.json": "an adapter"}
 WRITTEN = {dtype: name for name, dtype in READ.items()}
 
 
@@ -58,19 +62,36 @@ def save_safetensors(
         CheckpointError: `weights` are not those of `config`.
         OSError: the disk is full, or a folder cannot be written.
     """
-    folder = Path(folder).expanduser().resolve()
-    _refuse_to_replace(folder, overwrite)
-    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
-    try:
-        part.mkdir()
+    with new_folder(folder, marker="config.json", overwrite=overwrite) as part:
         own = formats or {}
         dtype = _write_weights(part, config, weights, own, max_shard_bytes)
         written = config.to_hf() | {"dtype": dtype} | write_formats(own)
-        _write_json(part / "config.json", written)
+        write_json(part / "config.json", written)
         if generation_config:
-            _write_json(part / "generation_config.json", generation_config)
+            write_json(part / "generation_config.json", generation_config)
         if write_tokenizer is not None:
             write_tokenizer(part)
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path, *, marker: str, overwrite: bool) -> Iterator[Path]:
+    """Give a folder to write to, which takes the place of `folder` if no error comes.
+
+    Args:
+        folder: its parent must exist.
+        marker: the file by which a folder that may be replaced is known.
+        overwrite: replace a folder that is not empty.
+
+    Raises:
+        FileExistsError: `folder` is there and not empty, or is no folder that may be replaced.
+        OSError: the disk is full, or a folder cannot be written.
+    """
+    folder = Path(folder).expanduser().resolve()
+    _refuse_to_replace(folder, marker, overwrite)
+    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
+    try:
+        part.mkdir()
+        yield part
         _put_in_place(part, folder)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -79,7 +100,7 @@ def save_safetensors(
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _refuse_to_replace(folder: Path, overwrite: bool) -> None:
+def _refuse_to_replace(folder: Path, marker: str, overwrite: bool) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -87,12 +108,31 @@ def _refuse_to_replace(folder: Path, overwrite: bool) -> None:
     inside = list(folder.iterdir())
     if inside and not overwrite:
         raise FileExistsError(f"{folder} is not empty; pass overwrite=True to replace it")
-    model = any(path.name == "config.json" for path in inside)
-    if inside and (not model or any(path.is_dir() for path in inside)):
+    known = any(path.name == marker for path in inside)
+    if inside and (not known or any(path.is_dir() for path in inside)):
         raise FileExistsError(
-            f"{folder} is not replaced: it has {'a sub-folder' if model else 'no config.json'}, so "
-            "it is not just a model"
+            f"{folder} is not replaced: it has {'a sub-folder' if known else f'no {marker}'}, so "
+            f"it is not just {_KINDS[marker]}"
         )
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write one safetensors file."""
+    shard = _Shard(path, 0)
+    ends = itertools.accumulate(array.nbytes for array in tensors.values())
+    entries = {
+        name: {
+            "dtype": WRITTEN[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [end - array.nbytes, end],
+        }
+        for (name, array), end in zip(tensors.items(), ends, strict=True)
+    }
+    shard.room = 8 + -(-len(_header(entries)) // 8) * 8
+    path.write_bytes(b" " * shard.room)
+    for name, array in tensors.items():
+        shard.append(name, array)
+    shard.finish()
 
 
 class _Shard:
@@ -192,10 +232,11 @@ def _write_index(part: Path, shards: list[_Shard]) -> None:
         shard.path.rename(part / file)
         where |= dict.fromkeys(shard.entries, file)
     size = sum(shard.nbytes for shard in shards)
-    _write_json(part / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+    write_json(part / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object."""
     path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 

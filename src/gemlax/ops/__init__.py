@@ -7,7 +7,7 @@ from gemlax.ops import cpu
 from gemlax.ops.attention import attend, attend_blocks, causal_mask, fresh_attend
 from gemlax.ops.basic import EMPTY, geglu, rms_norm, rope, softcap
 from gemlax.ops.cpu import Implementation, implementation
-from gemlax.ops.matmul import embed, linear, linears, unembed
+from gemlax.ops.matmul import Low, embed, linear, linears, low_rank, unembed
 from gemlax.ops.moe import experts, route
 from gemlax.ops.paged import (
     AttentionMetadata,
@@ -21,6 +21,7 @@ __all__ = [
     "EMPTY",
     "AttentionMetadata",
     "Implementation",
+    "Low",
     "attend",
     "attend_blocks",
     "causal_mask",
@@ -33,6 +34,7 @@ __all__ = [
     "implementation",
     "linear",
     "linears",
+    "low_rank",
     "paged_attend",
     "rms_norm",
     "rope",

@@ -3,16 +3,18 @@
 Weights are [out, in], rows contiguous over the reduction, as Hugging Face stores them.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
 
+from gemlax.errors import UnsupportedError
 from gemlax.ops import cpu
-from gemlax.qtensor import QTensor, Weight, dense, is_stored, shape_of, take
+from gemlax.qtensor import At, QTensor, Weight, dense, is_stored, shape_of, take
 
-__all__ = ["embed", "linear", "linears", "product", "unembed"]
+__all__ = ["Low", "embed", "linear", "linears", "low_rank", "product", "unembed"]
 
 # Rows of a stored table decoded at a time by `unembed`, so that no decoded copy of it exists.
 _ROWS = 8192
@@ -21,7 +23,11 @@ _ROWS = 8192
 def linear(x: Float[Array, "... D"], weight: Weight) -> Float[Array, "... F"]:
     """Return x @ weight.T in the dtype of `x`, accumulated in float32.
 
-    A stored weight is frozen: it gets no gradient, and `x` does in reverse mode only.
+    A weight that is stored as codes, or handed in as `At`, is frozen: `x` alone has a gradient, in
+    reverse mode only, and nothing of the weight is kept for it.
+
+    Raises:
+        UnsupportedError: the gradient of an `At` of floats is asked for.
     """
     return linears(x, weight)[0]
 
@@ -29,43 +35,99 @@ def linear(x: Float[Array, "... D"], weight: Weight) -> Float[Array, "... F"]:
 def linears(x: Float[Array, "... D"], *weights: Weight) -> tuple[Float[Array, "... _"], ...]:
     """Return `linear` of each weight; a native kernel takes them all at once."""
     flat = x.reshape(-1, x.shape[-1])
-    if all(is_stored(weight) for weight in weights):
-        outs = _stored_products(flat, weights)
+    if all(_is_frozen(weight) for weight in weights):
+        outs = _frozen_products(flat, weights)
     else:
-        outs = tuple(product(flat, dense(weight)) for weight in weights)
+        outs = tuple(
+            _frozen_products(flat, (w,))[0] if _is_frozen(w) else product(flat, dense(w))
+            for w in weights
+        )
     return tuple(out.astype(x.dtype).reshape(*x.shape[:-1], -1) for out in outs)
 
 
+def _is_frozen(weight: Weight) -> bool:
+    return isinstance(weight, At) or is_stored(weight)
+
+
 @jax.custom_vjp
-def _stored_products(x: Array, weights: tuple[Weight, ...]) -> tuple[Array, ...]:
-    """Multiply with stored weights; no decoded copy of them is kept for the backward pass."""
+def _frozen_products(x: Array, weights: tuple[Weight, ...]) -> tuple[Array, ...]:
+    """Multiply with frozen weights; no copy of them is kept for the backward pass."""
     if cpu.live() is None:
         return tuple(product(x, dense(weight)) for weight in weights)
-    if all(cpu.prefers(weight, x.shape[0]) for weight in weights):
+    if all(is_stored(weight) and cpu.prefers(weight, x.shape[0]) for weight in weights):
         return cpu.multiply(x, *weights)
-    return tuple(_stored_product(x, weight) for weight in weights)
+    return tuple(_frozen_product(x, weight) for weight in weights)
 
 
-def _stored_product(x: Array, weight: Weight) -> Array:
+def _frozen_product(x: Array, weight: Weight) -> Array:
+    if not is_stored(weight):
+        return product(x, dense(weight))
     if cpu.prefers(weight, x.shape[0]):
         return cpu.multiply(x, weight)[0]
     return product(x, cpu.decode(weight) if cpu.serves(weight) else dense(weight))
 
 
-def _stored_forward(x: Array, weights: tuple[Weight, ...]) -> Any:
+def _frozen_forward(x: Any, weights: Any) -> Any:
+    """Keep the weights as they are held, such as a whole stack and an index into it."""
+    is_primal = lambda leaf: isinstance(leaf, CustomVJPPrimal)  # noqa: E731
+    for leaf in jax.tree.leaves(weights, is_leaf=is_primal):
+        if leaf.perturbed and jnp.issubdtype(leaf.value.dtype, jnp.floating):
+            raise UnsupportedError(
+                "a base that is read by index is frozen and has no gradient; to train it, build "
+                "the decoder with read='slice' and floats"
+            )
+    x, weights = jax.tree.map(lambda leaf: leaf.value, (x, weights), is_leaf=is_primal)
     # An empty slice: only the dtype of `x` is needed.
-    return _stored_products(x, weights), (x[:0], weights)
+    return _frozen_products(x, weights), (x[:0], weights)
 
 
-def _stored_backward(kept: Any, slopes: tuple[Array, ...]) -> tuple[Array, None]:
+def _frozen_backward(kept: Any, slopes: tuple[Any, ...]) -> tuple[Array, None]:
     x, weights = kept
-    total = jnp.zeros((slopes[0].shape[0], x.shape[1]), slopes[0].dtype)
+    rows, dtype = slopes[0].shape[0], jnp.float32
+    total = jnp.zeros((rows, x.shape[1]), dtype)
     for slope, weight in zip(slopes, weights, strict=True):
-        total += slope @ dense(weight).astype(slope.dtype)
+        if not isinstance(slope, SymbolicZero):
+            total += slope.astype(dtype) @ dense(weight).astype(dtype)
     return total.astype(x.dtype), None
 
 
-_stored_products.defvjp(_stored_forward, _stored_backward)
+_frozen_products.defvjp(_frozen_forward, _frozen_backward, symbolic_zeros=True)
+
+
+class Low(NamedTuple):
+    """An update of low rank, scale * b @ a, to a weight [out, in].
+
+    With `rows` the three have a leading axis, a table of several updates, and row r of the batch
+    takes entry rows[r]. `dropout` is a key and a rate, for the input of `a`.
+    """
+
+    a: Any  # [r, in]
+    b: Any  # [out, r]
+    scale: Any  # scalar
+    rows: Any = None  # int32 [B]
+    dropout: tuple[Any, Any] | None = None
+
+
+def low_rank(
+    x: Float[Array, "B T D"], out: Float[Array, "B T F"], low: Low
+) -> Float[Array, "B T F"]:
+    """Return out + scale * (x @ a.T) @ b.T, added in float32, in the dtype of `out`.
+
+    Source: arXiv 2106.09685, section 4.1.
+    """
+    if low.dropout is not None:
+        key, rate = low.dropout
+        kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+        wide = x.astype(jnp.float32)
+        x = jnp.where(kept, wide / (1 - rate), jnp.zeros_like(wide))
+    if low.rows is None:
+        inner = product(x.reshape(-1, x.shape[-1]), low.a)
+        update = product(inner, low.b).reshape(out.shape) * low.scale
+    else:
+        a, b, scale = (table[low.rows].astype(jnp.float32) for table in low[:3])
+        inner = jnp.einsum("btd,brd->btr", x.astype(jnp.float32), a)
+        update = jnp.einsum("btr,bfr->btf", inner, b) * scale[:, None, None]
+    return (out.astype(jnp.float32) + update).astype(out.dtype)
 
 
 def embed(tokens: Int[Array, "B T"], table: Weight, *, scale: float) -> Float[Array, "B T D"]:
@@ -85,7 +147,7 @@ def unembed(x: Float[Array, "R D"], table: Weight) -> Float[Array, "R V"]:
         return product(x, dense(table))
     native = cpu.live() is not None and cpu.prefers(table, x.shape[0])
     if native or not isinstance(table, QTensor) or rows <= _ROWS or table.format == "float32":
-        return _stored_products(x, (table,))[0]
+        return _frozen_products(x, (table,))[0]
     whole = rows - rows % _ROWS
     blocks = jax.tree.map(lambda a: a[:whole].reshape(-1, _ROWS, a.shape[1]), table)
     logits = jax.lax.map(lambda block: product(x, block.dense()), blocks)
