@@ -1,5 +1,6 @@
 """What the tests of training share: toy models, examples of random ids, and batches of them."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,8 +17,8 @@ from gemlax.tune.packing import Rows, pack
 from gemlax.tune.train import Recipe, Trainer
 from gemlax.weights import build_decoder
 
-# (2 sliding, 1 full) twice is scanned as runs in periods; width 96 is whole groups of codes.
-SMALL = tiny(preset("gemma-3-270m"), num_hidden_layers=6).text
+# (5 sliding, 1 full) twice, a scan in a scan; a width of 96 is whole groups of codes.
+SMALL = dataclasses.replace(tiny(preset("gemma-3-270m"), num_hidden_layers=12).text, hidden_size=96)
 # Layers 13 and 14 of E2B are the donors of those after them.
 SHARING = tiny(preset("gemma-4-e2b"), num_hidden_layers=17).text
 WIDTH = 48
@@ -29,12 +30,8 @@ def weights_of(config: TextConfig) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(5)
     made = {}
     for name, shape in text_weights(config).items():
-        value = rng.normal(size=shape).astype(np.float32)
-        if len(shape) > 1:
-            value *= shape[-1] ** -0.5
-        else:
-            value = 0.1 * value + (0.0 if "gemma3" in str(config) else 1.0)
-        made[name] = value.astype(np.float32)
+        value = rng.normal(size=shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
+        made[name] = (value + (0 if len(shape) > 1 else 1 - config.norm_offset)).astype(np.float32)
     return made
 
 

@@ -123,8 +123,8 @@ def train(
 ) -> Result:
     """Train an adapter, or all weights, on a JSONL file; the model that is given stays as it is.
 
-    The folder gets the adapter in peft's layout (or, of all weights, a model under "model"), a log
-    (log.jsonl), a plot (loss.png) and checkpoints.
+    In the folder come the adapter in peft's layout under "adapter" (or, of all weights, a model
+    under "model"), a log (log.jsonl), a plot (loss.png) and checkpoints.
 
     Args:
         data: lines of messages, of prompt and completion, or of text; for preferences of prompt,
@@ -321,5 +321,5 @@ class _Run:
         if self.settings.full:
             save(model, self.output / "model", overwrite=True)
         else:
-            adapters.save(decoder, self.output)
+            adapters.save(decoder, self.output / "adapter", overwrite=True)
         return model
