@@ -17,8 +17,11 @@ from gemlax.tune.packing import Rows, pack
 from gemlax.tune.train import Recipe, Trainer
 from gemlax.weights import build_decoder
 
-# (5 sliding, 1 full) twice, a scan in a scan; a width of 96 is whole groups of codes.
-SMALL = dataclasses.replace(tiny(preset("gemma-3-270m"), num_hidden_layers=12).text, hidden_size=96)
+# (2 sliding, 1 full) twice, a scan in a scan; a width of 96 is whole groups of codes.
+_TINY = tiny(preset("gemma-3-270m"), num_hidden_layers=6).text
+SMALL = dataclasses.replace(
+    _TINY, hidden_size=96, layers=(*_TINY.layers[3:6], *_TINY.layers[3:6])
+)
 # Layers 13 and 14 of E2B are the donors of those after them.
 SHARING = tiny(preset("gemma-4-e2b"), num_hidden_layers=17).text
 WIDTH = 48

@@ -229,7 +229,7 @@ class Trainer:
         def apply(slopes: Values, state: Any, values: Values) -> Any:
             optax = _optax()
             changes, state = self._tx.update(slopes, state, values)
-            return optax.apply_updates(values, changes), state, optax.global_norm(slopes)
+            return optax.apply_updates(values, changes), state, optax.tree.norm(slopes)
 
         values, state, norm = _with_optax(apply, slopes, state, values)
         return values, state, (*found, norm)
@@ -261,7 +261,7 @@ class Trainer:
             reference = jax.lax.stop_gradient(self._logprobs(decoder, rows))
         policy, reference = ((p * rows.weights).sum(axis=1) for p in (logprobs, reference))
         loss, margin = losses.preference_loss(policy, reference, beta=self.recipe.beta)
-        return (loss * units).sum(), units.sum(), ((margin > 0) * units).sum()
+        return (loss * units).sum(), units.sum(), jnp.where(margin > 0, units, 0.0).sum()
 
     def _logprobs(self, decoder: Decoder, rows: Rows) -> jax.Array:
         hidden, _ = decoder(
