@@ -90,9 +90,7 @@ def test_the_optimizer_holds_two_numbers_for_each_that_is_trained():
 
 def base_faults(training) -> list[str]:
     """The compiled step makes nothing of the shape of a stack of base weights, or of the table."""
-    shapes = set()
-    for leaf in jax.tree.leaves(decoder_shapes()):
-        shapes |= {",".join(map(str, leaf))}
+    shapes = {",".join(map(str, shape)) for shape in base_shapes()}
     batch = Rows(*(a[None] for a in training._put(rows(SMALL, 2))))
     program = training.program.lower(
         training.values, training.optimizer_state, training._frozen, jnp.int32(0), batch
@@ -106,7 +104,7 @@ def base_faults(training) -> list[str]:
     return faults
 
 
-def decoder_shapes():
+def base_shapes():
     """The shapes of matrices: as they are held, and as a scan over periods takes them."""
     state = nnx.state(decoder_of(SMALL))
     for _, variable in nnx.to_flat_state(state):

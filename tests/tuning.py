@@ -22,6 +22,8 @@ _TINY = tiny(preset("gemma-3-270m"), num_hidden_layers=6).text
 SMALL = dataclasses.replace(
     _TINY, hidden_size=96, layers=(*_TINY.layers[3:6], *_TINY.layers[3:6])
 )
+# One layer, where only the run around it matters.
+ONE = dataclasses.replace(SMALL, layers=SMALL.layers[:1])
 # Layers 13 and 14 of E2B are the donors of those after them.
 SHARING = tiny(preset("gemma-4-e2b"), num_hidden_layers=17).text
 WIDTH = 48
