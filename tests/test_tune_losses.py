@@ -67,8 +67,7 @@ def test_blocks_give_the_log_probabilities_and_slopes_of_all_logits(cap, groups,
         np.testing.assert_allclose(a, b, **CLOSE)
 
 
-@pytest.mark.parametrize("format", ["int8", "nf4"])
-@pytest.mark.parametrize("implementation", ["xla", None])
+@pytest.mark.parametrize(("format", "implementation"), [("int8", None), ("nf4", "xla")])
 def test_a_stored_table_gives_the_slopes_of_its_floats(format, implementation, monkeypatch):
     from gemlax.tune import losses
 

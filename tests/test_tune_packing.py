@@ -92,9 +92,7 @@ def test_remat_changes_neither_loss_nor_gradients(config, layers, read, rank):
     """K/V that later layers share goes through it too (trap: sharing lost under remat)."""
     found = []
     for remat in (True, False):
-        training = trainer(
-            decoder_of(config, layers=layers, read=read), rank=rank, remat=remat
-        )
+        training = trainer(decoder_of(config, layers=layers, read=read), rank=rank, remat=remat)
         found.append(sums(with_b(training), rows(config, 2)))
     assert_same(*found)
     assert all(np.abs(g).max() > 0 for name, g in found[0][1].items() if "lora_a" not in name)
@@ -105,9 +103,7 @@ def saved_faults(remat: bool) -> list[str]:
     training = trainer(decoder_of(SMALL), remat=remat)
     batch = training._put(rows(SMALL, 2))
     jaxpr = jax.make_jaxpr(
-        lambda values: jax.grad(
-            lambda v: training._totals(v, training._frozen, batch)[0]
-        )(values)
+        lambda values: jax.grad(lambda v: training._totals(v, training._frozen, batch)[0])(values)
     )(training.values)
     return [
         str(var.aval)

@@ -1,4 +1,4 @@
-"""Whole runs: stopped, killed and resumed to the same bits; what goes wrong leaves what was good."""
+"""Whole runs: killed and resumed to the same bits; what goes wrong leaves what was good."""
 
 import json
 import os
@@ -236,7 +236,7 @@ def test_too_little_room_is_seen_before_anything_is_written(tmp_path, monkeypatc
     usage = state.shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(state.shutil, "disk_usage", lambda path: usage)
     training = trainer(decoder_of(ONE))
-    with pytest.raises(Error, match="the disk is full: .* and 100 are free; there is none before"):
+    with pytest.raises(Error, match=r"the disk is full: .* and 100 are free; there is none before"):
         Checkpoints(tmp_path / "c").save(1, training.values, training.optimizer_state)
 
 
@@ -264,8 +264,14 @@ def test_a_damaged_checkpoint_or_one_of_another_shape_is_named(tmp_path):
         checkpoints.restore(1, training.values, training.optimizer_state)
 
 
-@pytest.mark.parametrize(("first", "then"), [("data=2,fsdp=2,tensor=2", "fsdp=8"), (None, "fsdp=8"),
-                                             ("fsdp=8", None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("data=2,fsdp=2,tensor=2", "fsdp=8"),
+        pytest.param(None, "fsdp=8", marks=pytest.mark.slow),
+        pytest.param("fsdp=8", None, marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_is_put_back_over_another_mesh(tmp_path, first, then):
     def training_on(axes, seed):
         mesh = None if axes is None else make_mesh(axes)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tuning import SMALL, decoder_of, rows, trainer
+from tuning import ONE, SMALL, decoder_of, rows, trainer
 
-from gemlax import adapters
+from gemlax import adapters, ops
 from gemlax.errors import RequestError
 from gemlax.sharding import make_mesh
 from gemlax.tune.data import Example, Pair
@@ -50,6 +50,15 @@ def test_eight_devices_learn_as_one(mesh):
     np.testing.assert_allclose(curve_of(None, "scan", mesh), curve_of(), atol=SAME_CURVE)
 
 
+@pytest.mark.parametrize("mesh", ["fsdp=8", "tensor=8"])
+@pytest.mark.parametrize("format", [slow("int8"), slow("int4"), slow("nf4")])
+def test_eight_devices_learn_on_codes_as_one(format, mesh):
+    """Kernels multiply activations of 16 bits, so one device runs without them here."""
+    with ops.implementation("xla"):
+        expected = curve(trainer(decoder_of(SMALL, format=format)))
+    np.testing.assert_allclose(curve_of(format, "scan", mesh), expected, atol=SAME_CURVE)
+
+
 def test_adapters_and_their_moments_are_cut_as_their_weights():
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
     training = trainer(decoder_of(SMALL, mesh=mesh), mesh=mesh)
@@ -65,10 +74,10 @@ def test_adapters_and_their_moments_are_cut_as_their_weights():
 
 def test_parts_of_a_batch_add_up_to_the_whole():
     """Weighted by tokens: the rows have different numbers of them."""
-    batch = rows(SMALL, 4)
+    batch = rows(ONE, 4)
     found = []
     for accumulate in (1, 2):
-        training = trainer(decoder_of(SMALL), accumulate=accumulate)
+        training = trainer(decoder_of(ONE), accumulate=accumulate)
         found.append((training.step(0, batch), training.values))
     (one, values), (two, others) = found
     assert one.tokens == two.tokens == batch.weights.sum()
@@ -82,7 +91,7 @@ def num_bytes(tree):
 
 
 def test_the_optimizer_holds_two_numbers_for_each_that_is_trained():
-    training = trainer(decoder_of(SMALL))
+    training = trainer(decoder_of(ONE))
     assert num_bytes(training.optimizer_state) <= 2 * num_bytes(training.values) + 1024
     base = num_bytes(training._frozen)
     assert num_bytes(training.values) < base / 4
@@ -138,7 +147,7 @@ def pairs(count: int) -> Rows:
 
 def test_preferences_start_at_the_reference_and_are_learnt():
     """With B zero, policy and reference are one model: the loss is log 2."""
-    training = trainer(decoder_of(SMALL), beta=0.5)
+    training = trainer(decoder_of(ONE), beta=0.5)
     batch = pairs(3)
     batch = Rows(*(np.concatenate([a, np.zeros_like(a[:2])]) for a in batch))  # a pair of filling
     found = [training.step(i, batch) for i in range(8)]
@@ -149,13 +158,13 @@ def test_preferences_start_at_the_reference_and_are_learnt():
 
 def test_preferences_have_the_gradient_of_two_models():
     """The reference is a model of its own here, without an adapter."""
-    training, batch = trainer(decoder_of(SMALL), beta=0.5), pairs(2)
+    training, batch = trainer(decoder_of(ONE), beta=0.5), pairs(2)
     rng = np.random.default_rng(2)
     training.values = {
         name: jnp.asarray(0.05 * rng.normal(size=a.shape), jnp.float32)
         for name, a in training.values.items()
     }
-    plain, tensors = decoder_of(SMALL), training._put(batch)
+    plain, tensors = decoder_of(ONE), training._put(batch)
 
     def score(decoder):
         hidden = decoder(tensors.tokens, tensors.positions)[0]
@@ -168,8 +177,9 @@ def test_preferences_have_the_gradient_of_two_models():
         return -jax.nn.log_sigmoid(0.5 * (gained[0::2] - gained[1::2])).sum()
 
     own = jax.jit(jax.value_and_grad(lambda v: training._totals(v, training._frozen, tensors)[0]))
-    (one, found), (two, expected) = own(training.values), jax.jit(jax.value_and_grad(loss))(
-        training.values
+    (one, found), (two, expected) = (
+        own(training.values),
+        jax.jit(jax.value_and_grad(loss))(training.values),
     )
     np.testing.assert_allclose(one, two, rtol=1e-5)
     for name, slope in found.items():
@@ -178,17 +188,18 @@ def test_preferences_have_the_gradient_of_two_models():
 
 
 def test_dropout_is_that_of_its_step():
-    batch, found = rows(SMALL, 2), []
-    for seed, step in ((0, 0), (0, 0), (1, 0), (0, 1)):
-        decoder = decoder_of(SMALL)
-        adapters.attach(decoder, adapters.Rule(rank=2, dropout=0.5), key=jax.random.key(1))
-        recipe = Recipe(steps=5, learning_rate=1e-2, seed=seed)
-        training = Trainer(decoder, recipe)
+    decoder, batch = decoder_of(ONE), rows(ONE, 2)
+    adapters.attach(decoder, adapters.Rule(rank=2, dropout=0.5), key=jax.random.key(1))
+    training = Trainer(decoder, Recipe(steps=5, learning_rate=1e-2))
+    start = {name: np.array(a) for name, a in training.values.items()}
+    found = []
+    for step in (0, 0, 1):
+        training.values = {name: jnp.asarray(a) for name, a in start.items()}
         found.append(training.step(step, batch).norm)
-    assert found[0] == found[1]
-    assert len(set(found)) == 3
+    assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.slow
 def test_all_weights_learn_alike_scanned_and_unrolled():
     curves = [
         curve(trainer(decoder_of(SMALL, layers=layers), rank=None, learning_rate=1e-3), 4)
@@ -199,10 +210,10 @@ def test_all_weights_learn_alike_scanned_and_unrolled():
 
 
 def test_the_model_that_is_given_stays_as_it_is():
-    decoder = decoder_of(SMALL, read="slice")
+    decoder = decoder_of(ONE, read="slice")
     before = [np.array(a) for a in jax.tree.leaves(nnx.state(decoder))]
     training = trainer(decoder, rank=None)
-    training.step(0, rows(SMALL, 4))
+    training.step(0, rows(ONE, 4))
     after = [np.array(a) for a in jax.tree.leaves(nnx.state(decoder))]
     assert all((a == b).all() for a, b in zip(before, after, strict=True))
 

@@ -19,13 +19,12 @@ from gemlax.weights import build_decoder
 
 # (2 sliding, 1 full) twice, a scan in a scan; a width of 96 is whole groups of codes.
 _TINY = tiny(preset("gemma-3-270m"), num_hidden_layers=6).text
-SMALL = dataclasses.replace(
-    _TINY, hidden_size=96, layers=(*_TINY.layers[3:6], *_TINY.layers[3:6])
-)
+SMALL = dataclasses.replace(_TINY, hidden_size=96, layers=(*_TINY.layers[3:6], *_TINY.layers[3:6]))
 # One layer, where only the run around it matters.
 ONE = dataclasses.replace(SMALL, layers=SMALL.layers[:1])
-# Layers 13 and 14 of E2B are the donors of those after them.
-SHARING = tiny(preset("gemma-4-e2b"), num_hidden_layers=17).text
+# Four layers of E2B: a sliding and a full one that own K/V, and one of each that reads theirs.
+_E2B = tiny(preset("gemma-4-e2b")).text
+SHARING = dataclasses.replace(_E2B, layers=(*_E2B.layers[3:5], *_E2B.layers[18:20]))
 WIDTH = 48
 
 

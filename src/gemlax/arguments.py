@@ -47,8 +47,8 @@ gemlax convert makes floats of it again. A source that is quantised already is d
   gemlax tune train.jsonl --model gemma-3-1b-it/ --quantize nf4 --rank 16 --output tuned
   gemlax tune pairs.jsonl --dpo --beta 0.1 --output preferred
 
-A line of the data is {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}, and for
---dpo {"prompt": ..., "chosen": ..., "rejected": ...}. What the model says is learnt, not the prompts.
+A line of the data is {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}, and
+for --dpo {"prompt": ..., "chosen": ..., "rejected": ...}. What the model says is learnt, no prompt.
 The folder gets the adapter as peft writes it (with --full a model), log.jsonl, loss.png and
 checkpoints, from the last of which --resume goes on to the same losses.
 """,

@@ -371,7 +371,8 @@ def load(
         quantize: how matrices are held. "stored": the quantised ones as the file has them; "dense":
             decoded; "int8", "int4", "nf4": quantised now; or rules, see `quantization.Rules`. None:
             "stored" where native kernels run, which read codes faster than XLA reads floats, and
-            for a folder that gemlax quantised; "dense" elsewhere, and on a mesh.
+            for a folder that gemlax quantised; "dense" elsewhere. On a mesh "stored" is refused,
+            and codes are decoded by XLA.
         implementation: of products with stored weights and of attention: "xla", "cpu" (native
             kernels), or None: the kernels where they were built.
 
@@ -387,7 +388,12 @@ def load(
     check_rules(quantize)
     placed = None if mesh is None else sharding.make_mesh(mesh)
     if placed is not None and quantize not in (None, "dense"):
-        raise RequestError(f"quantize={quantize!r} needs one device: on a mesh weights are dense")
+        if quantize == "stored" or implementation == "cpu":
+            raise RequestError(
+                "a file's own codes and native kernels need one device; on a mesh quantize= takes "
+                "'int8', 'int4', 'nf4' or rules, and XLA decodes them"
+            )
+        implementation = "xla"
     with ops.implementation(implementation):
         native = ops.cpu.live() is not None
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:

@@ -1,8 +1,9 @@
 """Training data: lines of a JSONL file to ids and a mask of the tokens that are learnt.
 
 A line is {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}; for preferences
-{"prompt": ..., "chosen": ..., "rejected": ...}. The mask is made of ids, not of text: it covers what
-the model says and the token that ends its turn, and nothing that a user, a tool or the template says.
+{"prompt": ..., "chosen": ..., "rejected": ...}. The mask is made of ids, not of text: it covers
+what the model says and the token that ends its turn, and nothing that a user, a tool or the
+template says.
 """
 
 import hashlib
@@ -94,9 +95,7 @@ class Encoder:
         rest = [*self._tokenizer.encode(completion, add_bos=False), self._tokenizer.eos_id]
         return Example(start + rest, [False] * len(start) + [True] * len(rest))
 
-    def conversation(
-        self, messages: Any, tools: Any = None, *, last_only: bool = False
-    ) -> Example:
+    def conversation(self, messages: Any, tools: Any = None, *, last_only: bool = False) -> Example:
         """Encode a conversation that ends in an answer; all the model's turns are learnt.
 
         The last answer follows the very prompt that `Model.chat` would make of what is before it:

@@ -23,11 +23,11 @@ class Rows(NamedTuple):
     `labels` is the token that follows in the same text, and `weights` 1 where that is learnt.
     """
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray
+    tokens: Any  # of NumPy, or of JAX once they are on devices
+    positions: Any
+    segments: Any
+    labels: Any
+    weights: Any
 
 
 def pack(examples: Sequence[Example], width: int, *, several: bool = True) -> Rows:

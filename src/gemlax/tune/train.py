@@ -82,8 +82,8 @@ class Recipe:
         """
         optax = _optax()
         adam = optax.adamw(self.rate, weight_decay=self.weight_decay)
-        return adam if self.clip is None else optax.chain(
-            optax.clip_by_global_norm(self.clip), adam
+        return (
+            adam if self.clip is None else optax.chain(optax.clip_by_global_norm(self.clip), adam)
         )
 
 
@@ -121,7 +121,9 @@ class Trainer:
         self.full = decoder.adapter is None
         if self.full:
             if recipe.beta is not None:
-                raise RequestError("preferences are learnt by an adapter: its base is the reference")
+                raise RequestError(
+                    "preferences are learnt by an adapter: its base is the reference"
+                )
             decoder = _trainable(decoder)
         wanted = nnx.Param if self.full else nnx.LoRAParam
         parts: Any = nnx.split(decoder, wanted, ...)
@@ -142,8 +144,8 @@ class Trainer:
         self.optimizer_state = jax.jit(init, out_shardings=out)(self.values)
         bind = functools.partial(ops.cpu.bind, "xla" if mesh is not None else implementation)
         how: Any = {"donate_argnums": (0, 1)}
-        if self._places is not None:
-            how["out_shardings"] = (*self._places, sharding.replicated(self.mesh))
+        if mesh is not None and self._places is not None:
+            how["out_shardings"] = (*self._places, sharding.replicated(mesh))
         self.program = jax.jit(bind(self._step), **how)
         whole = None if mesh is None else sharding.replicated(mesh)
         self._evaluate = jax.jit(bind(self._totals), out_shardings=whole)
@@ -152,10 +154,18 @@ class Trainer:
         """Return how a mesh holds what is trained, and the optimizer's state beside it."""
         assert self.mesh is not None
         everywhere = sharding.replicated(self.mesh)
-        own = {
-            name: a.sharding if isinstance(a.sharding, NamedSharding) else everywhere
-            for name, a in self.values.items()
-        }
+        weights = dict(nnx.to_flat_state(self._frozen))
+        own: dict[str, Any] = {}
+        for name, (path, _) in self._variables.items():
+            own[name] = everywhere
+            base: Any = weights.get((*path[:-1], "weight"))
+            held = None if base is None else base.get_value()
+            if isinstance(self.values[name].sharding, NamedSharding):
+                own[name] = self.values[name].sharding
+            elif isinstance(held, QTensor):  # A and B as the codes are cut
+                spec = (*held.codes.sharding.spec, None, None, None)[: held.codes.ndim]
+                cut = (None, spec[-1]) if path[-1] == "lora_a" else (spec[-2], None)
+                own[name] = NamedSharding(self.mesh, PartitionSpec(*spec[:-2], *cut))
         state = jax.eval_shape(functools.partial(_with_optax, self._tx.init), self.values)
         placed = _optax().tree_map_params(
             self._tx, lambda _, how: how, state, own, transform_non_params=lambda _: everywhere
@@ -206,9 +216,7 @@ class Trainer:
         }
         return nnx.merge(self._graph, nnx.from_flat_state(flat), frozen)
 
-    def _step(
-        self, values: Values, state: Any, frozen: Any, number: jax.Array, batch: Rows
-    ) -> Any:
+    def _step(self, values: Values, state: Any, frozen: Any, number: jax.Array, batch: Rows) -> Any:
         """Sum the gradients over the parts of a batch, and change the weights once."""
         units = self._units(batch).sum()
         slope = jax.value_and_grad(self._loss, has_aux=True)
@@ -244,9 +252,8 @@ class Trainer:
         """Return what a loss is the mean of: tokens, or pairs that are no filling."""
         if self.recipe.beta is None:
             return rows.weights
-        return (rows.weights.sum(axis=-1) > 0).reshape(*rows.weights.shape[:-2], -1, 2)[
-            ..., 0
-        ].astype(jnp.float32)
+        chosen = rows.weights[..., 0::2, :]
+        return (chosen.sum(axis=-1) > 0).astype(jnp.float32)
 
     def _totals(self, values: Values, frozen: Any, rows: Rows, key: Any = None) -> Any:
         """Return sums over rows: loss, tokens or pairs, and pairs that are told right."""
