@@ -99,6 +99,21 @@ def test_gradients_equal_the_reference(weights, way):
         np.testing.assert_allclose(gradient, reference, atol=2e-4)
 
 
+def test_gradients_beside_frozen_experts_equal_the_reference(weights):
+    x, share, ids = routed(12)
+    stacks = [jnp.stack([jnp.zeros_like(w), w]) for w in weights]
+    slope = draw(12, HIDDEN)
+
+    def loss(x, share, way, held):
+        return (ops.experts(x, share, ids, *held, implementation=way) * slope).sum()
+
+    expected = jax.grad(loss, argnums=(0, 1))(x, share, "dense", weights)
+    held = [At(stack, jnp.int32(1)) for stack in stacks]
+    found = jax.grad(loss, argnums=(0, 1))(x, share, "sorted", held)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
 def test_gathering_takes_memory_for_one_expert_however_many_there_are():
     temporaries = {}
     for count in (16, 128):

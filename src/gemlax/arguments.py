@@ -117,6 +117,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         choices=["xla", "cpu"],
         help="cpu: the native kernels, or an error; default: the kernels where they were built",
     )
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter, as peft writes it")
     parser.add_argument(
         "--compilation-cache",
         metavar="DIR",
@@ -214,6 +215,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
 def _add_source_and_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="folder, .gguf file or name")
     parser.add_argument("target", type=Path, help="a new folder, in one that exists")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter, added to the weights")
     parser.add_argument("--overwrite", action="store_true", help="replace the model at the target")
     parser.add_argument("--json", action="store_true", help="one JSON line on stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -251,7 +253,7 @@ def _add_case(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--tiny", action="store_true", help="its layers at toy width, random")
     parser.set_defaults(compilation_cache=None, mesh=None, coordinator=None)
     parser.set_defaults(num_processes=None, process_id=None, kv_cache=None)
-    parser.set_defaults(quantize=None, implementation=None)
+    parser.set_defaults(quantize=None, implementation=None, adapter=None)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--layers", choices=["scan", "unroll"], help="default: the faster one")
     parser.add_argument("--cache", choices=["stacked", "list", "paged"], default="stacked")

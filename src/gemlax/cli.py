@@ -240,11 +240,21 @@ def _rewrite(
         how = options(source.config)
         try:
             done = checkpoints.convert(
-                source, args.target, overwrite=args.overwrite, progress=progress, **how
-            )
+                source, args.target, overwrite=args.overwrite, progress=progress,
+                change=_merging(args, source.config), **how,
+            )  # fmt: skip
         except FileExistsError as error:
             raise Error(str(error).replace("pass overwrite=True", "pass --overwrite")) from error
     return done, round(time.perf_counter() - begin, 3)
+
+
+def _merging(args: argparse.Namespace, config: Any) -> Callable[[str], Any] | None:
+    """Return what gives the update of each weight by the adapter that was asked for."""
+    if args.adapter is None:
+        return None
+    from gemlax import adapters
+
+    return adapters.updates(adapters.read_folder(args.adapter, config.text))
 
 
 def _write_rewritten(args: argparse.Namespace, done: Any, seconds: float, **more: Any) -> None:
@@ -475,6 +485,7 @@ def _load(args: argparse.Namespace) -> Any:
         return gemlax.load(
             name, dtype=args.dtype, layers=args.layers, progress=progress, mesh=args.mesh,
             kv_cache=args.kv_cache, quantize=args.quantize, implementation=args.implementation,
+            adapters=args.adapter,
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from gemlax.adapters import DEFAULT, entries
 from gemlax.config import GemmaConfig
 from gemlax.errors import RequestError
 from gemlax.generate import STOP_PLACES, DecodeState, Engine, Rows
@@ -43,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "max_new_tokens": 256, "context": None, "temperature": None, "top_k": None, "top_p": None,
     "min_p": None, "repetition_penalty": None, "presence_penalty": 0.0, "frequency_penalty": 0.0,
     "logit_bias": None, "seed": 0, "stop": (), "stop_ids": (), "logprobs": None,
+    "adapter": DEFAULT,
 }  # fmt: skip
 _FROM_CONFIG = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
                 "repetition_penalty": 1.0}  # fmt: skip
@@ -71,6 +73,7 @@ class Request:
         self.stop = self._stop_strings()
         self.stop_ids = self._stop_ids(generation_config)
         self.num_logprobs = self._num_logprobs()
+        self.adapters = entries(engine.adapters, self.options["adapter"], len(prompts))
         self.settings = self._settings(generation_config)
         # Per row what says that a stop string was met; a chat puts its own parser here.
         self.streams: list[Any] = [
@@ -91,6 +94,7 @@ class Request:
             self.stop_ids,
             logprobs=self.num_logprobs is not None,
             before=before,
+            adapters=self.adapters,
         )
         steps = self.engine.steps(state, limits, self.settings, sizes)
         ended: np.ndarray | None = None

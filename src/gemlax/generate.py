@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from gemlax import ops, sampling, sharding
+from gemlax.adapters import choose
 from gemlax.cache import Caches, holds, mark, new_caches, resume, round_capacity
 from gemlax.config import CHUNK, Kind, TextConfig
 from gemlax.decoder import Decoder
@@ -56,6 +57,7 @@ class Limits(NamedTuple):
     prompts: Any  # [B]
     ends: Any  # [B]
     stop_ids: Any  # [STOP_PLACES], filled with -1
+    adapters: Any = None  # [B], entries of the tables of adapters; None: there are none
 
 
 class Rows(NamedTuple):
@@ -95,15 +97,17 @@ class Engine:
         mesh: Mesh | None = None,
         storage: Storage = None,
         implementation: ops.Implementation | None = None,
+        adapters: Sequence[str] = (),
     ):
         """`num_tokens`: ids from here on are never sampled (rows without a token).
 
         On a `mesh`, that of the weights, caches are cut by rows and heads, all else is replicated.
         `storage` is that of the caches (`new_caches`), `implementation` that of stored weights and
-        attention (`ops.implementation`).
+        attention (`ops.implementation`). `adapters` are those of the decoder's tables, in order.
         """
         self.config, self.dtype, self.mesh = decoder.config, dtype, mesh
         self.storage: Storage = storage
+        self.adapters = tuple(adapters)
         self.num_tokens = num_tokens
         self.counters = Counters()
         graphdef, self._weights = nnx.split(decoder)
@@ -145,12 +149,14 @@ class Engine:
         *,
         logprobs: bool = False,
         before: DecodeState | None = None,
+        adapters: Sequence[int] = (),
     ) -> tuple[DecodeState, Limits]:
         """Prefill the prompts (each with at least one id) and return what `steps` needs.
 
         Rows beyond the prompts fill the batch up to its bucket; they are done from the start.
         `before` is a state of as many rows, which is used up: what its caches hold of the same
-        beginning of each prompt is not prefilled again.
+        beginning of each prompt is not prefilled again; it took the same adapters. `adapters` are
+        the entries of the decoder's tables that the prompts take; 0 is none.
         """
         batch = self.rows(len(prompts))
         max_new_tokens = min(max_new_tokens, context)
@@ -179,7 +185,8 @@ class Engine:
                 before.caches,
                 self.put(kept),
             )
-        caches = self._fill(caches, tokens, kept, filled)
+        rows = self._entries(batch, adapters)
+        caches = self._fill(caches, tokens, kept, filled, rows)
         state = DecodeState(
             caches=caches,
             tokens=self.put(tokens),
@@ -191,7 +198,15 @@ class Engine:
         )
         stops = np.full(STOP_PLACES, -1, np.int32)
         stops[: len(stop_ids)] = list(stop_ids)
-        return state, self.put(Limits(lengths, ends, stops))
+        return state, self.put(Limits(lengths, ends, stops))._replace(adapters=rows)
+
+    def _entries(self, batch: int, adapters: Sequence[int]) -> Array | None:
+        """Return the entry of the tables of adapters of each row; None: there are no tables."""
+        if not self.adapters:
+            return None
+        chosen = np.zeros(batch, np.int32)
+        chosen[: len(adapters)] = list(adapters)
+        return self.put(chosen)
 
     def _holds(self, caches: Caches, kept: np.ndarray) -> np.ndarray:
         check: Any = functools.partial(holds, self.config)
@@ -200,7 +215,12 @@ class Engine:
         return np.asarray(check(caches, self.put(kept)))
 
     def _fill(
-        self, caches: Caches, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray
+        self,
+        caches: Caches,
+        tokens: np.ndarray,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        adapters: Array | None,
     ) -> Caches:
         """Prefill the tokens from `starts` up to `lengths` of each row, in chunks."""
         capacity = tokens.shape[1]
@@ -216,7 +236,7 @@ class Engine:
             chunk = np.where(valid, tokens[:, np.minimum(columns, capacity - 1)], 0)
             chunk = chunk.astype(np.int32)
             positions = np.where(valid, columns[None], ops.EMPTY).astype(np.int32)
-            args = (self._weights, *self._by_rows((chunk, positions)), caches)
+            args = (self._weights, *self._by_rows((chunk, positions)), caches, adapters)
             program = self._program("prefill", self._prefill, (*chunk.shape, capacity), args, 3)
             caches = program(*args)
             self.counters.prefill_calls += 1
@@ -312,9 +332,12 @@ def _prefill(
     tokens: Array,
     positions: Array,
     caches: Caches,
+    adapters: Array | None = None,
 ) -> Caches:
     """Write one chunk into the caches. The hidden states are dropped, and what makes only them."""
-    return _run(nnx.merge(graphdef, weights), mesh, tokens, positions, caches)[1]
+    decoder = nnx.merge(graphdef, weights)
+    choose(decoder, adapters)
+    return _run(decoder, mesh, tokens, positions, caches)[1]
 
 
 def _run(
@@ -352,6 +375,7 @@ def _decode(
 ) -> DecodeState:
     """Run up to `steps` decode steps on the device; stop early when every row is done."""
     decoder = nnx.merge(graphdef, weights)
+    choose(decoder, limits.adapters)
 
     def more(carry: tuple[Array, DecodeState]) -> Array:
         return (carry[0] < steps) & ~jnp.all(carry[1].done)

@@ -14,14 +14,17 @@ from flax import nnx, traverse_util
 from flax.core import meta, unfreeze
 from jaxtyping import Array, Float, Int
 
+from gemlax import adapters
 from gemlax import decoder as blocks
 from gemlax.config import TextConfig
 from gemlax.decoder import Layers, Read
 from gemlax.errors import CheckpointError
+from gemlax.layers import Linear
 from gemlax.weights import abstract_decoder
 
 __all__ = ["Decoder", "to_linen", "to_nnx"]
 
+_LORA, _SCALE = "lora", "lora_scale"
 _SHOWN = 8  # wrong leaves named in one error
 
 
@@ -34,7 +37,9 @@ class Decoder(nn.Module):
         logits = model.apply(variables, hidden, method="logits")
 
     `nn.get_partition_spec(variables)` gives the logical axes: "layers" first where layers are
-    stacked. With `read="slice"` the base can be trained; `read="index"` is for decoding.
+    stacked. With `read="slice"` the base can be trained; `read="index"` is for decoding and for
+    adapters. An adapter is a collection "lora", which alone is trained then, beside "lora_scale":
+    `to_linen` makes both of a decoder that has one, and without them the base runs.
 
     Raises:
         CheckpointError: on `apply`, a parameter that is missing, unknown or of another shape.
@@ -57,8 +62,15 @@ class Decoder(nn.Module):
         given = _leaves(self.variables.get("params", {}))
         _check(given, {_key(path): v.get_value().shape for path, v in variables.items()})
         filled = {path: v.replace(given[_key(path)]) for path, v in variables.items()}
+        lora = {name: _leaves(self.variables.get(name, {})) for name in (_LORA, _SCALE)}
+
+        def decoder() -> Any:
+            whole = nnx.merge(graphdef, nnx.from_flat_state(filled))
+            _put_adapter(whole, lora[_LORA] | lora[_SCALE])
+            return whole
+
         # In a function, or Linen would take it for a submodule of its own.
-        self._decoder: Callable[[], Any] = lambda: nnx.merge(graphdef, nnx.from_flat_state(filled))
+        self._decoder: Callable[[], Any] = decoder
 
     def __call__(
         self,
@@ -102,24 +114,57 @@ class _LiftedScan:
 def to_linen(decoder: Any, layers: Layers | None = None) -> dict[str, Any]:
     """Return the variables of `linen.Decoder` that hold the weights of an NNX decoder.
 
+    Weights are in "params", an adapter's A and B in "lora" at the same paths, and what they are
+    multiplied with in "lora_scale".
+
     Args:
         decoder: a `gemlax.Decoder`, such as `gemlax.load(...).decoder`; the arrays are shared.
     """
     if isinstance(decoder, blocks.Decoder):
         layers = "scan" if decoder.scanned else "unroll"
         decoder = nnx.state(decoder)
-    boxed = {}
+    boxed: dict[tuple[str, ...], Any] = {}
     for path, variable in nnx.to_flat_state(decoder):
         stacked = layers == "scan" and path[0] == "layers"
         axes = (*(("layers",) if stacked else ()), *variable.get_metadata()["axes"])
-        boxed[_key(path)] = nn.LogicallyPartitioned(variable.get_value(), names=axes)
-    return {"params": traverse_util.unflatten_dict(boxed)}
+        kind = type(variable)
+        collection = {nnx.LoRAParam: _LORA, adapters.LoRAScale: _SCALE}.get(kind, "params")
+        boxed[(collection, *_key(path))] = nn.LogicallyPartitioned(variable.get_value(), names=axes)
+    return traverse_util.unflatten_dict(boxed)
 
 
-def to_nnx(module: Decoder, variables: Mapping[str, Any]) -> blocks.Decoder:
-    """Return an NNX decoder that holds the parameters of `module`."""
+def to_nnx(
+    module: Decoder, variables: Mapping[str, Any], adapter: adapters.Adapter | None = None
+) -> blocks.Decoder:
+    """Return an NNX decoder that holds the parameters of `module`.
+
+    Args:
+        adapter: the record of what is in "lora", that `adapters.save` and `merge` need.
+    """
     bound: Any = module.apply(variables, method=lambda bound: bound._decoder())
+    bound.adapter = adapter
     return bound
+
+
+def _put_adapter(decoder: Any, leaves: dict[tuple[str, ...], Any]) -> None:
+    """Put the leaves of an adapter on the projections that they are for."""
+    if not leaves:
+        return
+    linears = {_key(p): m for p, m in nnx.iter_modules(decoder) if isinstance(m, Linear)}
+    names = ("lora_a", "lora_b", "lora_scale")
+    wrong = [p for p in leaves if p[:-1] not in linears or p[-1] not in names]
+    for path in {path[:-1] for path in leaves} - {path[:-1] for path in wrong}:
+        parts = [leaves.get((*path, name)) for name in names]
+        if any(part is None for part in parts):
+            wrong += [(*path, n) for n, part in zip(names, parts, strict=True) if part is None]
+            continue
+        adapters.hold(linears[path], *parts)
+    if wrong:
+        shown = ", ".join(sorted("/".join(path) for path in wrong)[:_SHOWN])
+        raise CheckpointError(
+            f"the adapter does not fit the decoder: {shown} is missing or unknown; it needs "
+            'lora_a and lora_b in "lora" and lora_scale in "lora_scale" for each projection'
+        )
 
 
 def _leaves(tree: Any) -> dict[tuple[str, ...], Any]:

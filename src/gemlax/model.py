@@ -14,8 +14,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from gemlax import adapters as lora
 from gemlax import checkpoints, ops, sharding
 from gemlax import tokenizer as tokenizers
+from gemlax.adapters import DEFAULT, Choice
 from gemlax.chat import ChatFormat, Message
 from gemlax.checkpoints import gguf
 from gemlax.completion import Completion, Request, Stream
@@ -65,6 +67,7 @@ class Model:
         mesh: over which the decoder's weights lie, or None.
         kv_cache: how caches are held, as for `load`.
         implementation: of stored weights and of attention, as for `load`.
+        adapters: by name, those that `generate(adapter=...)` chooses from; `load` puts them there.
     """
 
     def __init__(
@@ -78,7 +81,9 @@ class Model:
         mesh: Mesh | None = None,
         kv_cache: Storage = None,
         implementation: ops.Implementation | None = None,
+        adapters: Mapping[str, lora.Stored] | None = None,
     ):
+        self.adapters = dict(adapters or {})
         self.implementation = implementation
         self.config, self.decoder, self.tokenizer = config, decoder, tokenizer
         self.chat_template = chat_template
@@ -88,12 +93,16 @@ class Model:
         known = tokenizer.num_tokens if tokenizer else config.text.vocab_size
         self.engine = Engine(
             decoder, num_tokens=min(known, config.text.vocab_size), dtype=self.dtype, mesh=mesh,
-            storage=kv_cache, implementation=implementation,
+            storage=kv_cache, implementation=implementation, adapters=tuple(self.adapters),
         )  # fmt: skip
         graphdef, self._state = nnx.split(decoder)
 
         def jit(function: Callable[..., Array], **options: Any) -> Callable[..., Array]:
-            whole = lambda state, *args: function(nnx.merge(graphdef, state), *args)  # noqa: E731
+            def whole(state: Any, tokens: Array, positions: Array, rows: Array | None) -> Array:
+                decoder = nnx.merge(graphdef, state)
+                lora.choose(decoder, rows)
+                return function(decoder, tokens, positions)
+
             return jax.jit(ops.cpu.bind(implementation, whole), **options)
 
         self._hidden = jit(lambda decoder, *args: decoder(*args)[0])
@@ -104,20 +113,35 @@ class Model:
         )
 
     def hidden(
-        self, tokens: Int[Any, "B T"], lengths: Sequence[int] | None = None
+        self,
+        tokens: Int[Any, "B T"],
+        lengths: Sequence[int] | None = None,
+        *,
+        adapter: Choice = DEFAULT,
     ) -> Float[Array, "B T D"]:
         """Return the hidden states after the final norm; rows are right-padded to `lengths`."""
-        return self._hidden(self._state, *self._padded(tokens, lengths))
+        padded = self._padded(tokens, lengths)
+        return self._hidden(self._state, *padded, self._entries(adapter, len(padded[0])))
 
     def logits(
-        self, tokens: Int[Any, "B T"], lengths: Sequence[int] | None = None
+        self,
+        tokens: Int[Any, "B T"],
+        lengths: Sequence[int] | None = None,
+        *,
+        adapter: Choice = DEFAULT,
     ) -> Float[Array, "B T V"]:
         """Return float32 logits, without a cache; rows are right-padded to `lengths`.
 
         Raises:
-            RequestError: tokens that are not ids of [B, T], or lengths that do not fit.
+            RequestError: tokens that are not ids of [B, T], lengths that do not fit, or an adapter
+                that is not there.
         """
-        return self._logits(self._state, *self._padded(tokens, lengths))
+        padded = self._padded(tokens, lengths)
+        return self._logits(self._state, *padded, self._entries(adapter, len(padded[0])))
+
+    def _entries(self, adapter: Choice, batch: int) -> Array | None:
+        chosen = lora.entries(tuple(self.adapters), adapter, batch)
+        return self.engine.put(np.asarray(chosen, np.int32)) if self.adapters else None
 
     def _padded(self, tokens: Any, lengths: Any) -> tuple[Array, Array]:
         ids = np.asarray(tokens)
@@ -136,7 +160,11 @@ class Model:
         return self.engine.put((np.where(valid, ids, 0).astype(np.int32), positions))
 
     def score(
-        self, texts: str | Sequence[str] | Sequence[Sequence[int]], *, window: int = _SCORE_WINDOW
+        self,
+        texts: str | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        window: int = _SCORE_WINDOW,
+        adapter: str | None = DEFAULT,
     ) -> Score | list[Score]:
         """Return the log-likelihood of each text, given its first token (BOS for a str).
 
@@ -148,10 +176,11 @@ class Model:
         window = min(window, self.config.text.max_position_embeddings)
         if window < 2:
             raise RequestError(f"window must be at least 2 tokens, got {window}")
-        totals = [self._score_one(np.asarray(ids, np.int32), window) for ids in prompts]
+        rows = self._entries(adapter, 1)
+        totals = [self._score_one(np.asarray(ids, np.int32), window, rows) for ids in prompts]
         return totals[0] if isinstance(texts, str) else totals
 
-    def _score_one(self, ids: np.ndarray, window: int) -> Score:
+    def _score_one(self, ids: np.ndarray, window: int, rows: Array | None) -> Score:
         total, count, scored = 0.0, 0, 1
         bos = ids[:1] if ids[0] == self.config.bos_token_id else ids[:0]
         while scored < len(ids):
@@ -162,7 +191,7 @@ class Model:
             row = np.zeros((1, width), np.int32)
             row[0, : len(piece)] = piece
             tokens, positions = self._padded(row, [len(piece)])
-            logprobs = np.asarray(self._score(self._state, tokens, positions), np.float64)[0]
+            logprobs = np.asarray(self._score(self._state, tokens, positions, rows), np.float64)[0]
             new = end - scored
             total += float(logprobs[len(piece) - 1 - new : len(piece) - 1].sum())
             count += end - scored
@@ -187,6 +216,7 @@ class Model:
         stop: str | Sequence[str] = (),
         stop_ids: Sequence[int] = (),
         logprobs: int | None = None,
+        adapter: Choice = DEFAULT,
     ) -> Completion | list[Completion]:
         """Continue a prompt, or several at once.
 
@@ -203,6 +233,8 @@ class Model:
             stop: strings that end the text; they are not part of it.
             stop_ids: ids that end a row, besides those of the checkpoint.
             logprobs: also return the log-probability of each token and the n (0 to 20) likeliest.
+            adapter: the name of one that was loaded, or a list with one for each prompt; None: the
+                base. Without it, the adapter called "default", if there is one.
 
         Raises:
             RequestError: a setting outside its range, or a prompt that does not fit.
@@ -353,13 +385,13 @@ def load(
     kv_cache: Storage = None,
     quantize: Rules | None = None,
     implementation: ops.Implementation | None = None,
+    adapters: str | Path | Mapping[str, str | Path] | None = None,
 ) -> Model:
     """Load a model from a folder, a GGUF file, or a name; nothing is downloaded.
 
     Args:
         path_or_name: a folder (Hugging Face safetensors, Google's Orbax), a `.gguf` file, "demo"
-            (Gemma 3 270M from the `demo` extra), or a Hugging Face name that is in the local
-            cache (the `hub` extra).
+            (the `demo` extra), or a Hugging Face name that is in the local cache (the `hub` extra).
         dtype: of weights and activations; None: float32 on CPU, bfloat16 elsewhere.
         layers: "scan", "unroll", or None for the faster one of this backend.
         progress: told (bytes filled, bytes in all).
@@ -375,25 +407,21 @@ def load(
             and codes are decoded by XLA.
         implementation: of products with stored weights and of attention: "xla", "cpu" (native
             kernels), or None: the kernels where they were built.
+        adapters: a folder as peft writes it, or several by name: `generate(adapter=)` chooses.
 
     Raises:
         NotImplementedError: `implementation="cpu"` without kernels.
         FileNotFoundError: no such path, or a name that is not here.
         CheckpointError: a damaged file, or tensors that do not fit the config.
         UnsupportedError: another architecture or format.
-        RequestError: an option out of range, or a mesh that does not fit devices or weights.
+        RequestError: an option out of range, an unfit mesh, or an adapter of another base.
     """
     dtype = jnp.dtype(_default_dtype() if dtype is None else dtype)
     _check_options(dtype, layers, kv_cache, implementation)
     check_rules(quantize)
-    placed = None if mesh is None else sharding.make_mesh(mesh)
+    placed = None if mesh is None else _mesh(mesh, quantize, implementation)
     if placed is not None and quantize not in (None, "dense"):
-        if quantize == "stored" or implementation == "cpu":
-            raise RequestError(
-                "a file's own codes and native kernels need one device; on a mesh quantize= takes "
-                "'int8', 'int4', 'nf4' or rules, and XLA decodes them"
-            )
-        implementation = "xla"
+        implementation = "xla"  # no kernel reads codes that are cut over devices
     with ops.implementation(implementation):
         native = ops.cpu.live() is not None
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
@@ -403,12 +431,34 @@ def load(
             source.config.text, source.read, dtype=dtype, layers=layers, progress=progress,
             mesh=placed, codes=codes_of(source, quantize or ("stored" if as_stored else "dense")),
         )  # fmt: skip
-        tokenizer = source.tokenizer()
-        if tokenizer is None:
+        if (tokenizer := source.tokenizer()) is None:
             _log.info("%s has no tokenizer: ids in, ids out", source.source)
-        defaults, template = source.generation_config, source.chat_template
-        ways: dict[str, Any] = {"kv_cache": kv_cache, "implementation": implementation}
-        return Model(source.config, decoder, tokenizer, defaults, template, mesh=placed, **ways)
+        return Model(
+            source.config, decoder, tokenizer, source.generation_config, source.chat_template,
+            mesh=placed, kv_cache=kv_cache, implementation=implementation,
+            adapters=_load_adapters(decoder, adapters),
+        )  # fmt: skip
+
+
+def _mesh(mesh: Any, quantize: Rules | None, implementation: Any) -> Mesh:
+    if quantize == "stored" or (quantize not in (None, "dense") and implementation == "cpu"):
+        raise RequestError(
+            "a file's own codes and native kernels need one device; on a mesh quantize= takes "
+            "'int8', 'int4', 'nf4' or rules, and XLA decodes them"
+        )
+    return sharding.make_mesh(mesh)
+
+
+def _load_adapters(decoder: Decoder, folders: Any) -> dict[str, lora.Stored]:
+    """Read adapters and put them on a decoder as tables."""
+    if not folders:
+        return {}
+    named = dict(folders) if isinstance(folders, Mapping) else {DEFAULT: folders}
+    stored = {name: lora.read_folder(folder, decoder.config) for name, folder in named.items()}
+    for one in stored.values():
+        lora.check_same_base(one, decoder)
+    lora.put_tables(decoder, stored)
+    return stored
 
 
 def _check_options(dtype: Any, layers: Any, kv_cache: Any, implementation: Any) -> None:
@@ -455,6 +505,8 @@ def quantize(model: Model, rules: Rules) -> Model:
         raise RequestError("quantize='stored' is for load: a model in memory has no file")
     if model.mesh is not None:
         raise RequestError("a model on a mesh cannot be quantised: load it with quantize=")
+    if any(lora.adapted(model.decoder)):
+        raise RequestError("a model with adapters cannot be quantised: load it with quantize=")
     old, read = model.decoder, weight_reader(model.decoder)
 
     def fill(name: str, out: np.ndarray) -> None:
@@ -488,12 +540,17 @@ def save(
     Raises:
         FileExistsError: `path` exists and is not an empty folder, unless `overwrite`.
         OSError: it cannot be written; nothing is left behind.
-        RequestError: `keep_codes` of a model that has none.
+        RequestError: `keep_codes` of a model that has none, or a model with adapters.
         UnsupportedError: the model is spread over several processes.
     """
     if jax.process_count() > 1:
         raise UnsupportedError(
             "a model that several processes hold cannot be saved; load it in one"
+        )
+    if any(lora.adapted(model.decoder)):
+        raise RequestError(
+            "the model has adapters, which its weights do not show: gemlax.adapters.merge adds one "
+            "to them, gemlax.adapters.save writes one by itself"
         )
     formats = held_formats(model.decoder) if keep_codes else {}
     if keep_codes and not formats:

@@ -1,35 +1,50 @@
-"""LoRA adapters: on a decoder, merged into it, and exchanged with peft."""
+"""LoRA adapters: on a decoder, merged into it, several in one batch, and exchanged with peft."""
 
 from gemlax.adapters.attach import (
     Kept,
     LoRAScale,
+    adapted,
     attach,
     detach,
     dropout,
+    hold,
     lora_enabled,
     merge,
     put,
     read,
     unmerge,
 )
-from gemlax.adapters.peft import restore, save
-from gemlax.adapters.rules import Adapter, Module, Rule, Rules
+from gemlax.adapters.peft import Stored, check_same_base, read_folder, restore, save, updates
+from gemlax.adapters.rules import Adapter, Module, Rule, Rules, resolve
+from gemlax.adapters.tables import DEFAULT, Choice, choose, entries, put_tables
 
 __all__ = [
+    "DEFAULT",
     "Adapter",
+    "Choice",
     "Kept",
     "LoRAScale",
     "Module",
     "Rule",
     "Rules",
+    "Stored",
+    "adapted",
     "attach",
+    "check_same_base",
+    "choose",
     "detach",
     "dropout",
+    "entries",
+    "hold",
     "lora_enabled",
     "merge",
     "put",
+    "put_tables",
     "read",
+    "read_folder",
+    "resolve",
     "restore",
     "save",
     "unmerge",
+    "updates",
 ]

@@ -32,6 +32,7 @@ __all__ = [
     "attach",
     "detach",
     "dropout",
+    "hold",
     "lora_enabled",
     "merge",
     "places",
@@ -148,9 +149,14 @@ def set_parts(decoder: Decoder, place: Place, a: Any, b: Any, scale: Any) -> Non
 
         a, b = cut(a, a_axes), cut(b, b_axes)
         scale = jax.device_put(scale, sharding.replicated(mesh))
-    linear: Any = place.linear
-    linear.lora_a = nnx.LoRAParam(a, axes=a_axes)
-    linear.lora_b = nnx.LoRAParam(b, axes=b_axes)
+    hold(place.linear, a, b, scale, front=front)
+
+
+def hold(linear: Any, a: Any, b: Any, scale: Any, *, front: int = 0) -> None:
+    """Set the variables of a `Linear`; `front` is 1 for tables, which have an axis of entries."""
+    out_axis, in_axis = linear.weight.get_metadata()["axes"]
+    linear.lora_a = nnx.LoRAParam(a, axes=(*(None,) * front, None, in_axis))
+    linear.lora_b = nnx.LoRAParam(b, axes=(*(None,) * front, out_axis, None))
     linear.lora_scale = LoRAScale(scale, axes=(None,) * front)
 
 
@@ -270,7 +276,8 @@ def merge(decoder: Decoder) -> Kept:
     """Add the adapter to the weights of a decoder, in place; return what `unmerge` takes.
 
     A weight that is changed becomes floats in the dtype of the decoder, rounded once. The base is
-    kept as long as the result is.
+    kept as long as the result is. Only what is put together from the decoder later is merged, so
+    make a `gemlax.Model` of it afterwards.
     """
     adapter = adapter_of(decoder)
     dtype = decoder.norm.weight.get_value().dtype

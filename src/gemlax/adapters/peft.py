@@ -9,7 +9,7 @@ import collections
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,16 @@ from gemlax.config import TextConfig
 from gemlax.decoder import Decoder
 from gemlax.errors import CheckpointError, RequestError, UnsupportedError
 
-__all__ = ["CONFIG", "WEIGHTS", "Stored", "read_folder", "restore", "save"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "Stored",
+    "check_same_base",
+    "read_folder",
+    "restore",
+    "save",
+    "updates",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -241,6 +250,20 @@ def read_folder(folder: str | Path, config: TextConfig) -> Stored:
         modules.append(Module(name, a.shape[0], alpha, float(rate), shape))
     adapter = Adapter(tuple(modules), bool(said.get("use_rslora")))
     return Stored(folder, adapter, values, own.get("base", {}))
+
+
+def updates(stored: Stored) -> Callable[[str], np.ndarray | None]:
+    """Return what gives the update to a weight by canonical name, or None where there is none."""
+    modules = {f"{module.name}.weight": module for module in stored.adapter}
+
+    def update(name: str) -> np.ndarray | None:
+        module = modules.get(name)
+        if module is None:
+            return None
+        a, b = stored.values[module.name]
+        return b @ a * np.float32(stored.adapter.scale(module))
+
+    return update
 
 
 def _check_config(said: Mapping[str, Any], path: Path) -> None:

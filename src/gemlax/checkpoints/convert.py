@@ -26,6 +26,7 @@ __all__ = ["Converted", "convert", "generation_ids", "write_tokenizer"]
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
 
 Progress = Callable[[int, int], None]
+Change = Callable[[str], np.ndarray | None]
 
 
 class Converted(NamedTuple):
@@ -46,6 +47,7 @@ def convert(
     formats: Formats | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    change: Change | None = None,
 ) -> Converted:
     """Write `source` as a folder that transformers and gemlax read; all of it or nothing.
 
@@ -59,6 +61,7 @@ def convert(
         formats: of those matrices that are quantised, by canonical name (`quantization`).
         overwrite: replace a folder that holds a model.
         progress: told (bytes written, bytes in all) after each weight.
+        change: gives what is added to a weight, in float32, by canonical name; None: nothing.
 
     Raises:
         CheckpointError: the tensors of `source` do not fit its config, or `formats` its weights;
@@ -85,7 +88,7 @@ def convert(
     save_safetensors(
         target,
         config,
-        _weights(source, DTYPES[name], own, nbytes, progress),
+        _weights(source, DTYPES[name], own, nbytes, progress, change),
         generation_config=generation_ids(config) | source.generation_config,
         formats=own,
         write_tokenizer=functools.partial(write_tokenizer, tokenizer, template),
@@ -114,12 +117,22 @@ def write_tokenizer(tokenizer: Tokenizer | None, template: str | None, folder: P
 
 
 def _weights(
-    source: Checkpoint, dtype: np.dtype, formats: Formats, nbytes: int, progress: Progress | None
+    source: Checkpoint,
+    dtype: np.dtype,
+    formats: Formats,
+    nbytes: int,
+    progress: Progress | None,
+    change: Change | None,
 ) -> Iterator[tuple[str, np.ndarray | Coded]]:
     done = 0
     for name, shape in text_weights(source.config.text).items():
-        array = np.empty(shape, np.float32 if name in formats else dtype)
+        added = None if change is None else change(name)
+        wide = name in formats or added is not None
+        array = np.empty(shape, np.float32 if wide else dtype)
         source.read(name, array)
+        if added is not None:
+            array += added
+            array = array if name in formats else array.astype(dtype)
         if name in formats:
             try:
                 coded = Coded(formats[name], *encode(array, formats[name]))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from gemlax.ops.basic import geglu, rms_norm
 from gemlax.ops.matmul import product
-from gemlax.qtensor import Weight, dense, num_parts, num_rows, take, take_each
+from gemlax.qtensor import At, Weight, dense, is_stored, num_parts, num_rows, take, take_each
 
 __all__ = ["Implementation", "experts", "route"]
 
@@ -122,6 +122,13 @@ def _sorted(x: Array, weights: Array, ids: Array, gate_up: Weight, down: Weight)
     Blocks that stay empty are skipped.
     """
     ends, blocks = _blocks(weights, ids, num_rows(gate_up), _BLOCK)
+    frozen = all(isinstance(w, At) or is_stored(w) for w in (gate_up, down))
+    run = _frozen_blocks if frozen else _run_blocks
+    return run(x, blocks, ends[-1], gate_up, down)
+
+
+def _run_blocks(x: Array, blocks: "_Block", count: Array, gate_up: Weight, down: Weight) -> Array:
+    """Run the first `count` blocks; float32."""
 
     def step(total: Array, inputs: tuple[Array, _Block]) -> tuple[Array, None]:
         index, (expert, row, share) = inputs
@@ -130,11 +137,46 @@ def _sorted(x: Array, weights: Array, ids: Array, gate_up: Weight, down: Weight)
             out = _expert(x[row], take(gate_up, expert), take(down, expert))
             return total.at[row].add(out * share[:, None])
 
-        return jax.lax.cond(index < ends[-1], run, lambda total: total, total), None
+        return jax.lax.cond(index < count, run, lambda total: total, total), None
 
     start = jnp.zeros(x.shape, jnp.float32)
-    numbers = jnp.arange(len(blocks.expert), dtype=jnp.int32)
-    return jax.lax.scan(step, start, (numbers, blocks))[0]
+    return jax.lax.scan(step, start, (_numbers(blocks), blocks))[0]
+
+
+def _numbers(blocks: "_Block") -> Array:
+    return jnp.arange(len(blocks.expert), dtype=jnp.int32)
+
+
+# With experts that have no gradient: for the backward pass nothing of them is kept.
+_frozen_blocks = jax.custom_vjp(_run_blocks)
+
+
+def _frozen_forward(*args: Any) -> tuple[Array, Any]:
+    return _run_blocks(*args), args
+
+
+def _frozen_backward(kept: Any, slopes: Array) -> tuple[Any, ...]:
+    """Run each block once more, and back."""
+    x, blocks, count, gate_up, down = kept
+
+    def step(total: Array, inputs: tuple[Array, _Block]) -> tuple[Array, Array]:
+        index, (expert, row, share) = inputs
+
+        def run(total: Array) -> tuple[Array, Array]:
+            held = take(gate_up, expert), take(down, expert)
+            out, pull = jax.vjp(lambda rows: _expert(rows, *held), x[row])
+            slope = slopes[row]
+            (back,) = pull(slope * share[:, None])
+            return total.at[row].add(back.astype(total.dtype)), (out * slope).sum(axis=-1)
+
+        return jax.lax.cond(index < count, run, lambda t: (t, jnp.zeros_like(share)), total)
+
+    start = jnp.zeros(x.shape, jnp.float32)
+    total, shares = jax.lax.scan(step, start, (_numbers(blocks), blocks))
+    return total.astype(x.dtype), _Block(None, None, shares), None, None, None
+
+
+_frozen_blocks.defvjp(_frozen_forward, _frozen_backward)
 
 
 def _split(x: Array, weights: Array, ids: Array, gate_up: Weight, down: Weight) -> Array:

@@ -1,0 +1,99 @@
+"""Several adapters on one decoder: a table of A and B, and a choice for each row of a batch.
+
+Entry 0 of every table is no adapter: zeros. The choice is traced, so that another one needs no new
+program. Smaller ranks, and modules that an adapter leaves alone, are filled up with zeros.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from gemlax.adapters.attach import LoRAChoice, adapted, places, set_parts
+from gemlax.adapters.peft import Stored
+from gemlax.adapters.rules import Adapter, Module
+from gemlax.decoder import Decoder
+from gemlax.errors import RequestError
+
+__all__ = ["DEFAULT", "Choice", "choose", "entries", "put_tables"]
+
+# The adapter that is taken where nothing is said, if one has this name.
+DEFAULT = "default"
+# An adapter by name for all rows, None for none of them, or one of these for each row.
+Choice = str | None | Sequence[str | None]
+
+
+def entries(names: Sequence[str], choice: Choice, count: int) -> tuple[int, ...]:
+    """Return the entry of the tables that each of `count` rows takes.
+
+    Raises:
+        RequestError: a name that is not there, or a list of another length.
+    """
+    if choice is None or isinstance(choice, str):
+        chosen = [choice] * count
+    else:
+        chosen = list(choice)
+    if len(chosen) != count:
+        raise RequestError(f"adapter must be one name, or {count} of them, got {len(chosen)}")
+    known: dict[str | None, int] = {None: 0, **{name: i for i, name in enumerate(names, 1)}}
+    if not names or DEFAULT not in names:
+        known[DEFAULT] = 0
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise RequestError(
+            f"there is no adapter {unknown[0]!r}: "
+            + (f"this model has {', '.join(names)}" if names else "load(adapters=...) takes some")
+        )
+    return tuple(known[name] for name in chosen)
+
+
+def put_tables(decoder: Decoder, stored: Mapping[str, Stored], *, dtype: Any = np.float32) -> None:
+    """Put several adapters on a decoder, in place: entry i + 1 of the tables is the i-th of them.
+
+    Raises:
+        RequestError: the decoder has an adapter.
+    """
+    if decoder.adapter is not None or any(adapted(decoder)):
+        raise RequestError("the decoder has an adapter; detach or merge it first")
+    each = list(stored.values())
+    ranks: dict[str, Module] = {}
+    for one in each:
+        for module in one.adapter:
+            if module.name not in ranks or ranks[module.name].rank < module.rank:
+                ranks[module.name] = module
+    union = Adapter(tuple(ranks.values()))
+    own = [{module.name: module for module in one.adapter} for one in each]
+    for place in places(decoder, union):
+        rank = max(module.rank for _, module in place.modules)
+        out, width = place.modules[0][1].shape
+        layers, entries = place.layers or 1, len(each) + 1
+        a = np.zeros((layers, entries, rank, width), np.float32)
+        b = np.zeros((layers, entries, out, rank), np.float32)
+        scale = np.zeros((layers, entries), np.float32)
+        for row, module in place.modules:
+            for entry, (one, modules) in enumerate(zip(each, own, strict=True), 1):
+                if module.name in modules:
+                    at, mine = row or 0, modules[module.name]
+                    a[at, entry, : mine.rank], b[at, entry, :, : mine.rank] = one.values[mine.name]
+                    scale[at, entry] = one.adapter.scale(mine)
+        parts = [a.astype(dtype), b.astype(dtype), scale]
+        if place.layers is None:
+            parts = [part[0] for part in parts]
+        set_parts(decoder, place, *map(jnp.asarray, parts))
+
+
+def choose(decoder: Decoder, rows: Int[Array, "B"] | None) -> None:
+    """Say which entry of the tables each row of the next call takes; None: the decoder has none.
+
+    Called where a program is traced, on the decoder that was put together there.
+    """
+    if rows is None:
+        return
+    for linear in adapted(decoder):
+        held: Any = linear
+        entries = held.lora_scale.get_value()
+        stacked = entries.ndim == 2
+        value = jnp.broadcast_to(rows, (entries.shape[0], *rows.shape)) if stacked else rows
+        held.lora_rows = LoRAChoice(value)

@@ -1,0 +1,30 @@
+"""Adapters whose B is not zero, for tests."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from gemlax import adapters
+from gemlax.presets import preset, tiny
+
+__all__ = ["SMALL", "trained"]
+
+_TINY = tiny(preset("gemma-3-270m"), num_hidden_layers=6)
+# Rows of whole groups of codes.
+SMALL = dataclasses.replace(_TINY, text=dataclasses.replace(_TINY.text, hidden_size=96))
+
+
+def trained(decoder, rules, *, size=0.05, seed=7):
+    """Attach rules to a decoder and make A and B what training might; return the record."""
+    adapter = adapters.attach(decoder, rules, key=jax.random.key(3))
+    values = {}
+    for module in adapter:
+        rng = np.random.default_rng([seed, *module.name.encode()])
+        shapes = ((module.rank, module.shape[1]), (module.shape[0], module.rank))
+        values[module.name] = tuple(
+            (rng.standard_normal(shape) * size).astype(np.float32) for shape in shapes
+        )
+    adapters.detach(decoder)
+    adapters.put(decoder, adapter, values)
+    return adapter
