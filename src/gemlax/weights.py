@@ -156,8 +156,9 @@ def _cut_codes(held: QTensor | Mixed, how: NamedSharding) -> Any:
     """
     spec = (*how.spec, *(None,) * (len(held.shape) - len(how.spec)))
     arrays = [a for a in jax.tree.leaves(held) if a.ndim == len(spec)]
-    parts = [how.mesh.shape[name] for name in spec[-1] or ()]
-    if any(a.shape[-1] % math.prod(parts) for a in arrays):
+    names = (spec[-1],) if isinstance(spec[-1], str) else spec[-1] or ()
+    parts = math.prod(how.mesh.shape[name] for name in names)
+    if any(a.shape[-1] % parts for a in arrays):
         spec = (*spec[:-1], None)
 
     def put(a: Any) -> Any:

@@ -34,8 +34,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         rules = _rules(read_json(args.rules))
     elif not args.full:
         given = zip(("rank", "alpha", "dropout"), adapter, strict=True)
-        rules = Rule(**{key: value for key, value in {"alpha": 16.0, **dict(given)}.items()
-                        if value is not None})  # fmt: skip
+        rules = Rule(**({"alpha": 16.0} | {key: v for key, v in given if v is not None}))
     beta = None if not args.dpo else 0.1 if args.beta is None else args.beta
     return Settings(**{**own, "rules": rules, "beta": beta})
 

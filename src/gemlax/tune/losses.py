@@ -186,17 +186,17 @@ def _times_table(slope: Array, table: Any) -> Array:
     if not is_stored(table):
         return _product(flat, dense(table), axis=0).reshape(*slope.shape[:-1], -1)
     whole, rest = _table_blocks(table)
-    parts = jax.tree.leaves(whole)[0].shape[0]
+    parts, size = jax.tree.leaves(whole)[0].shape[:2]
 
     def add(i: Array, total: Array) -> Array:
         block = jax.tree.map(lambda a: a[i], whole).dense()
-        own = jax.lax.dynamic_slice_in_dim(flat, i * _TABLE_ROWS, block.shape[0], axis=1)
+        own = jax.lax.dynamic_slice_in_dim(flat, i * size, size, axis=1)
         return total + _product(own, block, axis=0)
 
     out = jnp.zeros((flat.shape[0], shape_of(table)[1]), jnp.float32)
     out = jax.lax.fori_loop(0, parts, add, out)
     if rest is not None:
-        out += _product(flat[:, parts * _TABLE_ROWS :], rest.dense(), axis=0)
+        out += _product(flat[:, parts * size :], rest.dense(), axis=0)
     return out.reshape(*slope.shape[:-1], -1)
 
 
@@ -209,8 +209,9 @@ def _is_decoded(table: Any, rows: int) -> bool:
 def _table_blocks(table: QTensor) -> tuple[Any, Any]:
     """Split a stored table into equal blocks of rows, and what is left or None."""
     rows = table.shape[0]
-    whole = rows - rows % _TABLE_ROWS
-    blocks = jax.tree.map(lambda a: a[:whole].reshape(-1, _TABLE_ROWS, a.shape[1]), table)
+    size = min(rows, _TABLE_ROWS)
+    whole = rows - rows % size
+    blocks = jax.tree.map(lambda a: a[:whole].reshape(-1, size, a.shape[1]), table)
     rest = jax.tree.map(lambda a: a[whole:], table) if whole < rows else None
     return blocks, rest
 
