@@ -403,8 +403,7 @@ def load(
         quantize: how matrices are held. "stored": the quantised ones as the file has them; "dense":
             decoded; "int8", "int4", "nf4": quantised now; or rules, see `quantization.Rules`. None:
             "stored" where native kernels run, which read codes faster than XLA reads floats, and
-            for a folder that gemlax quantised; "dense" elsewhere. On a mesh "stored" is refused,
-            and codes are decoded by XLA.
+            for a folder that gemlax quantised; else "dense". On a mesh XLA decodes them.
         implementation: of products with stored weights and of attention: "xla", "cpu" (native
             kernels), or None: the kernels where they were built.
         adapters: a folder as peft writes it, or several by name: `generate(adapter=)` chooses.
@@ -419,9 +418,7 @@ def load(
     dtype = jnp.dtype(_default_dtype() if dtype is None else dtype)
     _check_options(dtype, layers, kv_cache, implementation)
     check_rules(quantize)
-    placed = None if mesh is None else _mesh(mesh, quantize, implementation)
-    if placed is not None and quantize not in (None, "dense"):
-        implementation = "xla"  # no kernel reads codes that are cut over devices
+    placed, implementation = _mesh(mesh, quantize, implementation)
     with ops.implementation(implementation):
         native = ops.cpu.live() is not None
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
@@ -440,13 +437,16 @@ def load(
         )  # fmt: skip
 
 
-def _mesh(mesh: Any, quantize: Rules | None, implementation: Any) -> Mesh:
+def _mesh(mesh: Any, quantize: Rules | None, implementation: Any) -> tuple[Mesh | None, Any]:
+    """Return the mesh, and the implementation: no kernel reads codes that are cut over devices."""
+    if mesh is None:
+        return None, implementation
     if quantize == "stored" or (quantize not in (None, "dense") and implementation == "cpu"):
         raise RequestError(
             "a file's own codes and native kernels need one device; on a mesh quantize= takes "
             "'int8', 'int4', 'nf4' or rules, and XLA decodes them"
         )
-    return sharding.make_mesh(mesh)
+    return sharding.make_mesh(mesh), implementation if quantize in (None, "dense") else "xla"
 
 
 def _load_adapters(decoder: Decoder, folders: Any) -> dict[str, lora.Stored]:
