@@ -32,7 +32,7 @@ ENVIRONMENT = INHERITED | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
 CONFIG = gemlax.tiny(gemlax.preset("gemma-3-270m"), num_hidden_layers=6)
 TIMEOUT = 300
 PROMPT = "hello world"
-COMMANDS = ("generate", "chat", "convert", "quantize", "info", "perplexity", "bench")
+COMMANDS = ("generate", "chat", "convert", "quantize", "tune", "info", "perplexity", "bench")
 GENERATE = ["generate", "--model", "{model}", "--layers", "scan", "--max-new-tokens", "12"]
 SCORE = ["perplexity", "--model", "{model}"]
 

@@ -148,10 +148,25 @@ def test_weights_that_are_not_finite_are_named(tmp_path, weights):
         gemlax.load(folder, quantize="int8")
 
 
-def test_a_mesh_takes_no_codes(folder):
-    for rules in ("int8", "stored", BY_NAME):
-        with pytest.raises(RequestError, match="needs one device: on a mesh weights are dense"):
-            gemlax.load(folder, quantize=rules, mesh="data=8")
+@pytest.mark.parametrize("rules", ["int4", pytest.param(BY_NAME, marks=pytest.mark.slow)])
+def test_codes_on_a_mesh_give_the_logits_of_one_device(folder, rules):
+    """Codes and scales are cut alike; the stack of the rules by name is `Mixed`."""
+    ids = [[2, 5, 9, 14, 200]]
+    how = {"quantize": rules, "layers": "scan", "implementation": "xla"}
+    expected = gemlax.load(folder, **how).logits(ids)
+    placed = gemlax.load(folder, mesh="fsdp=2,tensor=4", **how)
+    np.testing.assert_allclose(placed.logits(ids), expected, atol=1e-4)
+    mlp = placed.decoder.layers[0]["sliding_attention"].mlp.gate_proj.weight.get_value()
+    held = mlp.parts[-1] if isinstance(mlp, Mixed) else mlp
+    assert {str(a.sharding.spec) for a in (held.codes, held.scales)} == {
+        "P(None, 'tensor', 'fsdp')"
+    }
+
+
+def test_a_mesh_takes_neither_a_files_codes_nor_kernels(folder):
+    for how in ({"quantize": "stored"}, {"quantize": "int8", "implementation": "cpu"}):
+        with pytest.raises(RequestError, match="need one device; on a mesh quantize= takes"):
+            gemlax.load(folder, mesh="data=8", **how)
 
 
 def test_rules_by_name_make_a_mixed_stack(folder, weights):

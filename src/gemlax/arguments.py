@@ -41,6 +41,17 @@ Rules are a JSON object: a format (int8, int4, nf4 or dense) by pattern of weigh
 none fits stays dense. --format is for every matrix but routers. gemlax alone reads the target;
 gemlax convert makes floats of it again. A source that is quantised already is decoded first.
 """,
+    "tune": """examples:
+  gemlax tune train.jsonl --output tuned --eval-data held-out.jsonl --epochs 3
+  gemlax tune train.jsonl --output tuned --epochs 3 --resume
+  gemlax tune train.jsonl --model gemma-3-1b-it/ --quantize nf4 --rank 16 --output tuned
+  gemlax tune pairs.jsonl --dpo --beta 0.1 --output preferred
+
+A line of the data is {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}, and
+for --dpo {"prompt": ..., "chosen": ..., "rejected": ...}. What the model says is learnt, no prompt.
+The folder gets the adapter as peft writes it (with --full a model), log.jsonl, loss.png and
+checkpoints, from the last of which --resume goes on to the same losses.
+""",
     "info": """examples:
   gemlax info gemma-3-4b --context 32768
   gemlax info model.gguf --json
@@ -74,6 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_chat(_command(commands, "chat", "talk to a model"))
     _add_convert(_command(commands, "convert", "write a model as a Hugging Face folder"))
     _add_quantize(_command(commands, "quantize", "write a model with its matrices quantised"))
+    _add_tune(_command(commands, "tune", "train an adapter, or all weights"))
     _add_info(_command(commands, "info", "what a model is and costs, without loading it"))
     _add_perplexity(_command(commands, "perplexity", "score a text file"))
     _add_bench(_command(commands, "bench", "measure speed and memory on this machine"))
@@ -173,6 +185,37 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--format", choices=["int8", "int4", "nf4"], help="of every matrix")
     how.add_argument("--rules", type=Path, metavar="F", help="a JSON file: formats by name")
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("data", type=Path, help="a JSONL file of examples")
+    add("--output", type=Path, required=True, metavar="FOLDER", help="what is made goes there")
+    add("--eval-data", type=Path, metavar="F", help="a held-out file, whose loss is told")
+    add("--resume", action="store_true", help="go on from the last checkpoint in the folder")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--full", action="store_true", help="train all weights, no adapter")
+    kinds.add_argument("--dpo", action="store_true", help="learn preferences")
+    add("--rank", type=int, metavar="N", help="of the adapter; default: 8")
+    add("--alpha", type=float, metavar="X", help="it is times alpha / rank; default: 16")
+    add("--dropout", type=float, metavar="P", help="of the adapter's inputs")
+    add("--rules", type=Path, metavar="F", help="a JSON file: rank, alpha, dropout by module name")
+    add("--beta", type=float, metavar="X", help="strength of --dpo; default: 0.1")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, metavar="N", help="in all")
+    length.add_argument("--epochs", type=int, default=1, metavar="N", help="default: 1")
+    add("--batch-size", type=int, default=4, metavar="N", help="rows of a step; default: 4")
+    add("--accumulate", type=int, default=1, metavar="N", help="take the rows in so many parts")
+    add("--max-length", type=int, default=512, metavar="N", help="tokens of a row; default: 512")
+    add("--truncate", action="store_true", help="cut longer examples, where they are an error")
+    add("--no-packing", dest="pack", action="store_false", help="one example a row")
+    add("--learning-rate", type=float, metavar="X", help="default: 2e-4, 2e-5 with --full")
+    add("--weight-decay", type=float, default=0.0, metavar="X")
+    add("--clip", type=float, default=1.0, metavar="X", help="most norm of the gradients")
+    add("--no-remat", dest="remat", action="store_false", help="faster, and takes more memory")
+    add("--save-every", type=int, metavar="N", help="steps from checkpoint to checkpoint")
+    add("--seed", type=int, default=0, metavar="S")
+    _add_model(parser)
 
 
 def _add_source_and_target(parser: argparse.ArgumentParser) -> None:

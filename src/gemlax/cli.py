@@ -263,6 +263,24 @@ def _write_rewritten(args: argparse.Namespace, done: Any, seconds: float, **more
     _write(json.dumps({**found, "seconds": seconds}))
 
 
+# --- tune --------------------------------------------------------------------------------------
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from gemlax.tune import command
+
+    command.settings_of(args)  # what is wrong is said before anything is loaded
+    args.quantize = args.quantize or "dense"
+    found = command.run(args, _load(args), shown=_shows_progress(args))
+    if args.json:
+        _write(json.dumps(found))
+        return 0
+    _write(f"{args.output}: {found['steps']} steps, loss {found['loss']:.4f}")
+    if found["eval_loss"] is not None:
+        _write(f"held out: {found['eval_loss_before']:.4f} before, {found['eval_loss']:.4f} after")
+    return 0
+
+
 # --- info --------------------------------------------------------------------------------------
 
 
@@ -547,6 +565,7 @@ _COMMANDS = {
     "chat": _chat,
     "convert": _convert,
     "quantize": _quantize,
+    "tune": _tune,
     "info": _info,
     "perplexity": _perplexity,
     "bench": _bench,

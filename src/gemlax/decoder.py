@@ -5,6 +5,7 @@ or a list of modules. This file alone decides which; layers do not know. Caches 
 scan's carry and every layer writes only its own new rows.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -96,6 +97,8 @@ class Decoder(nnx.Module):
         kv_caches: Any = None,
         attention_metadata: Any = None,
         *,
+        segments: Int[Array, "B T"] | None = None,
+        remat: bool = False,
         scan: Scan = jax.lax.scan,
     ) -> tuple[Float[Array, "*B T D"], Any]:
         """Return the hidden states after the final norm, and the caches with this step written.
@@ -113,6 +116,10 @@ class Decoder(nnx.Module):
                 A position beyond the capacity of a dense cache is dropped, so check lengths.
             attention_metadata: what paged caches need: `ops.AttentionMetadata`, or a dict of them
                 by kind, or by layer ("layer.0"). Every layer gets it as it is.
+            segments: without caches, which of the texts of its row each token belongs to; it
+                attends to that one alone, and positions begin anew in each. None: one text.
+            remat: keep only what goes from layer to layer for the backward pass, and compute the
+                inside of each layer again.
             scan: the loop over layers; Linen hands in its own.
 
         Raises:
@@ -130,7 +137,9 @@ class Decoder(nnx.Module):
         if flat:
             tokens, positions = tokens[None], positions[None]
         x = self.embed_tokens(tokens)
-        step = _Step(positions, self._per_layer_inputs(tokens, x), metadata, scan)
+        if segments is not None and kv_caches is not None:
+            raise ValueError("segments are for calls without kv_caches, which keep no segments")
+        step = _Step(positions, self._per_layer_inputs(tokens, x), metadata, scan, segments, remat)
         x, kv_caches = self._run(x, step, kv_caches)
         x = self.norm(x)
         return (x[0] if flat else x), kv_caches
@@ -139,7 +148,7 @@ class Decoder(nnx.Module):
         """Run the layers against what `kv_caches` is, and give it back in its own form."""
         run = self._scan if self.scanned else self._unroll
         if kv_caches is None:
-            return run(x, step, _fresh(self.config, step.positions, x.dtype))[0], None
+            return run(x, step, _fresh(self.config, step, x.dtype))[0], None
         if isinstance(kv_caches, dict):
             kinds = {spec.kind for spec in self.config.layers if spec.owns_kv}
             if kv_caches.keys() != kinds:
@@ -185,7 +194,8 @@ class Decoder(nnx.Module):
         for i, layer in enumerate(self.layers):
             kind, row = plan.layers[i].kind, plan.cache_row(i)
             at = (owners.index(plan.donor(i)), 0) if by_layer else (kind, row)
-            x, held = _apply(layer, x, step, i, held, *at)
+            body = _remat(functools.partial(_apply, layer, step, i, *at), step, in_loop=False)
+            x, held = body(x, held)
         return x, held
 
     def _scan(self, x: Array, step: "_Step", held: Held) -> tuple[Array, Held]:
@@ -202,9 +212,24 @@ class _Step(NamedTuple):
     per_layer_inputs: Array | None  # [L, B, T, P]
     metadata: dict[Kind, Any]
     scan: Scan
+    segments: Array | None  # [B, T]
+    remat: bool
+
+    def fresh(self) -> kv.Fresh:
+        """Return what a layer attends to without caches."""
+        return kv.Fresh(self.positions, segments=self.segments)
 
 
-def _fresh(config: TextConfig, positions: Array, dtype: jnp.dtype) -> Held:
+def _remat(body: Callable[..., Any], step: _Step, *, in_loop: bool) -> Callable[..., Any]:
+    """Let the backward pass compute `body` again, if `step` says so.
+
+    Inside a loop nothing can merge the second computation with the first one, and barriers
+    against that would only cost; outside, they are needed.
+    """
+    return jax.checkpoint(body, prevent_cse=not in_loop) if step.remat else body
+
+
+def _fresh(config: TextConfig, step: _Step, dtype: jnp.dtype) -> Held:
     """Return what holds K/V without a cache: nothing, unless later layers share earlier ones'.
 
     Sharing is an edge of data flow: the last K/V of each kind ride along, from the layer that
@@ -214,13 +239,14 @@ def _fresh(config: TextConfig, positions: Array, dtype: jnp.dtype) -> Held:
         return {}
     held: Held = {}
     for spec in config.layers:
-        shape = (*positions.shape, spec.num_key_value_heads, spec.head_dim)
-        held[spec.kind] = kv.Fresh(positions, jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        shape = (*step.positions.shape, spec.num_key_value_heads, spec.head_dim)
+        empty = jnp.zeros(shape, dtype)
+        held[spec.kind] = step.fresh().update(empty, empty)
     return held
 
 
 def _apply(
-    layer: DecoderLayer, x: Array, step: _Step, index: Any, held: Held, key: Any, row: Any
+    layer: DecoderLayer, step: _Step, index: Any, key: Any, row: Any, x: Array, held: Held
 ) -> tuple[Array, Held]:
     """Run layer `index` against row `row` of cache `key`, or against what is held without any."""
     spec = layer.self_attn.spec
@@ -228,7 +254,7 @@ def _apply(
     if step.per_layer_inputs is not None:
         own = jax.lax.dynamic_index_in_dim(step.per_layer_inputs, index, 0, keepdims=False)
     if key not in held:
-        return layer(x, kv.Fresh(step.positions), own)[0], held
+        return layer(x, step.fresh(), own)[0], held
     entry = held[key]
     if isinstance(entry, kv.Fresh):
         x, entry = layer(x, entry, own)
@@ -262,11 +288,12 @@ def _scan_segment(
             index, row, slices = inputs
             built = sources[kind].layer(row, slices)
             x, held = carry
-            return _apply(built, x, step, index, held, kind, first + row * moves), None
+            return _apply(built, step, index, kind, first + row * moves, x, held), None
 
         if run.count == 1:
-            return layer(carry, _first(steps))[0]
-        return step.scan(layer, carry, steps)[0]
+            body = _remat(layer, step, in_loop=segment.repeats > 1)
+            return body(carry, _first(steps))[0]
+        return step.scan(_remat(layer, step, in_loop=True), carry, steps)[0]
 
     def period(carry: Any, inputs: Any) -> tuple[Any, None]:
         number, slices = inputs

@@ -407,7 +407,7 @@ def load(
         quantize: how matrices are held. "stored": the quantised ones as the file has them; "dense":
             decoded; "int8", "int4", "nf4": quantised now; or rules, see `quantization.Rules`. None:
             "stored" where native kernels run, which read codes faster than XLA reads floats, and
-            for a folder that gemlax quantised; else "dense".
+            for a folder that gemlax quantised; else "dense". On a mesh XLA decodes them.
         implementation: of products with stored weights and of attention: "xla", "cpu" (native
             kernels), or None: the kernels where they were built.
         adapters: a folder as peft writes it, or several by name: `generate(adapter=)` chooses.
@@ -422,7 +422,7 @@ def load(
     dtype = jnp.dtype(_default_dtype() if dtype is None else dtype)
     _check_options(dtype, layers, kv_cache, implementation)
     check_rules(quantize)
-    placed = None if mesh is None else _mesh(mesh, quantize)
+    placed, implementation = _mesh(mesh, quantize, implementation)
     with ops.implementation(implementation):
         native = ops.cpu.live() is not None
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
@@ -441,10 +441,16 @@ def load(
         )  # fmt: skip
 
 
-def _mesh(mesh: Any, quantize: Rules | None) -> Mesh:
-    if quantize not in (None, "dense"):
-        raise RequestError(f"quantize={quantize!r} needs one device: on a mesh weights are dense")
-    return sharding.make_mesh(mesh)
+def _mesh(mesh: Any, quantize: Rules | None, implementation: Any) -> tuple[Mesh | None, Any]:
+    """Return the mesh, and the implementation: no kernel reads codes that are cut over devices."""
+    if mesh is None:
+        return None, implementation
+    if quantize == "stored" or (quantize not in (None, "dense") and implementation == "cpu"):
+        raise RequestError(
+            "a file's own codes and native kernels need one device; on a mesh quantize= takes "
+            "'int8', 'int4', 'nf4' or rules, and XLA decodes them"
+        )
+    return sharding.make_mesh(mesh), implementation if quantize in (None, "dense") else "xla"
 
 
 def _load_adapters(decoder: Decoder, folders: Any) -> dict[str, lora.Stored]:

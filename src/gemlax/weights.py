@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemlax import sharding
 from gemlax.config import TextConfig
@@ -77,7 +77,7 @@ def build_decoder(
         progress: told (bytes filled, bytes in all) after each weight.
         mesh: over which devices to lay out the weights (`sharding`); None: the default device.
             Every process fills every weight and keeps what its devices need.
-        codes: gives a matrix as codes, or None where `fill` shall write it. Not on a mesh.
+        codes: gives a matrix as codes, or None where `fill` shall write it.
 
     Raises:
         RequestError: a weight that the mesh does not divide.
@@ -94,6 +94,7 @@ def build_decoder(
         held: Any = None
         if codes is not None and "matrix" in metadata:
             held = _hold_codes(shape, names, codes, fill, dtype)
+            held = held if mesh is None or held is None else _cut_codes(held, placed[path])
         parts = None if held is not None else _Parts(shape, dtype, placed.get(path))
         for row, name in names:
             if parts is not None:
@@ -146,6 +147,25 @@ def _hold_codes(
     for part, rows in enumerate(by_format.values()):
         which[rows], row[rows] = part, np.arange(len(rows))
     return Mixed(tuple(parts), jnp.asarray(which), jnp.asarray(row))
+
+
+def _cut_codes(held: QTensor | Mixed, how: NamedSharding) -> Any:
+    """Lay out codes and scales over a mesh as their weight is; rows stay whole where not both go.
+
+    No native kernel reads them there.
+    """
+    spec = (*how.spec, *(None,) * (len(held.shape) - len(how.spec)))
+    arrays = [a for a in jax.tree.leaves(held) if a.ndim == len(spec)]
+    names = (spec[-1],) if isinstance(spec[-1], str) else spec[-1] or ()
+    parts = math.prod(how.mesh.shape[name] for name in names)
+    if any(a.shape[-1] % parts for a in arrays):
+        spec = (*spec[:-1], None)
+
+    def put(a: Any) -> Any:
+        own = spec if a.ndim == len(spec) else ()
+        return jax.device_put(a, NamedSharding(how.mesh, PartitionSpec(*own)))
+
+    return jax.tree.map(put, held)
 
 
 class Placement(NamedTuple):

@@ -288,6 +288,7 @@ class Fresh(NamedTuple):
     positions: Any
     k: Any = None
     v: Any = None
+    segments: Any = None  # [B, T]: the text of its row that each token belongs to; None: one
 
     def update(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "Fresh":
         """Hold this call's keys and values."""
@@ -297,4 +298,6 @@ class Fresh(NamedTuple):
         self, q: Float[Array, "B T N H"], *, window: int | None, scale: float
     ) -> Float[Array, "B T N H"]:
         """Attend to what `update` was given."""
-        return ops.fresh_attend(q, self.k, self.v, self.positions, window=window, scale=scale)
+        return ops.fresh_attend(
+            q, self.k, self.v, self.positions, window=window, scale=scale, segments=self.segments
+        )

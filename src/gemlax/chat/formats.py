@@ -18,8 +18,10 @@ Messages = Sequence[Mapping[str, Any]]
 T = TypeVar("T", bound=Mapping[str, Any])
 
 
-def render_gemma3(messages: Messages) -> str:
+def render_gemma3(messages: Messages, answered: bool = False) -> str:
     """Write a Gemma 3 prompt: the system text goes in front of the first user text.
+
+    `answered`: a whole conversation instead, without the beginning of an answer.
 
     Raises:
         RequestError: user and assistant do not take turns.
@@ -39,7 +41,7 @@ def render_gemma3(messages: Messages) -> str:
         text = prefix + _trimmed(message["content"])
         parts.append(f"<start_of_turn>{role}\n{text}<end_of_turn>\n")
         prefix = ""
-    return "".join([*parts, "<start_of_turn>model\n"])
+    return "".join(parts if answered else [*parts, "<start_of_turn>model\n"])
 
 
 def render_gemma4(
@@ -47,6 +49,7 @@ def render_gemma4(
     tools: Sequence[Mapping[str, Any]] = (),
     thinking: bool = False,
     empty_thought: bool = True,
+    answered: bool = False,
 ) -> str:
     """Write a Gemma 4 prompt.
 
@@ -56,6 +59,7 @@ def render_gemma4(
         thinking: ask for a thought channel.
         empty_thought: without thinking, the answer begins with a thought channel that is empty
             (12B, 26B-A4B, 31B); not so in E2B and E4B.
+        answered: write a whole conversation, without the beginning of an answer.
     """
     parts = ["<bos>"]
     if thinking or tools or messages[0]["role"] == "system":
@@ -78,7 +82,7 @@ def render_gemma4(
             follows = next((m["role"] for m in turns[i + 1 :] if m["role"] != "tool"), None)
             parts += [text, _closing(message, last, bool(answers), follows)]
         before = role
-    return "".join([*parts, _opening(last, thinking, empty_thought)])
+    return "".join(parts if answered else [*parts, _opening(last, thinking, empty_thought)])
 
 
 def _system_turn(

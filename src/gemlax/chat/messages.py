@@ -57,11 +57,14 @@ class Message:
         return found
 
 
-def normalise(messages: Iterable[Mapping[str, Any] | Message]) -> list[dict[str, Any]]:
+def normalise(
+    messages: Iterable[Mapping[str, Any] | Message], *, answered: bool = False
+) -> list[dict[str, Any]]:
     """Return messages in the form of transformers: roles system, user, assistant and tool.
 
     Tool calls become {"type": "function", "function": {"name", "arguments"}}, arguments a dict;
-    a tool's message gets the name of the call it answers.
+    a tool's message gets the name of the call it answers. `answered`: the last message is an
+    answer, not what is to be answered.
 
     Raises:
         RequestError: a message is malformed or out of order; says which one.
@@ -84,9 +87,10 @@ def normalise(messages: Iterable[Mapping[str, Any] | Message]) -> list[dict[str,
         found.append(one)
     if not found:
         raise RequestError("no messages: got an empty list")
-    if found[-1]["role"] not in ("user", "tool"):
+    wanted = ("assistant",) if answered else ("user", "tool")
+    if found[-1]["role"] not in wanted:
         raise RequestError(
-            f"the last message must be of role user or tool, got {found[-1]['role']}"
+            f"the last message must be of role {' or '.join(wanted)}, got {found[-1]['role']}"
         )
     return found
 

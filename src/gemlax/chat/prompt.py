@@ -9,7 +9,7 @@ text gets the ids it would get in the whole string.
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gemlax.chat.formats import answers_to, render_gemma3, render_gemma4, strip_thinking
 from gemlax.chat.messages import Message, check_tools, normalise, plain_response
@@ -18,7 +18,7 @@ from gemlax.chat.template import Template
 from gemlax.errors import RequestError
 from gemlax.tokenizer import Tokenizer
 
-__all__ = ["ChatFormat"]
+__all__ = ["ChatFormat", "TurnIds"]
 
 Messages = Iterable[Mapping[str, Any] | Message]
 
@@ -27,6 +27,15 @@ Messages = Iterable[Mapping[str, Any] | Message]
 TURN = {"gemma4": "<|turn>", "gemma3": "<start_of_turn>"}
 STOPS = {"gemma4": ("<turn|>", "<|tool_response>"), "gemma3": ("<end_of_turn>",)}
 PRIVATE = range(0xF0000, 0xFFFFE)
+
+
+class TurnIds(NamedTuple):
+    """The ids around what a model says: how its turns open and close, and where tools answer."""
+
+    opening: tuple[Any, ...]
+    close: Any
+    tool_open: int | None
+    tool_close: int | None
 
 
 class ChatFormat:
@@ -57,11 +66,14 @@ class ChatFormat:
         messages: Messages,
         tools: Iterable[Any] | None = None,
         thinking: bool | None = None,
+        *,
+        answered: bool = False,
     ) -> list[int]:
         """Return the ids of the prompt, with exactly one BOS.
 
         The text of a `Message` object is encoded as the tokens that the model gave, where that
-        is the same text: a cache that holds them can be used again.
+        is the same text: a cache that holds them can be used again. `answered`: return a whole
+        conversation, whose last message is an answer, to be trained on.
 
         Raises:
             RequestError: malformed messages or tools, or what this format cannot say.
@@ -69,7 +81,7 @@ class ChatFormat:
         if isinstance(messages, (str, Mapping, Message)):
             raise RequestError('messages must be a list of {"role": ..., "content": ...}')
         given = list(messages)
-        found, declared = normalise(given), check_tools(tools)
+        found, declared = normalise(given, answered=answered), check_tools(tools)
         self._check(declared, thinking)
         guard = _Guard(self._starts, (found, declared, self._template_source))
         replays = {}
@@ -81,7 +93,7 @@ class ChatFormat:
                 one["content"] = guard.new()
                 replays[one["content"]] = ids
         found = [guard.hide(one) for one in found]
-        text = self._render(found, guard.hide(declared), thinking)
+        text = self._render(found, guard.hide(declared), thinking, answered)
         return self._ids(text, guard, replays)
 
     def parser(self, prompt: Sequence[int], stop: Sequence[str] = ()) -> OutputParser:
@@ -91,19 +103,37 @@ class ChatFormat:
         return OutputParser(self._tokenizer, stop, in_thought=last is not None and last == opened)
 
     def _render(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], thinking: bool | None
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]],
+        thinking: bool | None,
+        answered: bool,
     ) -> str:
         if self.template is not None:
             special = {f"{n}_token": self._tokenizer.piece(i) for n, i in self._named().items()}
             told = _for_template(messages, "tool_responses" in self.template.source)
-            variables = {"messages": told, "add_generation_prompt": True, **special}
+            variables = {"messages": told, "add_generation_prompt": not answered, **special}
             variables |= {"tools": tools or None}
             if thinking is not None:
                 variables["enable_thinking"] = thinking
             return self.template.render(variables)
         if self.family == "gemma4":
-            return render_gemma4(messages, tools, bool(thinking), self._empty_thought)
-        return render_gemma3(messages)
+            return render_gemma4(messages, tools, bool(thinking), self._empty_thought, answered)
+        return render_gemma3(messages, answered)
+
+    def turn_ids(self) -> TurnIds:
+        """Return the ids that delimit what the model says.
+
+        Raises:
+            RequestError: the vocabulary has no turn markers.
+        """
+        if self.family is None:
+            raise RequestError("this model's vocabulary has no turn markers")
+        close = "<turn|>" if self.family == "gemma4" else "<end_of_turn>"
+        opening = [self._tokenizer.id_of(TURN[self.family])]
+        opening += self._tokenizer.encode("model\n", add_bos=False)
+        tools = (self._marker("<|tool_response>"), self._marker("<tool_response|>"))
+        return TurnIds(tuple(opening), self._tokenizer.id_of(close), *tools)
 
     def _check(self, tools: Sequence[Any], thinking: bool | None) -> None:
         """Refuse what would be dropped in silence."""

@@ -21,14 +21,20 @@ _QUERIES = 256
 
 
 def causal_mask(
-    queries: Int[Array, "B T"], keys: Int[Array, "B S"], window: int | None
+    queries: Int[Array, "B T"],
+    keys: Int[Array, "B S"],
+    window: int | None,
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
 ) -> Bool[Array, "B T S"]:
     """Return True where a query may attend: key written, not later, and inside the window.
 
-    A window of W covers W keys, the query's own included.
+    A window of W covers W keys, the query's own included. `segments` are those of queries and
+    keys, where a row holds several texts: a query sees its own.
     """
     q, k = queries[:, :, None], keys[:, None, :]
     seen = (k != EMPTY) & (k <= q)
+    if segments is not None:
+        seen &= segments[0][:, :, None] == segments[1][:, None, :]
     return seen if window is None else seen & (k > q - window)
 
 
@@ -57,11 +63,20 @@ def fresh_attend(
     *,
     window: int | None,
     scale: float,
+    segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Let a sequence attend to itself; a long one by blocks of queries: memory linear in T."""
+    """Let a sequence attend to itself; a long one by blocks of queries: memory linear in T.
+
+    `segments` numbers the texts of a row that is packed with several; positions begin anew in each.
+    """
     length = q.shape[1]
+
+    def mask(at: Array, own: Array | None) -> Array:
+        both = None if segments is None or own is None else (own, segments)
+        return causal_mask(at, positions, window, both)
+
     if length <= _QUERIES:
-        return attend(q, k, v, causal_mask(positions, positions, window), scale=scale)
+        return attend(q, k, v, mask(positions, segments), scale=scale)
     pad = -length % _QUERIES
     blocks = (length + pad) // _QUERIES
 
@@ -71,11 +86,12 @@ def fresh_attend(
         return jnp.moveaxis(x.reshape(x.shape[0], blocks, _QUERIES, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def one(block: tuple[Array, Array]) -> Array:
-        queries, at = block
-        return attend(queries, k, v, causal_mask(at, positions, window), scale=scale)
+    def one(block: tuple[Array, Array, Array | None]) -> Array:
+        queries, at, own = block
+        return attend(queries, k, v, mask(at, own), scale=scale)
 
-    out = jax.lax.map(one, (split(q, 0), split(positions, EMPTY)))
+    own = None if segments is None else split(segments, EMPTY)
+    out = jax.lax.map(one, (split(q, 0), split(positions, EMPTY), own))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], length + pad, *q.shape[2:])[:, :length]
 
 

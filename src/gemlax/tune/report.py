@@ -1,0 +1,114 @@
+"""What a run leaves to read: one JSON line per step, a plot of the loss, and what it runs with."""
+
+import json
+import os
+import resource
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gemlax.errors import Error
+
+__all__ = ["Log", "memory_bytes", "plot", "read_settings", "write_settings"]
+
+
+class Log:
+    """The lines of a run: a file to which each is added whole, as soon as it is known."""
+
+    def __init__(self, path: Path, after: int = 0):
+        """Go on after step `after`: lines of later steps, or cut off, are dropped."""
+        self.path = path
+        kept = [line for line in self.lines() if line["step"] <= after] if after else []
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        part.replace(path)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Write a line; `step` is one of its keys.
+
+        Raises:
+            Error: it cannot be written.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise Error(f"cannot write {self.path}: {error.strerror}") from error
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return what was written; a last line that was cut off is left out."""
+        return list(_lines(self.path))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            return
+        yield found
+
+
+def plot(lines: list[dict[str, Any]], path: Path) -> None:
+    """Draw the losses by step as a PNG.
+
+    Raises:
+        Error: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise Error(
+            'the loss plot needs matplotlib; install it with: pip install "gemlax[tune]"'
+        ) from error
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for key, label, form in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), form, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend()
+    part = path.with_suffix(".part")
+    figure.savefig(part, format="png", dpi=120)
+    part.replace(path)
+
+
+def memory_bytes() -> int:
+    """Return the most memory used so far: of the first device if it counts, else of the process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write what a run is made with, whole or not at all."""
+    part = path.with_suffix(".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(settings, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return what a run was made with.
+
+    Raises:
+        Error: there is no run, or its record is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Error(f"{path.parent} holds no run to go on with: {path.name} is missing") from None
+    except ValueError as error:
+        raise Error(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise Error(f"{path} is damaged: expected a JSON object")
+    return found

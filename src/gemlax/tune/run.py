@@ -1,0 +1,324 @@
+"""A run of training from a file of examples to a folder, and on from where it was stopped."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from gemlax import adapters
+from gemlax.errors import Error, RequestError, UnsupportedError
+from gemlax.model import Model, save
+from gemlax.tune.data import Encoder, digest, read_examples, read_pairs
+from gemlax.tune.packing import Batches, Rows
+from gemlax.tune.report import Log, memory_bytes, plot, read_settings, write_settings
+from gemlax.tune.state import Checkpoints
+from gemlax.tune.train import Measured, Recipe, Trainer
+
+__all__ = ["Result", "Settings", "train"]
+
+RUN, LOG, PLOT = "run.json", "log.jsonl", "loss.png"
+# Peak rates. Source of the first: github.com/google-deepmind/gemma, examples/lora.py has 1e-3 for
+# a few layers and huggingface.co/docs/peft 2e-4 for all; the others were tried (docs/log.md).
+RATES = {"adapter": 2e-4, "full": 2e-5, "preferences": 5e-5}
+WARMUP = 0.05  # of all steps
+ROUND = 16  # widths are multiples of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to train, and on what.
+
+    Attributes:
+        rules: of the adapter, see `adapters.attach`; None: the adapter that the model has, or
+            rank 8 for every projection.
+        full: train all weights, and no adapter.
+        beta: learn preferences with that strength (DPO); None: the loss is cross-entropy.
+        steps: in all; None: `epochs` times the data.
+        batch_size: rows of a step; a row holds up to `max_length` tokens of several examples.
+        accumulate: parts into which the rows of a step are taken, one after another.
+        learning_rate: at its peak; None: 2e-4 for adapters, 2e-5 for all weights, 5e-5 for
+            preferences.
+        truncate: cut examples that are longer; otherwise they are an error.
+        pack: put several examples into a row.
+        save_every: steps between checkpoints and evaluations; None: at the end alone.
+        seed: of the adapter, the order of examples and dropout.
+    """
+
+    rules: Any = None
+    full: bool = False
+    beta: float | None = None
+    steps: int | None = None
+    epochs: int = 1
+    batch_size: int = 4
+    accumulate: int = 1
+    max_length: int = 512
+    learning_rate: float | None = None
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    remat: bool = True
+    truncate: bool = False
+    pack: bool = True
+    save_every: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "max_length": 2}
+        optional = {k: 1 for k in ("steps", "save_every") if self.as_dict()[k] is not None}
+        for name, low in {**least, **optional}.items():
+            value = self.as_dict()[name]
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise RequestError(f"{name} must be at least {low}, got {value!r}")
+        if self.batch_size % self.accumulate:
+            raise RequestError(
+                f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}"
+            )
+        if self.full and (self.rules is not None or self.beta is not None):
+            raise RequestError("full trains all weights: it takes neither rules nor preferences")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the attributes by name."""
+        return {field.name: vars(self)[field.name] for field in dataclasses.fields(self)}
+
+    @property
+    def rate(self) -> float:
+        """The peak of the learning rate."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        kind = "full" if self.full else "adapter" if self.beta is None else "preferences"
+        return RATES[kind]
+
+
+class Result(NamedTuple):
+    """What came of a run. Losses are those of the held-out file, None without one."""
+
+    model: Model
+    steps: int
+    loss: float
+    eval_before: float | None
+    eval_after: float | None
+
+
+# Told what one line of the log has, and how many steps there are.
+Progress = Callable[[dict[str, Any], int], None]
+
+
+def train(
+    model: Model,
+    data: str | Path,
+    output: str | Path,
+    settings: Settings | None = None,
+    *,
+    eval_data: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> Result:
+    """Train an adapter, or all weights, on a JSONL file; the model that is given stays as it is.
+
+    In the folder come the adapter in peft's layout under "adapter" (or, of all weights, a model
+    under "model"), a log (log.jsonl), a plot (loss.png) and checkpoints.
+
+    Args:
+        data: lines of messages, of prompt and completion, or of text; for preferences of prompt,
+            chosen and rejected.
+        output: a folder that holds no run yet, unless `resume`.
+        settings: None: the defaults; `changes` replace attributes of it.
+        eval_data: a file of the same form, of which the loss is taken before, at each checkpoint
+            and at the end.
+        resume: go on from the last checkpoint in `output`, with the settings it was made with.
+
+    Raises:
+        Error: a line of the data, named; a loss that is no number; a disk that is full; an output
+            that holds a run, or, to resume, another one.
+    """
+    if jax.process_count() > 1:
+        raise UnsupportedError("training runs in one process, over all of its devices")
+    settings = dataclasses.replace(settings or Settings(), **changes)
+    return _Run(model, Path(data), Path(output), settings, eval_data, resume, progress).go()
+
+
+class _Run:
+    def __init__(
+        self,
+        model: Model,
+        data: Path,
+        output: Path,
+        settings: Settings,
+        eval_data: str | Path | None,
+        resume: bool,
+        progress: Progress | None,
+    ):
+        self.model, self.output, self.settings = model, output, settings
+        self.progress = progress
+        chat = None
+        if model.tokenizer is not None:
+            found = model.chat_format
+            chat = None if found.family is None else found
+        self.encoder = Encoder(model.tokenizer, chat)
+        self.batches = self._batches(data)
+        self.held_out = None if eval_data is None else self._batches(Path(eval_data))
+        self.steps = settings.steps or settings.epochs * self.batches.per_epoch
+        self.record = self._record(data)
+        self.checkpoints = Checkpoints(output / "checkpoints")
+        self.first = self._open(resume)
+        self.decoder = self._decoder()
+        recipe = Recipe(
+            steps=self.steps, learning_rate=settings.rate,
+            warmup=math.ceil(WARMUP * self.steps), weight_decay=settings.weight_decay,
+            clip=settings.clip, accumulate=settings.accumulate, remat=settings.remat,
+            beta=settings.beta, seed=settings.seed,
+        )  # fmt: skip
+        ways: dict[str, Any] = {"mesh": model.mesh, "implementation": model.implementation}
+        self.trainer = Trainer(self.decoder, recipe, **ways)
+
+    def _batches(self, path: Path) -> Batches:
+        s = self.settings
+        most = min(s.max_length, self.model.config.text.max_position_embeddings)
+        examples: Any
+        if s.beta is None:
+            examples = read_examples(path, self.encoder, most, truncate=s.truncate)
+            sizes = [len(example.ids) for example in examples]
+        else:
+            examples = read_pairs(path, self.encoder, most, truncate=s.truncate)
+            sizes = [len(one.ids) for pair in examples for one in pair]
+        room = sum(sizes) if s.pack and s.beta is None else max(sizes)
+        width = min(s.max_length, -(-room // ROUND) * ROUND)
+        return Batches(examples, width, s.batch_size, seed=s.seed, packed=s.pack)
+
+    def _record(self, data: Path) -> dict[str, Any]:
+        """Return what must be the same when a run goes on; not how often it is saved."""
+        own = self.settings.as_dict()
+        del own["save_every"]
+        own["rules"] = repr(own["rules"])
+        config = json.dumps(self.model.config.to_hf(), sort_keys=True)
+        return own | {
+            "steps": self.steps,
+            "data": digest(data),
+            "config": hashlib.sha256(config.encode()).hexdigest(),
+        }
+
+    def _open(self, resume: bool) -> int:
+        """Make the folder, or check that it holds this run; return how many steps are done."""
+        path = self.output / RUN
+        if not resume:
+            if path.exists():
+                raise Error(f"{self.output} holds a run already: go on with it by --resume, or "
+                            "give another folder")  # fmt: skip
+            self.output.mkdir(parents=True, exist_ok=True)
+            write_settings(path, self.record)
+            return 0
+        held = read_settings(path)
+        for key in sorted(held.keys() | self.record.keys()):
+            if held.get(key) != self.record.get(key):
+                raise Error(
+                    f"{self.output} holds another run: {key} is {held.get(key)!r} there and "
+                    f"{self.record.get(key)!r} now"
+                )
+        return max(self.checkpoints.steps(), default=0)
+
+    def _decoder(self) -> Any:
+        """Return a decoder of its own that shares the model's arrays, with an adapter on it."""
+        s = self.settings
+        decoder = nnx.merge(*nnx.split(self.model.decoder))
+        if s.full and decoder.adapter is not None:
+            raise RequestError("the model has an adapter: merge it, or train it without full")
+        if s.full:
+            return decoder
+        if decoder.adapter is None:
+            rules = adapters.Rule() if s.rules is None else s.rules
+            decoder.read = "index"  # frozen: nothing of it is kept for the backward pass
+            adapters.attach(decoder, rules, key=jax.random.key(s.seed))
+        elif s.rules is not None:
+            raise RequestError("the model has an adapter, which is trained on: leave out the rules")
+        return decoder
+
+    def go(self) -> Result:
+        """Train to the end."""
+        trainer, first = self.trainer, self.first
+        if first:
+            trainer.values, trainer.optimizer_state = self.checkpoints.restore(
+                first, trainer.values, trainer.optimizer_state
+            )
+        log = Log(self.output / LOG, first)
+        if not first:
+            self._evaluate(log, 0)
+        for step in range(first, self.steps):
+            self._step(log, step)
+        lines = log.lines()
+        plot(lines, self.output / PLOT)
+        model = self._save()
+        held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+        before, after = (held_out[0], held_out[-1]) if held_out else (None, None)
+        last = [line["loss"] for line in lines if "loss" in line][-1]
+        return Result(model, self.steps, last, before, after)
+
+    def _step(self, log: Log, step: int) -> None:
+        rows = self.batches[step]
+        begin = time.perf_counter()
+        found = self.trainer.step(step, rows)
+        seconds = time.perf_counter() - begin
+        if not (math.isfinite(found.loss) and math.isfinite(found.norm)):
+            raise Error(self._broken(step + 1, found))
+        tokens = int((rows.positions >= 0).sum())
+        line = {
+            "step": step + 1,
+            "loss": found.loss,
+            "gradient_norm": found.norm,
+            "learning_rate": float(self.trainer.recipe.rate(step)),
+            "tokens": tokens,
+            "learnt": found.tokens,
+            "tok_s": round(tokens / seconds, 2),
+            "seconds": round(seconds, 4),
+            "memory_bytes": memory_bytes(),
+        }
+        if found.accuracy is not None:
+            line["accuracy"] = found.accuracy
+        self._say(log, line)
+        done, every = step + 1, self.settings.save_every
+        if done == self.steps or (every and done % every == 0):
+            self._evaluate(log, done)  # first: a checkpoint means that the log has all before it
+            self.checkpoints.save(done, self.trainer.values, self.trainer.optimizer_state)
+
+    def _broken(self, step: int, found: Measured) -> str:
+        last = max(self.checkpoints.steps(), default=0)
+        kept = f"the checkpoint of step {last} is kept" if last else "there is no checkpoint"
+        return (
+            f"step {step}: the loss is {found.loss} and the gradients' norm {found.norm}; "
+            f"nothing was saved, {kept}; a smaller --learning-rate may help"
+        )
+
+    def _evaluate(self, log: Log, step: int) -> None:
+        if self.held_out is None:
+            return
+        held_out = self.held_out
+        batches: Iterator[Rows] = (held_out[i] for i in range(held_out.per_epoch))
+        found = self.trainer.evaluate(batches)
+        line: dict[str, Any] = {"step": step, "eval_loss": found.loss}
+        if found.accuracy is not None:
+            line["eval_accuracy"] = found.accuracy
+        self._say(log, line)
+
+    def _say(self, log: Log, line: dict[str, Any]) -> None:
+        log.add(line)
+        if self.progress is not None:
+            self.progress(line, self.steps)
+
+    def _save(self) -> Model:
+        """Write what was trained where other programs find it."""
+        given, decoder = self.model, self.trainer.decoder()
+        model = Model(
+            given.config, decoder, given.tokenizer, given.generation_config, given.chat_template,
+            mesh=given.mesh, kv_cache=given.kv_cache, implementation=given.implementation,
+        )  # fmt: skip
+        if self.settings.full:
+            save(model, self.output / "model", overwrite=True)
+        else:
+            adapters.save(decoder, self.output / "adapter", overwrite=True)
+        return model

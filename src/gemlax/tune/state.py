@@ -1,0 +1,118 @@
+"""Checkpoints of a run: what is trained, the optimizer's state, and where in the data it is.
+
+Orbax writes each into a folder of its own, under another name until it is whole; what is left of a
+write that was cut off is never read, and goes at the next start. Arrays are put back as they were,
+bit for bit, over whatever mesh the run goes on with.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gemlax.errors import CheckpointError, Error
+
+__all__ = ["Checkpoints"]
+
+_KEPT = 2
+_ROOM = 1.1  # files take a little more than arrays
+
+
+class Checkpoints:
+    """The checkpoints of one run in one folder."""
+
+    def __init__(self, folder: Path):
+        """The folder is made with the first checkpoint.
+
+        Raises:
+            Error: orbax is not installed.
+        """
+        try:
+            import orbax.checkpoint as ocp
+        except ImportError as error:
+            raise Error(
+                'training needs orbax-checkpoint; install it with: pip install "gemlax[tune]"'
+            ) from error
+        self._ocp: Any = ocp
+        self.folder = folder
+
+    def steps(self) -> list[int]:
+        """Return the steps after which there is a whole checkpoint, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal())
+
+    def save(self, step: int, values: Any, optimizer_state: Any) -> None:
+        """Write a checkpoint; it is there whole or not at all.
+
+        Raises:
+            Error: it cannot be written; the ones before it are as they were.
+        """
+        tree = {"values": values, "optimizer": optimizer_state, "step": np.asarray(step)}
+        target = self.folder / str(step)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._clean()
+            need = int(_ROOM * sum(a.nbytes for a in jax.tree.leaves(tree)))
+            free = shutil.disk_usage(self.folder).free
+            if free < need:
+                raise OSError(f"the disk is full: {need} bytes are needed and {free} are free")
+            if not target.exists():
+                with self._ocp.PyTreeCheckpointer() as checkpointer:
+                    checkpointer.save(target.absolute(), tree)
+        except Exception as error:  # tensorstore raises what it likes
+            self._clean()
+            last = self.steps()
+            kept = f"the last good one is of step {last[-1]}" if last else "there is none before it"
+            reason = str(error).partition("\n")[0]
+            raise Error(f"cannot write the checkpoint of step {step} in {self.folder}: {reason}; "
+                        f"{kept}") from error  # fmt: skip
+        for old in self.steps()[:-_KEPT]:
+            # Renamed first: a folder that is half deleted must not look like a checkpoint.
+            gone = self.folder / f"{old}.old"
+            (self.folder / str(old)).rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def restore(self, step: int, values: Any, optimizer_state: Any) -> tuple[Any, Any]:
+        """Return what was saved, in the form and over the devices of what is given.
+
+        Raises:
+            CheckpointError: it is damaged, or of another shape.
+        """
+        wanted = {"values": values, "optimizer": optimizer_state, "step": np.asarray(0)}
+        source = (self.folder / str(step)).absolute()
+        try:
+            with self._ocp.PyTreeCheckpointer() as checkpointer:
+                held = checkpointer.metadata(source).item_metadata.tree
+                self._check_shapes(held["values"], values, source)
+                how = self._ocp.checkpoint_utils.construct_restore_args(wanted)
+                found = checkpointer.restore(source, item=wanted, restore_args=how)
+        except CheckpointError:
+            raise
+        except Exception as error:  # as above
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(f"{source} cannot be read: {reason}") from error
+        if int(found["step"]) != step:
+            raise CheckpointError(f"{source} holds step {int(found['step'])}")
+        return found["values"], found["optimizer"]
+
+    def _check_shapes(self, held: Any, values: Any, source: Path) -> None:
+        got = {name: tuple(a.shape) for name, a in held.items()}
+        want = {name: tuple(a.shape) for name, a in values.items()}
+        if got == want:
+            return
+        name = next(n for n in sorted(got.keys() | want.keys()) if got.get(n) != want.get(n))
+        raise CheckpointError(
+            f"{source} is of another run: {name} is {json.dumps(got.get(name))} there and "
+            f"{json.dumps(want.get(name))} here"
+        )
+
+    def _clean(self) -> None:
+        """Remove what is left of writes and removals that were cut off."""
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if not path.name.isdecimal():
+                    shutil.rmtree(path, ignore_errors=True)

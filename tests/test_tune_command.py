@@ -1,0 +1,85 @@
+"""`gemlax tune`: what it writes and says, and arguments that exclude one another."""
+
+import json
+
+import pytest
+from test_tune_run import model, write_data
+
+import gemlax
+from gemlax import cli
+from gemlax.adapters import Rule
+from gemlax.arguments import make_parser
+from gemlax.tune.command import settings_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tune-command")
+    gemlax.save(model(), folder / "model")
+    write_data(folder)
+    pairs = [{"prompt": "abc", "chosen": "cba", "rejected": "abc"}] * 4
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (folder / "bad.jsonl").write_text('{"text": "abc"}\n{"text": \n')
+    (folder / "rules.json").write_text(json.dumps({"*.q_proj": {"rank": 2}, "*.v_proj": 4}))
+    return folder
+
+
+def tune(folder, *arguments, data="data.jsonl", output="out"):
+    given = ["tune", str(folder / data), "--output", str(folder / output)]
+    short = ["--model", str(folder / "model"), "--max-length", "48", "--steps", "2", "--quiet"]
+    return cli.main([*given, *short, "--batch-size", "2", *arguments])
+
+
+def test_an_adapter_on_codes_is_tuned_and_described(folder, capsys):
+    held_out = ["--eval-data", str(folder / "data.jsonl")]
+    assert tune(folder, "--quantize", "int8", "--json", "--learning-rate", "0.01", *held_out) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"] == 2 and found["eval_loss"] < found["eval_loss_before"]
+    config = json.loads((folder / "out/adapter/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (8, 16)
+    assert tune(folder) == 1
+    assert "holds a run already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_all_weights_and_preferences_are_tuned(folder, capsys):
+    assert tune(folder, "--full", output="full") == 0
+    assert "full: 2 steps, loss " in capsys.readouterr().out
+    before, after = (gemlax.load(folder / name) for name in ("model", "full/model"))
+    assert abs(before.logits([[2, 5]]) - after.logits([[2, 5]])).max() > 1e-5
+    assert tune(folder, "--dpo", "--json", data="pairs.jsonl", output="preferred") == 0
+    line = (folder / "preferred/log.jsonl").read_text().splitlines()[0]
+    assert json.loads(line)["loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_a_broken_line_is_one_line_of_error(folder, capsys):
+    assert tune(folder, data="bad.jsonl", output="none") == 1
+    told = capsys.readouterr().err
+    assert told.startswith("gemlax: ") and "bad.jsonl, line 2: not JSON" in told
+    assert told.count("\n") == 1
+    assert not (folder / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--full", "--rank", "4"], "--full trains all weights"),
+        (["--beta", "0.1"], "--beta is for --dpo"),
+        (["--rules", "rules.json", "--rank", "4"], "--rules says rank"),
+        (["--rank", "0"], "rank of an adapter must be at least 1"),
+    ],
+)
+def test_arguments_that_exclude_one_another_are_named(folder, capsys, arguments, message):
+    assert tune(folder, *arguments, output="none") == 1
+    assert message in capsys.readouterr().err
+
+
+def test_arguments_become_settings(folder):
+    parse = make_parser().parse_args
+    start = ["tune", "data.jsonl", "--output", "out"]
+    assert settings_of(parse(start)).rules == Rule(rank=8, alpha=16.0)
+    assert settings_of(parse([*start, "--dpo"])).beta == 0.1
+    by_name = settings_of(parse([*start, "--rules", str(folder / "rules.json")]))
+    assert by_name.rules == {"*.q_proj": Rule(rank=2), "*.v_proj": 4}
+    other = settings_of(parse([*start, "--no-remat", "--no-packing", "--accumulate", "2"]))
+    assert (other.remat, other.pack, other.accumulate) == (False, False, 2)
