@@ -1,9 +1,12 @@
-"""gemlax and llama.cpp on the real Gemma 3 270M (Q4_K_M GGUF), taking turns on two threads.
+"""gemlax, llama.cpp and transformers on the real Gemma 3 270M, taking turns on two threads.
 
-Run: python benchmarks/peers.py FILE.gguf --llama-python PYTHON [--rounds 3] [--write]
-PYTHON is an interpreter with llama-cpp-python; without it gemlax runs alone. Each turn is a
+Run: python benchmarks/peers.py FILE.gguf --llama-python PYTHON --torch-python PYTHON FOLDER
+         [--rounds 3] [--write]
+The first PYTHON has llama-cpp-python; the second torch and transformers, which read the FOLDER that
+`gemlax convert FILE.gguf FOLDER` wrote, in float32. Without them gemlax runs alone. Each turn is a
 process of its own: load, then for every depth a prompt and 64 greedy tokens, twice; the better
-counts, and the median over the turns is quoted. The last line is JSON.
+counts, and the median over the turns is quoted. --write puts a table and a plot into docs/
+(matplotlib). The last line is JSON.
 """
 
 import argparse
@@ -68,6 +71,30 @@ def run_llama(path: str) -> dict[str, float]:
     return found
 
 
+def run_transformers(folder: str) -> dict[str, float]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(2)
+    begin = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = {"load_s": time.perf_counter() - begin}
+    for depth in DEPTHS[:2]:  # 4,000 tokens take minutes
+        prefill, decode = [], []
+        with torch.inference_mode():
+            for _ in range(2):
+                start = time.perf_counter()
+                out = model(torch.tensor([prompt(depth)]), use_cache=True, logits_to_keep=1)
+                middle = time.perf_counter()
+                for _ in range(STEPS):
+                    token = out.logits[:, -1:].argmax(dim=-1)
+                    out = model(token, past_key_values=out.past_key_values, use_cache=True)
+                prefill.append(depth / (middle - start))
+                decode.append(STEPS / (time.perf_counter() - middle))
+        found |= {f"prefill_{depth}": max(prefill), f"decode_{depth}": max(decode)}
+    return found
+
+
 def turn(python: str, name: str, path: str) -> dict[str, float]:
     command = [python, __file__, path, "--worker", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -79,39 +106,72 @@ def turn(python: str, name: str, path: str) -> dict[str, float]:
 def write(medians: dict[str, dict[str, float]], limit: float) -> None:
     import report
 
-    keys = list(medians["gemlax"])
     names = list(medians)
     rows: list[list[Any]] = []
-    for key in keys:
+    for key in medians["gemlax"]:
         values = [medians[name].get(key) for name in names]
         row = [key.replace("_", " "), *("-" if v is None else f"{v:.4g}" for v in values)]
-        both = len(values) == 2 and None not in values
-        rows.append([*row, f"{values[0] / values[1]:.2f}" if both else "-"])
-    text = report.table(("tok/s, at depth x rows", *names, "ratio"), rows)
+        ours = values[0]
+        rows.append([*row, *("-" if v is None else f"{ours / v:.2f}" for v in values[1:])])
+    head = ("tok/s, at depth x rows", *names, *(f"gemlax / {name}" for name in names[1:]))
     line = f"{report.machine()}; read bandwidth {limit:.1f} GB/s."
-    report.write_section("peers", f"{line}\n\n{text}")
+    text = f"{line}\n\n{report.table(head, rows)}\n\n![tokens per second](peers.png)"
+    report.write_section("peers", text)
+    draw(medians, limit)
 
 
-def main() -> None:
+def draw(medians: dict[str, dict[str, float]], limit: float) -> None:
+    """Plot what the table has, and the most that memory allows, as docs/peers.png."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import report
+    from matplotlib import pyplot
+
+    figure, both = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for axes, what in zip(both, ("decode", "prefill"), strict=True):
+        width = 0.8 / len(medians)
+        for place, (name, found) in enumerate(medians.items()):
+            heights = [found.get(f"{what}_{depth}", 0.0) for depth in DEPTHS]
+            at = [i + (place - (len(medians) - 1) / 2) * width for i in range(len(DEPTHS))]
+            axes.bar(at, heights, width, label=name)
+        axes.set_xticks(range(len(DEPTHS)), [str(depth) for depth in DEPTHS])
+        axes.set(xlabel="tokens before", ylabel="tok/s", title=what)
+    most = limit * 1e3 / medians["gemlax"]["weights_mb"]
+    both[0].axhline(most, color="black", linestyle=":", label="weights at read bandwidth")
+    both[0].legend()
+    figure.savefig(report.PAGE.parent / "peers.png", dpi=120)
+
+
+WORKERS = {"gemlax": run_gemlax, "llama.cpp": run_llama, "transformers": run_transformers}
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path")
     parser.add_argument("--llama-python", metavar="PYTHON")
+    parser.add_argument("--torch-python", nargs=2, metavar=("PYTHON", "FOLDER"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="into docs/performance.md")
-    parser.add_argument("--worker", choices=["gemlax", "llama.cpp"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    parser.add_argument("--write", action="store_true", help="into docs/")
+    parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
     if args.worker:
-        run = {"gemlax": run_gemlax, "llama.cpp": run_llama}[args.worker]
-        print(json.dumps(run(args.path)))
+        print(json.dumps(WORKERS[args.worker](args.path)))
         return
     path = str(Path(args.path).resolve())
-    peers = {"gemlax": sys.executable}
+    peers = {"gemlax": (sys.executable, path)}
     if args.llama_python:
-        peers["llama.cpp"] = args.llama_python
+        peers["llama.cpp"] = (args.llama_python, path)
+    if args.torch_python:
+        peers["transformers"] = tuple(args.torch_python)
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in peers}
     for _ in range(args.rounds):
-        for name, python in peers.items():
-            turns[name].append(turn(python, name, path))
+        for name, (python, file) in peers.items():
+            turns[name].append(turn(python, name, file))
             print(name, {key: round(v, 2) for key, v in turns[name][-1].items()}, flush=True)
     medians = {
         name: {key: statistics.median(t[key] for t in found) for key in found[0]}
