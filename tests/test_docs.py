@@ -63,6 +63,7 @@ def folder(tmp_path, monkeypatch, request):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_the_code_of_a_page_runs(page, folder, monkeypatch):

@@ -27,7 +27,9 @@ CASES = [
 
 def is_quick(name, front, layers, form, feed):
     if name in WHOLE:
-        return feed == "chunks" or (front, layers) == ("NNX", "scan")
+        if front == "Linen":
+            return (form, feed) == ("stacked", "chunks")
+        return feed == "chunks" or layers == "scan"
     if name not in ROUGH:
         return (front, layers, form, feed) == ("NNX", "scan", "list", "chunks")
     forms = {"NNX": ("list", "paged"), "Linen": ("stacked",)}

@@ -512,9 +512,8 @@ def test_the_kernel_gets_padded_queries_and_the_output_is_cut():
     assert re.search(rf"slice .*-> tensor<{TOKENS}x{N}x96xf32>", text)
 
 
-@pytest.mark.parametrize(
-    ("window", "lanes"), [pytest.param(None, 128, marks=pytest.mark.slow), (5, 256)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("window", "lanes"), [(None, 128), (5, 256)])
 def test_the_kernels_own_reference_gives_the_same(monkeypatch, window, lanes):
     """No TPU is needed for that: jax ships a reference with the kernel's arguments."""
 

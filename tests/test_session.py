@@ -72,6 +72,7 @@ class Script:
 # --- Model.chat --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_session_with_drafts_says_the_same_and_keeps_its_cache(model):
     found = []
     for drafts in (None, 3):

@@ -382,6 +382,7 @@ def test_a_stream_and_a_stop_string_cut_drafted_text_alike(model):
     assert found.finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_unrolled_layers_and_8_bit_caches_take_drafts_too():
     weights = conditioned_weights("test_speculation", text_weights(CONFIG.text))
     small = Model(CONFIG, build(CONFIG, weights, "unroll"), kv_cache="int8")

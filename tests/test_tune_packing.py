@@ -110,8 +110,9 @@ def saved_faults(remat: bool) -> list[str]:
     return [
         str(var.aval)
         for eqn in scans(jaxpr.jaxpr)
-        for var in eqn.outvars[eqn.params["num_carry"] :]
-        if var.aval.shape[-2:] == (WIDTH, WIDTH)
+        for var, made in zip(eqn.outvars, eqn.params["jaxpr"].jaxpr.outvars, strict=True)
+        # What a scan keeps of each turn has one axis more than what the turn made.
+        if var.aval.ndim > made.aval.ndim and var.aval.shape[-2:] == (WIDTH, WIDTH)
     ]
 
 

@@ -38,7 +38,8 @@ def curve_of(format=None, layers="scan", mesh=None):
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("format", [None, slow("int8"), slow("int4"), slow("nf4")])
+@pytest.mark.slow
+@pytest.mark.parametrize("format", [None, "int8", "int4", "nf4"])
 def test_unrolled_layers_learn_as_scanned_ones(format):
     expected = curve_of(format)
     assert expected[-1] < expected[0] - 0.5
