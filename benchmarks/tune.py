@@ -107,6 +107,19 @@ def turn(python: str, name: str, argv: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def write(found: dict[str, Any], names: list[str]) -> None:
+    import report
+
+    head = ("learnt", *(f"{name}, tok/s" for name in names), "ratio")
+    rows = [
+        [part, *(found[f"{name}_{part}_tok_s"] for name in names), found.get(f"{part}_ratio", "-")]
+        for part in PARTS
+    ]
+    about = f"{report.machine()}; {found['batch']} rows of {found['length']} tokens"
+    about += ", layers computed again in the backward pass." if found["remat"] else "."
+    report.write_section("tune", f"{about}\n\n{report.table(head, rows)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path")
@@ -117,6 +130,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--layers", choices=["scan", "unroll"])
     parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--write", action="store_true", help="into docs/performance.md")
     parser.add_argument("--worker", choices=["gemlax", "peft"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -144,6 +158,8 @@ def main() -> None:
                       for a, b in zip(*turns.values(), strict=True)]  # fmt: skip
             found[f"{part}_ratio"] = round(statistics.median(ratios), 3)
             print(f"{part}: {found[f'{part}_ratio']} times transformers and peft")
+    if args.write:
+        write(found, list(peers))
     print(json.dumps(found | {"turns": turns}))
 
 
