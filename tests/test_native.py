@@ -202,6 +202,15 @@ def test_what_no_kernel_serves_says_so():
         cpu.decode(QTensor(weight.codes, "int8", weight.scales[:, :-1]))
 
 
+@pytest.mark.parametrize("rows", [1, 5, 17])
+def test_a_layer_of_floats_is_read_where_it_lies_for_a_few_rows(rows):
+    stack, x = jnp.asarray(draw(3, 48, 40)), jnp.asarray(draw(rows, 40, seed=1))
+    multiply = lambda x, i: ops.linear(x, At(stack, i))  # noqa: E731
+    np.testing.assert_allclose(jax.jit(multiply)(x, 2), x @ stack[2].T, rtol=1e-5, atol=1e-5)
+    few = rows <= cpu.MAX_ROWS
+    assert ("dynamic_slice" not in str(jax.make_jaxpr(multiply)(x, 2))) == few
+
+
 # Attention.
 
 
