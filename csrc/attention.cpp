@@ -24,13 +24,6 @@ struct Shapes {
   int64_t queries() const { return length * groups; }  // that share a K/V head
 };
 
-// What a run of slots adds for every query: sum of exp(logit - peak) times 1, and times v.
-struct Partial {
-  float* peak;   // [queries]
-  float* total;  // [queries]
-  float* out;    // [queries, size]
-};
-
 struct Task {
   const float* q;          // [length, heads, size] of the row
   const int32_t* queries;  // [length]: their positions
@@ -53,11 +46,37 @@ inline void add(const Kernels& use, float* out, const uint16_t* v, float weight,
   use.add_bfloat16(out, v, weight, n);
 }
 
+inline void call_few(const ManyQueries& s, const Task& task, const float* k, const float* v,
+                     Partial partial) {
+  kernels().attend_many->few_floats(s, task.first, task.last, k, v, partial);
+}
+inline void call_few(const ManyQueries& s, const Task& task, const uint16_t* k, const uint16_t* v,
+                     Partial partial) {
+  kernels().attend_many->few_bfloat16(s, task.first, task.last, k, v, partial);
+}
+
+template <class T>
+void attend_few(const Shapes& s, const Task& task, const T* k, const T* v, Partial partial) {
+  const ManyQueries own = {task.q + task.kv_head * s.groups * s.size,
+                           task.queries,
+                           task.at,
+                           s.length,
+                           s.heads,
+                           s.groups,
+                           s.size,
+                           s.slots,
+                           s.kv_heads * s.size,
+                           task.window,
+                           task.scale};
+  call_few(own, task, k, v, partial);
+}
+
 // Online softmax over slots [first, last). Source: arXiv 1805.02867.
 // A NaN may get lost in a peak, but not in the sums.
 template <class T>
 void attend(const Shapes& s, const Task& task, const T* k, const T* v, Partial partial) {
   const Kernels& use = kernels();
+  if (use.attend_many && s.size % 16 == 0) return attend_few(s, task, k, v, partial);
   const int64_t stride = s.kv_heads * s.size;
   for (int64_t i = 0; i < s.queries(); ++i) {
     partial.peak[i] = -std::numeric_limits<float>::infinity();

@@ -27,6 +27,16 @@ inline float sum(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
 
+// The sums of four vectors.
+inline __m128 sum_each(const __m256* v) {
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1]));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(v[2], v[3]), _mm256_unpackhi_ps(v[2], v[3]));
+  const __m256d low = _mm256_castps_pd(ab), high = _mm256_castps_pd(cd);
+  const __m256 all = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(low, high)),
+                                   _mm256_castpd_ps(_mm256_unpackhi_pd(low, high)));
+  return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}
+
 // What N rows of weights give with R rows of activations, before it is put together.
 template <int N, int R>
 struct Sums {
@@ -36,8 +46,15 @@ struct Sums {
       for (int r = 0; r < R; ++r) of[n][r] = _mm256_setzero_ps();
   }
   void store(const Activations& x, float* out, int64_t stride) const {
-    for (int r = 0; r < R; ++r)
-      for (int n = 0; n < N; ++n) out[r * stride + n] = x.scales[r] * sum(of[n][r]);
+    for (int n = 0; n < N; ++n) {
+      int r = 0;
+      for (; r + 4 <= R; r += 4) {
+        alignas(16) float four[4];
+        _mm_store_ps(four, _mm_mul_ps(_mm_loadu_ps(x.scales + r), sum_each(of[n] + r)));
+        for (int i = 0; i < 4; ++i) out[(r + i) * stride + n] = four[i];
+      }
+      for (; r < R; ++r) out[r * stride + n] = x.scales[r] * sum(of[n][r]);
+    }
   }
 };
 
@@ -77,9 +94,40 @@ inline void add_groups(const uint8_t* row, const uint16_t* scales, int g, const 
       sums[b][r] = _mm256_fmadd_ps(scale[b], _mm256_cvtepi32_ps(products[b][r]), sums[b][r]);
 }
 
+// Several rows of weights with several rows of activations, which are loaded once for them.
+template <class F, int R, int N>
+inline void dot_groups_together(const Weights& w, int64_t first, const Activations& x, float* out,
+                                int64_t stride) {
+  Sums<N, R> sums;
+  const int groups = x.width / kGroup;
+  const int16_t* own = x.codes;
+  for (int g = 0; g < groups; ++g, own += R * kGroup) {
+    Codes codes[N];
+    __m256 scale[N];
+    for (int n = 0; n < N; ++n) {
+      const uint8_t* block = w.codes + (first + n) * w.row_bytes + g * F::kBytes;
+      fetch_ahead(block);
+      codes[n] = less(Groups<F>::codes(block), Groups<F>::kOffset);
+      scale[n] = Groups<F>::scale(block, F::kGroup ? w.scales + (first + n) * w.groups + g : nullptr);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      __m256i even = load(own + r * kGroup), odd = load(own + r * kGroup + 16);
+      asm("" : "+v"(even), "+v"(odd));
+      for (int n = 0; n < N; ++n) {
+        const __m256i products =
+            dot2(dot2(_mm256_setzero_si256(), codes[n].even, even), codes[n].odd, odd);
+        sums.of[n][r] = _mm256_fmadd_ps(scale[n], _mm256_cvtepi32_ps(products), sums.of[n][r]);
+      }
+    }
+  }
+  sums.store(x, out, stride);
+}
+
 template <class F, int R, int N>
 inline void dot_groups(const Weights& w, int64_t first, const Activations& x, float* out,
                        int64_t stride) {
+  if constexpr (N > 1) return dot_groups_together<F, R, N>(w, first, x, out, stride);
   constexpr int B = R == 1 ? 4 : R == 2 ? 2 : 1;
   __m256 sums[B][R], rest[1][R];
   for (int r = 0; r < R; ++r) {
@@ -358,7 +406,7 @@ float encode(const float* x, int width, int64_t step, int16_t* codes, float* sum
       WHAT<F, R, kRows>(w, first, x, out + first, stride);                                  \
     for (; first < last; ++first) WHAT<F, R, 1>(w, first, x, out + first, stride);          \
   }
-OVER_ROWS(groups, dot_groups, 1, 1)
+OVER_ROWS(groups, dot_groups, 1, 2)
 OVER_ROWS(q4_k, dot_q4_k, 1, 2)
 OVER_ROWS(q6_k, dot_q6_k, 1, 2)
 OVER_ROWS(plain, dot_plain, 1, 2)

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "attention.h"
@@ -64,6 +65,17 @@ inline __m512 exp_below_zero(__m512 x) {
 
 inline float one(float x) { return x; }
 inline float one(uint16_t bits) { return from_bfloat16(bits); }
+
+// Which of 64 slots a query at `here` attends to.
+inline void see(const ManyQueries& s, const int32_t* positions, int32_t here,
+                __mmask16 (&seen)[4]) {
+  for (int j = 0; j < 4; ++j) {
+    const __m512i at = _mm512_loadu_si512(positions + 16 * j);
+    seen[j] = _mm512_cmpgt_epi32_mask(at, _mm512_set1_epi32(-1)) &
+              _mm512_cmple_epi32_mask(at, _mm512_set1_epi32(here));
+    if (s.window) seen[j] &= _mm512_cmpgt_epi32_mask(at, _mm512_set1_epi32(here - s.window));
+  }
+}
 
 // Scratch of one thread.
 struct Room {
@@ -138,16 +150,9 @@ void attend(const ManyQueries& s, const T* k, const T* v, float* result) {
     }
     product(rows, s.size, room.queries.data(), s.size, room.keys.data(), kKeys,
             room.weights.data(), kKeys, false);
-    const __m512i none = _mm512_set1_epi32(-1);
     for (int64_t t = 0; t < s.count; ++t) {
       __mmask16 seen[4];
-      for (int j = 0; j < 4; ++j) {
-        const __m512i here = _mm512_loadu_si512(at + 16 * j);
-        seen[j] = _mm512_cmpgt_epi32_mask(here, none) &
-                  _mm512_cmple_epi32_mask(here, _mm512_set1_epi32(s.positions[t]));
-        if (s.window)
-          seen[j] &= _mm512_cmpgt_epi32_mask(here, _mm512_set1_epi32(s.positions[t] - s.window));
-      }
+      see(s, at, s.positions[t], seen);
       for (int64_t row = t * s.groups; row < (t + 1) * s.groups; ++row)
         if (seen[0] | seen[1] | seen[2] | seen[3])
           weigh(room.weights.data() + row * kKeys, seen, s.scale, &room.peaks[row],
@@ -168,9 +173,112 @@ void attend(const ManyQueries& s, const T* k, const T* v, float* result) {
     }
 }
 
+inline __m512 numbers(const float* p) { return floats_at(p); }
+inline __m512 numbers(const uint16_t* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// logits[m, at[n]] of M queries and N keys.
+template <int M, int N, class T>
+inline void few_logits(int64_t size, const float* q, const T* k, int64_t stride, const int32_t* at,
+                       float* logits) {
+  __m512 sums[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) sums[m][n] = _mm512_setzero_ps();
+  for (int64_t h = 0; h < size; h += 16) {
+    __m512 keys[N];
+    for (int n = 0; n < N; ++n) keys[n] = numbers(k + at[n] * stride + h);
+    for (int m = 0; m < M; ++m) {
+      const __m512 own = floats_at(q + m * size + h);
+      for (int n = 0; n < N; ++n) sums[m][n] = _mm512_fmadd_ps(own, keys[n], sums[m][n]);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) logits[m * kKeys + at[n]] = _mm512_reduce_add_ps(sums[m][n]);
+}
+
+// out[m, 16 J] += sum of weights[m, at[i]] v[at[i]], for M queries.
+template <int M, int J, class T>
+inline void few_values(int64_t size, const float* weights, const T* v, int64_t stride,
+                       const int32_t* at, int count, float* out) {
+  __m512 sums[M][J];
+  for (int m = 0; m < M; ++m)
+    for (int j = 0; j < J; ++j) sums[m][j] = floats_at(out + m * size + 16 * j);
+  for (int i = 0; i < count; ++i) {
+    __m512 value[J];
+    for (int j = 0; j < J; ++j) value[j] = numbers(v + at[i] * stride + 16 * j);
+    for (int m = 0; m < M; ++m) {
+      const __m512 own = _mm512_set1_ps(weights[m * kKeys + at[i]]);
+      for (int j = 0; j < J; ++j) sums[m][j] = _mm512_fmadd_ps(own, value[j], sums[m][j]);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int j = 0; j < J; ++j) _mm512_storeu_ps(out + m * size + 16 * j, sums[m][j]);
+}
+
+// A row of numbers that is read soon: the hardware looks ahead to the end of a page only.
+template <class T>
+inline void fetch(const T* row, int64_t size) {
+  const auto* bytes = reinterpret_cast<const char*>(row);
+  for (size_t i = 0; i < size * sizeof(T); i += 64) _mm_prefetch(bytes + i, _MM_HINT_T0);
+}
+
+// A block of slots for M queries at one position, which see those `at`.
+template <int M, class T>
+inline void few(const ManyQueries& s, const float* q, const T* k, const T* v, const int32_t* at,
+                int count, const __mmask16 (&seen)[4], float* peak, float* total, float* out) {
+  alignas(64) float weights[M * kKeys] = {};
+  int i = 0;
+  for (; i + 2 <= count; i += 2) few_logits<M, 2>(s.size, q, k, s.stride, at + i, weights);
+  if (i < count) few_logits<M, 1>(s.size, q, k, s.stride, at + i, weights);
+  for (int m = 0; m < M; ++m)
+    weigh(weights + m * kKeys, seen, s.scale, peak + m, total + m, out + m * s.size, s.size);
+  int64_t h = 0;
+  for (; h + 64 <= s.size; h += 64)
+    few_values<M, 4>(s.size, weights, v + h, s.stride, at, count, out + h);
+  for (; h < s.size; h += 16)
+    few_values<M, 1>(s.size, weights, v + h, s.stride, at, count, out + h);
+}
+
+// Keys and values are read where they lie, once for up to four queries.
+template <class T>
+void attend_few(const ManyQueries& s, int64_t first, int64_t last, const T* k, const T* v,
+                Partial partial) {
+  const int64_t rows = s.count * s.groups;
+  std::fill_n(partial.peak, rows, -std::numeric_limits<float>::infinity());
+  std::fill_n(partial.total, rows, 0.0f);
+  std::fill_n(partial.out, rows * s.size, 0.0f);
+  for (int64_t start = first; start < last; start += kKeys) {
+    int32_t positions[kKeys], at[kKeys];
+    std::fill_n(positions, kKeys, -1);
+    std::copy_n(s.at + start, std::min<int64_t>(kKeys, last - start), positions);
+    const T *keys = k + start * s.stride, *values = v + start * s.stride;
+    for (int64_t t = 0; t < s.count; ++t) {
+      __mmask16 seen[4];
+      see(s, positions, s.positions[t], seen);
+      int count = 0;
+      for (int j = 0; j < 4; ++j)
+        for (unsigned bits = seen[j]; bits; bits &= bits - 1)
+          at[count++] = 16 * j + std::countr_zero(bits);
+      if (count == 0) continue;
+      const auto run = [&]<int M>(std::integral_constant<int, M>, int64_t g) {
+        const int64_t row = t * s.groups + g;
+        few<M>(s, s.q + (t * s.heads + g) * s.size, keys, values, at, count, seen,
+               partial.peak + row, partial.total + row, partial.out + row * s.size);
+      };
+      int64_t g = 0;
+      for (; g + 4 <= s.groups; g += 4) run(std::integral_constant<int, 4>(), g);
+      for (; g + 2 <= s.groups; g += 2) run(std::integral_constant<int, 2>(), g);
+      if (g < s.groups) run(std::integral_constant<int, 1>(), g);
+    }
+  }
+}
+
 }  // namespace
 
-const AttendMany kAttendAvx512 = {attend<float>, attend<uint16_t>};
+const AttendMany kAttendAvx512 = {attend<float>, attend<uint16_t>, attend_few<float>,
+                                  attend_few<uint16_t>};
 
 }  // namespace gemlax
 

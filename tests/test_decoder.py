@@ -160,14 +160,22 @@ def test_bfloat16_cache_stored_as_bits_equals_the_full_forward(weights, tokens, 
     assert difference(out, exact) < 1.5 * difference(full, exact)
 
 
-@pytest.mark.parametrize(("dtype", "layers"), [(jnp.float32, "unroll"), (jnp.bfloat16, "scan")])
-def test_the_default_is_the_faster_layout_of_the_cpu(weights, dtype, layers):
-    assert default_layers(jnp.dtype(dtype)) == layers
+@pytest.mark.parametrize(
+    ("dtype", "implementation", "layers"),
+    [(jnp.float32, "xla", "unroll"), (jnp.float32, "cpu", "scan"), (jnp.bfloat16, "xla", "scan")],
+)
+def test_the_default_is_the_faster_layout_of_the_cpu(weights, dtype, implementation, layers):
+    if implementation == "cpu" and ops.cpu.kernels().instructions is None:
+        pytest.skip("no native kernels")
 
     def fill(name, out):
         out[...] = weights[name].astype(out.dtype)
 
-    assert build_decoder(CONFIG.text, fill, dtype=dtype).scanned == (layers == "scan")
+    with ops.implementation(implementation):
+        assert default_layers(jnp.dtype(dtype)) == layers
+        assert build_decoder(CONFIG.text, fill, dtype=dtype).scanned == (layers == "scan")
+    if dtype == jnp.float32:
+        assert default_layers(jnp.dtype(dtype), on_mesh=True) == "unroll"
 
 
 # --- where weights lie -------------------------------------------------------------------------

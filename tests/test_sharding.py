@@ -578,5 +578,5 @@ def test_the_real_model_gives_the_same_text_on_a_mesh(gguf_path, axes):
     for mesh in (None, axes):
         one = model.load(gguf_path, layers="scan", mesh=mesh)
         texts.append([c.text for c in one.generate(prompt, max_new_tokens=12)])
-    assert default_layers(jnp.dtype(jnp.float32)) == "unroll"
+    assert default_layers(jnp.dtype(jnp.float32), on_mesh=True) == "unroll"
     assert texts[0] == texts[1]

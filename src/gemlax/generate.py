@@ -116,6 +116,8 @@ class Engine:
         self.counters = Counters()
         graphdef, self._weights = nnx.split(decoder)
         prefill = functools.partial(_prefill, graphdef, mesh)
+        if mesh is not None and implementation is None:
+            implementation = "xla"  # a kernel would gather what the mesh cuts
         self._prefill = jax.jit(ops.cpu.bind(implementation, prefill), donate_argnums=(3,))
 
         @functools.cache

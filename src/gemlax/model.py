@@ -84,6 +84,8 @@ class Model:
         adapters: Mapping[str, lora.Stored] | None = None,
     ):
         self.adapters = dict(adapters or {})
+        if mesh is not None and implementation is None:
+            implementation = "xla"  # a kernel would gather what the mesh cuts
         self.implementation = implementation
         self.config, self.decoder, self.tokenizer = config, decoder, tokenizer
         self.chat_template = chat_template

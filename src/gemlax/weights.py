@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemlax import sharding
+from gemlax import ops, sharding
 from gemlax.config import TextConfig
 from gemlax.decoder import Decoder, Layers, Read, weight_path
 from gemlax.formats import Coded, Format, decode
@@ -40,15 +40,17 @@ __all__ = [
 _ALIGNMENT = 64
 
 
-def default_layers(dtype: jnp.dtype) -> Layers:
+def default_layers(dtype: jnp.dtype, *, on_mesh: bool = False) -> Layers:
     """Return the faster layout of this backend.
 
-    Measured for Gemma 3 270M on two cores (docs/performance.md): a scanned step of float32 takes
-    about a third longer than an unrolled one; bfloat16 unrolled holds a float32 copy of most of
-    the model as temporaries and is no faster.
+    Measured for Gemma 3 270M on two cores (docs/performance.md): a scanned step of float32 takes as
+    long as an unrolled one with the native kernels, and compiles faster; by XLA alone, and so on a
+    mesh, about a third longer. bfloat16 unrolled holds a float32 copy of most of the model as
+    temporaries and is no faster.
     """
-    fast = jax.default_backend() == "cpu" and jnp.dtype(dtype) == jnp.float32
-    return "unroll" if fast else "scan"
+    if jax.default_backend() != "cpu" or jnp.dtype(dtype) != jnp.float32:
+        return "scan"
+    return "unroll" if on_mesh or ops.cpu.live() is None else "scan"
 
 
 # What gives a weight of a canonical name as codes, or None.
@@ -83,7 +85,9 @@ def build_decoder(
         RequestError: a weight that the mesh does not divide.
     """
     dtype = jnp.dtype(dtype)
-    layers = layers or ("scan" if codes is not None else default_layers(dtype))
+    layers = layers or (
+        "scan" if codes is not None else default_layers(dtype, on_mesh=mesh is not None)
+    )
     placed = {} if mesh is None else place(config, layers, mesh).shardings
     graphdef, flat = abstract_decoder(config, layers, read, dtype)
     total = sum(v.get_value().size for v in flat.values()) * dtype.itemsize

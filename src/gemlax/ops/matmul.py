@@ -54,9 +54,19 @@ def _frozen_products(x: Array, weights: tuple[Weight, ...]) -> tuple[Array, ...]
     """Multiply with frozen weights; no copy of them is kept for the backward pass."""
     if cpu.live() is None:
         return tuple(product(x, dense(weight)) for weight in weights)
+    weights = tuple(_as_stored(weight, x.shape[0]) for weight in weights)
     if all(is_stored(weight) and cpu.prefers(weight, x.shape[0]) for weight in weights):
         return cpu.multiply(x, *weights)
     return tuple(_frozen_product(x, weight) for weight in weights)
+
+
+def _as_stored(weight: Weight, rows: int) -> Weight:
+    """Return a layer of a float32 stack as kernels take it: XLA would slice it out first."""
+    if not isinstance(weight, At) or not isinstance(weight.stack, jax.Array):
+        return weight
+    if weight.stack.ndim != 3 or weight.stack.dtype != jnp.float32 or rows > cpu.MAX_ROWS:
+        return weight
+    return At(QTensor(weight.stack, "float32"), weight.index)
 
 
 def _frozen_product(x: Array, weight: Weight) -> Array:
