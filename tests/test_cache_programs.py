@@ -115,10 +115,14 @@ def test_a_list_through_the_scan_costs_about_one_copy_and_so_fails_the_growth_ga
 # --- what XLA:CPU does to small writes, as ratios -----------------------------------------------
 
 
+# What a busy machine may do to a ratio of two least times; a pass over all takes about 16.
+SLOWER = 3
+
+
 def write_times(write, dtype):
-    """Return the least seconds of 64 one-row writes into a small buffer and one eight times it."""
+    """Return the least seconds of 64 one-row writes into a small buffer and one 16 times it."""
     times = []
-    for capacity in (2048, 16_384):
+    for capacity in (2048, 32_768):
 
         def run(stack, new):
             return jax.lax.fori_loop(0, 64, lambda i, k: write(k, i, new), stack)
@@ -145,12 +149,12 @@ def select_row(stack, i, new):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "uint16", "int8"])
-def test_a_small_write_takes_as_long_in_a_buffer_eight_times_as_large(dtype):
+def test_a_small_write_takes_as_long_in_a_buffer_16_times_as_large(dtype):
     """jaxlib 0.11.1 rewrote the buffer for each (jax issue 40101); bfloat16 is why uint16 is."""
     small, large = write_times(write_row, jnp.dtype(dtype))
-    assert large < 3 * small
+    assert large < SLOWER * small
 
 
 def test_twin_that_passes_over_the_buffer_takes_longer_in_a_larger_one():
     small, large = write_times(select_row, jnp.dtype("float32"))
-    assert large > 5 * small
+    assert large > SLOWER * small
