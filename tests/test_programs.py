@@ -224,7 +224,9 @@ def test_twin_that_chooses_its_steps_by_a_conditional_copies_the_caches(monkeypa
 
     monkeypatch.setattr(generate, "_speculate", conditional)
     engine = engine_of(tiny(preset("gemma-3-270m")).text, implementation="cpu")
-    assert copy_faults(compile_drafting(engine, 1, 256), caches_of(engine, 256))
+    # jax 0.12 has learnt to write through a conditional.
+    faults = copy_faults(compile_drafting(engine, 1, 256), caches_of(engine, 256))
+    assert bool(faults) == (jax.__version_info__ < (0, 12))
 
 
 def test_bfloat16_caches_are_written_in_place_on_cpu():

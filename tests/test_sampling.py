@@ -1,12 +1,14 @@
 """Draws against the exact distribution (chi-square), and what each setting does to logits."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
-from gemlax import RequestError
+from gemlax import RequestError, sampling
 from gemlax.sampling import (
     CANDIDATES,
     Sampling,
@@ -170,6 +172,56 @@ def test_top_logprobs_are_those_of_the_softmax():
     np.testing.assert_allclose(own[0], want[17], rtol=1e-5)
     np.testing.assert_array_equal(ids[0], np.argsort(-want)[:20])
     np.testing.assert_allclose(values[0], np.sort(want)[::-1][:20], rtol=1e-5)
+
+
+def rows_of_logits(kind: str) -> np.ndarray:
+    rng = np.random.default_rng(4)
+    normal = rng.standard_normal((3, 16_384)).astype(np.float32)
+    if kind == "ties":
+        return np.round(normal * 2) / 2
+    if kind == "one block":
+        normal[:, 512:600] += 9
+    if kind == "infinities":
+        normal[:, rng.integers(0, 16_384, 16_300)] = -np.inf
+        normal[0, 700] = np.inf
+    if kind == "nan":
+        normal[1, [900, 77, 5000]] = np.nan
+    return normal
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "one block", "infinities", "nan"])
+def test_arg_max_and_top_k_by_blocks_are_the_plain_ones(kind):
+    logits = rows_of_logits(kind)
+    np.testing.assert_array_equal(sampling._arg_max(jnp.asarray(logits)), logits.argmax(-1))
+    if kind == "nan":  # what lax.top_k makes of NaN is not defined
+        return
+    best, ids = sampling._top_k(jnp.asarray(logits), 64)
+    order = np.argsort(-logits, axis=-1, kind="stable")[:, :64]
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_array_equal(best, np.take_along_axis(logits, order, -1))
+
+
+def sorted_widths(function, *given) -> list[int]:
+    """The row lengths that a program sorts, or takes the best of by a library call."""
+    text = jax.jit(function).lower(*given).compile().as_text()
+    lines = [line for line in text.splitlines() if " sort(" in line or '"TopK"' in line]
+    return [int(n) for line in lines for n in re.findall(r"\[1,(\d+)\]", line)]
+
+
+def test_nothing_sorts_the_vocabulary():
+    vocab = 262_144
+    logits = jnp.zeros((1, vocab), jnp.float32)
+    step = jnp.zeros(1, jnp.int32)
+    widths = sorted_widths(sample, logits, make_sampling(1, vocab, [0]), step)
+    assert widths and max(widths) <= 4096
+    widths = sorted_widths(top_logprobs, logits, step)
+    assert widths and max(widths) <= 4096
+
+    def twin(logits):  # XLA finds its TopK no more when a slice of it is wanted
+        best, ids = jax.lax.top_k(logits, 64)
+        return best * 2, ids, ids[:, 0]
+
+    assert max(sorted_widths(twin, logits)) == vocab
 
 
 @pytest.mark.parametrize(

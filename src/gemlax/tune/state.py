@@ -7,6 +7,7 @@ bit for bit, over whatever mesh the run goes on with.
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Checkpoints:
                 with self._ocp.PyTreeCheckpointer() as checkpointer:
                     checkpointer.save(target.absolute(), tree)
         except Exception as error:  # tensorstore raises what it likes
-            self._clean()
+            self._clean_patiently()
             last = self.steps()
             kept = f"the last good one is of step {last[-1]}" if last else "there is none before it"
             reason = str(error).partition("\n")[0]
@@ -110,9 +111,22 @@ class Checkpoints:
             f"{json.dumps(want.get(name))} here"
         )
 
+    def _clean_patiently(self) -> None:
+        """Clean up after a write that failed: its other threads may still be writing."""
+        quiet = 0
+        for _ in range(100):
+            quiet = 0 if self._leftovers() else quiet + 1
+            if quiet == 3:
+                return
+            self._clean()
+            time.sleep(0.05)
+
+    def _leftovers(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return [path for path in self.folder.iterdir() if not path.name.isdecimal()]
+
     def _clean(self) -> None:
         """Remove what is left of writes and removals that were cut off."""
-        if self.folder.is_dir():
-            for path in self.folder.iterdir():
-                if not path.name.isdecimal():
-                    shutil.rmtree(path, ignore_errors=True)
+        for path in self._leftovers():
+            shutil.rmtree(path, ignore_errors=True)
