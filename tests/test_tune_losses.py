@@ -12,7 +12,8 @@ from gemlax import ops
 from gemlax.decoder import Decoder
 from gemlax.formats import encode
 from gemlax.presets import preset, tiny
-from gemlax.qtensor import from_numpy
+from gemlax.qtensor import from_numpy, pack_bfloat16
+from gemlax.tune import losses
 from gemlax.tune.losses import Head, chunked_logprobs, preference_loss, token_logprobs
 
 pytestmark = pytest.mark.optimised
@@ -27,8 +28,11 @@ def decoder_of(cap=None, format=None):
     config = dataclasses.replace(SMALL, hidden_size=96, final_logit_softcapping=cap)
     decoder = Decoder(config, rngs=nnx.Rngs(0))
     if format is not None:
-        table = np.asarray(decoder.embed_tokens.weight.get_value())
-        stored = from_numpy(*encode(table, format), format)
+        table = decoder.embed_tokens.weight.get_value()
+        if format == "bfloat16":
+            stored = pack_bfloat16(table.astype(jnp.bfloat16))
+        else:
+            stored = from_numpy(*encode(np.asarray(table), format), format)
         decoder.embed_tokens.weight = nnx.Param(stored, axes=("vocab", "embed"), matrix=True)
     return decoder
 
@@ -42,7 +46,14 @@ def inputs(decoder):
     return hidden, labels, wanted, weight
 
 
-def both(decoder, frozen, groups=1):
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks of tokens, the last not full, and of the table: two and a rest."""
+    monkeypatch.setattr(losses, "_TOKENS", 24)
+    monkeypatch.setattr(losses, "_TABLE_ROWS", 200)
+
+
+def both(decoder, frozen, groups=1, shards=1):
     """Loss and slopes by hidden states and, unless frozen, by the table; reference first."""
     hidden, labels, wanted, weight = inputs(decoder)
     graph, state = nnx.split(decoder)
@@ -52,37 +63,57 @@ def both(decoder, frozen, groups=1):
         return (jnp.where(wanted, found, 0.0) * weight).sum()
 
     def chunked(state, hidden):
-        head = Head.of(nnx.merge(graph, state), frozen=frozen)
+        head = Head.of(nnx.merge(graph, state), frozen=frozen, shards=shards)
         return (chunked_logprobs(head, hidden, labels, wanted, groups=groups) * weight).sum()
 
     which = 1 if frozen else (0, 1)
     return [jax.jit(jax.value_and_grad(f, which))(state, hidden) for f in (reference, chunked)]
 
 
-@pytest.mark.parametrize(("cap", "groups"), [(None, 1), (30.0, 2)])
+@pytest.mark.parametrize(("cap", "groups", "shards"), [(None, 1, 1), (30.0, 2, 1), (30.0, 2, 2)])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_blocks_give_the_log_probabilities_and_slopes_of_all_logits(cap, groups, frozen):
-    expected, found = both(decoder_of(cap), frozen, groups)
+def test_blocks_give_the_log_probabilities_and_slopes_of_all_logits(cap, groups, shards, frozen):
+    expected, found = both(decoder_of(cap), frozen, groups, shards)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(a, b, **CLOSE)
 
 
-@pytest.mark.parametrize(("format", "implementation"), [("int8", None), ("nf4", "xla")])
-def test_a_stored_table_gives_the_slopes_of_its_floats(format, implementation, monkeypatch):
-    from gemlax.tune import losses
-
-    monkeypatch.setattr(losses, "_TABLE_ROWS", 200)  # two blocks and a rest
+@pytest.mark.parametrize("format", ["int8", "nf4", "bfloat16"])
+def test_a_stored_table_gives_the_slopes_of_its_floats(format):
     decoder = decoder_of(30.0, format)
-    with ops.implementation(implementation):
-        found = both(decoder, True)[1]
+    found = both(decoder, True)[1]
     table = decoder.embed_tokens.weight.get_value().dense()
     decoder.embed_tokens.weight = nnx.Param(table, axes=("vocab", "embed"), matrix=True)
     expected = both(decoder, True)[0]
-    native = implementation is None and format == "int8" and ops.cpu.live() is not None
-    # Kernels round activations to 16 bits.
-    close = {"rtol": 1e-3, "atol": 1e-3} if native else CLOSE
+    # Logits are made of bfloat16 in both; only here the slopes are as well.
+    close = {"rtol": 2e-2, "atol": 2e-3} if format == "bfloat16" else CLOSE
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(a, b, **close)
+
+
+def test_the_slope_of_a_label_that_is_nearly_certain_keeps_its_digits():
+    """A model that has learnt its task has little slope left: the difference of near equals."""
+    rng = np.random.default_rng(5)
+    table = rng.normal(size=(SMALL.vocab_size, 96))
+    labels = np.array([[3, 70, 299]])
+    hidden = table[labels] / 3.0
+    logits = hidden[0] @ table.T
+    chances = np.exp(logits - logits.max(-1, keepdims=True))
+    chances /= chances.sum(-1, keepdims=True)
+    own = np.take_along_axis(chances, labels.T, -1)
+    assert (1 - own).max() < 1e-6
+    others = chances.copy()
+    np.put_along_axis(others, labels.T, 0.0, -1)
+    expected = others.sum(-1, keepdims=True) * table[labels[0]] - others @ table
+
+    def loss(hidden):
+        head = Head(jnp.asarray(table, jnp.float32), None, True)
+        ids = jnp.asarray(labels, jnp.int32)
+        return chunked_logprobs(head, hidden, ids, ids >= 0).sum()
+
+    found = jax.grad(loss)(jnp.asarray(hidden, jnp.float32))[0]
+    error = np.abs(found - expected).max(-1) / np.abs(expected).max(-1)
+    assert error.max() < 1e-3  # of exponents near 30 in float32
 
 
 def memory_faults(loss, vocabulary: int, frozen: bool) -> list[str]:

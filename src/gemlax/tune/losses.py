@@ -1,47 +1,52 @@
 """Log-probabilities of tokens without the logits of all of them, and the losses made of them.
 
-The head of a small Gemma is most of its work and its logits most of its memory: 262,144 float32
-for each token. Here tokens that are learnt come first and are taken a block at a time; a block
-of which none is learnt is not computed. `token_logprobs` is the reference.
+The head of a small Gemma is most of its work and its logits most of its memory: 262,144 float32 for
+each token. Here a block of the table meets a block of tokens at a time, and what softmax needs is
+kept as a running maximum and sum, as attention does it (arXiv 2205.14135); where the table is frozen
+the slope of the hidden states is summed in the same pass. Tokens that are learnt come first, and a
+block of which none is learnt is not computed. `token_logprobs` is the reference.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from gemlax import ops
+from gemlax import qtensor
 from gemlax.decoder import Decoder
-from gemlax.qtensor import QTensor, dense, is_stored, shape_of
+from gemlax.qtensor import QTensor, shape_of
 
 __all__ = ["Head", "chunked_logprobs", "preference_loss", "token_logprobs"]
 
-# A block of logits is at most this part of all, so that the two arrays of its size that XLA keeps,
-# three with a cap, stay below an eighth of all (tests/test_tune_losses.py) ...
-_PARTS, _PARTS_WITH_CAP = 20, 32
-# ... and has at most this many rows: more are not faster (docs/log.md).
-_MOST_ROWS = 128
-# Rows of a stored table decoded at a time.
-_TABLE_ROWS = 8192
+# Tokens and rows of the table that meet at a time: fewer are slower, more are not faster and leave
+# more tokens that are not learnt in the last block (docs/log.md).
+_TOKENS = 256
+_TABLE_ROWS = 2048
 
 
 class Head(NamedTuple):
     """What makes logits of hidden states: the table, and the cap of Gemma's final softcap.
 
-    `frozen`: the table gets no gradient, and that of the hidden states is made in the forward pass.
+    Attributes:
+        frozen: the table gets no gradient, and that of the hidden states is made in the forward
+            pass.
+        shards: parts into which a mesh cuts the rows of the table; each is summed on its own.
     """
 
     table: Any
     cap: float | None
     frozen: bool
+    shards: int = 1
 
     @classmethod
-    def of(cls, decoder: Decoder, *, frozen: bool) -> "Head":
+    def of(cls, decoder: Decoder, *, frozen: bool, shards: int = 1) -> "Head":
         """Return the head of a decoder."""
         table = decoder.embed_tokens.weight.get_value()
-        return cls(table, decoder.config.final_logit_softcapping, frozen)
+        shards = shards if shape_of(table)[0] % shards == 0 else 1
+        return cls(table, decoder.config.final_logit_softcapping, frozen, shards)
 
 
 def token_logprobs(
@@ -75,154 +80,181 @@ def chunked_logprobs(
     flat = jnp.take_along_axis(flat, order[..., None], axis=1)
     own = jnp.take_along_axis(labels.reshape(shape), order, axis=1)
     counts = wanted.reshape(shape).sum(axis=1, dtype=jnp.int32)
-    parts = _PARTS if head.cap is None else _PARTS_WITH_CAP
-    size = max(1, min(_MOST_ROWS, batch * length // parts) // groups)
+    size = max(1, min(_TOKENS // groups, shape[1]))
     pad = -shape[1] % size
     flat = jnp.pad(flat, ((0, 0), (0, pad), (0, 0)))
     own = jnp.pad(own, ((0, 0), (0, pad)))
-    out = _logprobs(head.cap, head.frozen, size, flat, head.table, own, counts)[:, : shape[1]]
+    plan = _Plan(head.cap, head.frozen, head.shards, size)
+    out = _logprobs(plan, flat, head.table, own, counts)[:, : shape[1]]
     back = jnp.argsort(order, axis=1)
     out = jnp.take_along_axis(out, back, axis=1).reshape(batch, length)
     return jnp.where(wanted, out, 0.0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _logprobs(
-    cap: float | None, frozen: bool, size: int, x: Array, table: Any, labels: Array, counts: Array
-) -> Array:
+class _Plan(NamedTuple):
+    """What is known when a program is compiled; `tokens` of each group are taken at a time."""
+
+    cap: float | None
+    frozen: bool
+    shards: int
+    tokens: int
+
+
+class _Sums(NamedTuple):
+    """Of exp(logit - most) over the rows of the table seen, but for the label's: [G, shards, N].
+
+    `weighted` is the sum of the rows themselves, by exp times the slope of the cap, [..., D].
+    """
+
+    most: Array
+    total: Array
+    weighted: Array | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logprobs(plan: _Plan, x: Array, table: Any, labels: Array, counts: Array) -> Array:
     """Return log-probabilities [G, N] of the first `counts` labels of each group."""
-
-    def block(start: Array, out: Array) -> Array:
-        logits = _logits(cap, _cut(x, start, size), table)
-        return _put(out, _own(logits, _cut(labels, start, size)), start)
-
-    return _blocks(size, x, counts, block, jnp.zeros(labels.shape, jnp.float32))
+    return _forward(plan._replace(frozen=False), x, table, labels, counts)[0]
 
 
-def _forward(
-    cap: float | None, frozen: bool, size: int, x: Array, table: Any, labels: Array, counts: Array
-) -> Any:
-    if not frozen:
-        # The slope of the table needs what each token weighs, which only the backward pass knows.
-        out = _logprobs(cap, frozen, size, x, table, labels, counts)
-        return out, (x, None, table, labels, counts)
+def _forward(plan: _Plan, x: Array, table: Any, labels: Array, counts: Array) -> Any:
+    rows = qtensor.take(table, labels)
+    own = (x.astype(rows.dtype).astype(jnp.float32) * rows.astype(jnp.float32)).sum(axis=-1)
+    own, bend = _capped(own, plan.cap)
+    sums = _sum(plan, x, table, labels, counts, own)
+    most = sums.most.max(axis=1)
+    part = jnp.exp(sums.most - most[:, None])
+    others = (sums.total * part).sum(axis=1)
+    total = others + jnp.exp(own - most)
+    log_total = most + jnp.log(total)
+    out = own - log_total
+    if sums.weighted is None:
+        return out, (x, log_total, table, labels, counts)
+    # The label's own row is kept apart, so that little is left of it where it is nearly certain.
+    others = (others / total * bend)[..., None] * rows.astype(jnp.float32)
+    slope = others - (sums.weighted * part[..., None]).sum(axis=1) / total[..., None]
+    return out, (slope.astype(x.dtype), None, table, labels, counts)
 
-    def block(start: Array, both: tuple[Array, Array]) -> tuple[Array, Array]:
-        logits = _logits(cap, _cut(x, start, size), table)
-        own = _cut(labels, start, size)
-        slope = _times_table(_slope(cap, logits, own), table).astype(x.dtype)
-        return _put(both[0], _own(logits, own), start), _put(both[1], slope, start)
 
-    none = (jnp.zeros(labels.shape, jnp.float32), jnp.zeros_like(x))
-    out, slopes = _blocks(size, x, counts, block, none)
-    return out, (x[:, :0], slopes, table, labels, counts)
+def _sum(plan: _Plan, x: Array, table: Any, labels: Array, counts: Array, own: Array) -> _Sums:
+    groups, length, width = x.shape
+    shape = (groups, plan.shards, length)
+    most = jnp.broadcast_to(own[:, None], shape)
+    weighted = jnp.zeros((*shape, width), jnp.float32) if plan.frozen else None
+
+    def by_rows(start: Array, rows: Array, sums: _Sums) -> _Sums:
+        def by_tokens(at: Array, sums: _Sums) -> _Sums:
+            logits, bend = _capped(_logits(_cut(x, at, plan.tokens, 1), rows), plan.cap)
+            old, total, weighted = (_cut(a, at, plan.tokens, 2) for a in sums)
+            most = jnp.maximum(old, logits.max(axis=-1))
+            kept, weights = jnp.exp(old - most), jnp.exp(logits - most[..., None])
+            hot = _is_label(start, rows, table, _cut(labels, at, plan.tokens, 1))
+            weights = jnp.where(hot, 0.0, weights)
+            total = total * kept + weights.sum(axis=-1)
+            if weighted is not None:
+                weighted = weighted * kept[..., None] + _times_rows(weights * bend, rows)
+            new = _Sums(most, total, weighted)
+            return jax.tree.map(lambda a, part: _put(a, part, at, 2), sums, new)
+
+        return _over_tokens(plan, counts, by_tokens, sums)
+
+    return _over_table(plan, table, by_rows, _Sums(most, jnp.zeros(shape, jnp.float32), weighted))
 
 
-def _backward(cap: float | None, frozen: bool, size: int, kept: Any, given: Array) -> Any:
-    x, slopes, table, labels, counts = kept
-    if frozen:
-        return (given[..., None] * slopes).astype(x.dtype), None, None, None
+def _backward(plan: _Plan, kept: Any, given: Array) -> Any:
+    x, log_total, table, labels, counts = kept
+    if plan.frozen:  # `x` is the slope that the forward pass made
+        return (given[..., None] * x).astype(x.dtype), None, None, None
+    groups, length, width = x.shape
 
-    def block(start: Array, both: tuple[Array, Array]) -> tuple[Array, Array]:
-        rows = _cut(x, start, size)
-        logits = _logits(cap, rows, table)
-        own = _cut(labels, start, size)
-        slope = _slope(cap, logits, own) * _cut(given, start, size)[..., None]
-        flat, rows = slope.reshape(-1, slope.shape[-1]), rows.reshape(-1, rows.shape[-1])
-        added = both[1] + jnp.einsum("rv,rd->vd", flat, rows.astype(jnp.float32))
-        return _put(both[0], _times_table(slope, table).astype(x.dtype), start), added
+    def by_rows(start: Array, rows: Array, both: tuple[Array, Array]) -> tuple[Array, Array]:
+        def by_tokens(at: Array, both: tuple[Array, Array]) -> tuple[Array, Array]:
+            part = _cut(x, at, plan.tokens, 1)
+            logits, bend = _capped(_logits(part, rows), plan.cap)
+            weights = jnp.exp(logits - _cut(log_total, at, plan.tokens, 1)[:, None, :, None])
+            hot = _is_label(start, rows, table, _cut(labels, at, plan.tokens, 1))
+            slope = bend * (hot.astype(jnp.float32) - weights)
+            slope *= _cut(given, at, plan.tokens, 1)[:, None, :, None]
+            added = jnp.einsum("gsnr,gnd->srd", slope, part.astype(jnp.float32))
+            of_part = _cut(both[0], at, plan.tokens, 2) + _times_rows(slope, rows)
+            return _put(both[0], of_part, at, 2), both[1] + added
 
-    none = (jnp.zeros_like(x), jnp.zeros(table.shape, jnp.float32))
-    slope, of_table = _blocks(size, x, counts, block, none)
-    return slope, of_table.astype(table.dtype), None, None
+        of_x, of_table = both
+        none = jnp.zeros(rows.shape, jnp.float32)
+        of_x, of_rows = _over_tokens(plan, counts, by_tokens, (of_x, none))
+        return of_x, _put(of_table, of_rows.astype(of_table.dtype), start, 1)
+
+    none = (
+        jnp.zeros((groups, plan.shards, length, width), jnp.float32),
+        jnp.zeros((plan.shards, table.shape[0] // plan.shards, width), table.dtype),
+    )
+    of_x, of_table = _over_table(plan, table, by_rows, none)
+    return of_x.sum(axis=1).astype(x.dtype), of_table.reshape(table.shape), None, None
 
 
 _logprobs.defvjp(_forward, _backward)
 
 
-def _blocks(size: int, x: Array, counts: Array, block: Any, start: Any) -> Any:
-    """Run `block` on as many blocks of `size` tokens as the fullest group has wanted ones."""
-    number = (counts.max() + size - 1) // size
-    return jax.lax.fori_loop(0, number, lambda i, out: block(i * size, out), start)
+def _over_table(plan: _Plan, table: Any, body: Callable[..., Any], carry: Any) -> Any:
+    """Run `body(start, rows, carry)` over blocks of the table's rows as floats, [shards, R, D].
+
+    `start` counts within a shard. A stored table is decoded a block at a time.
+    """
+    cut = jax.tree.map(lambda a: a.reshape(plan.shards, -1, a.shape[-1]), table)
+    length = shape_of(table)[0] // plan.shards
+    size = min(length, _TABLE_ROWS)
+
+    def block(start: Any, size: int, carry: Any) -> Any:
+        rows = jax.tree.map(lambda a: _cut(a, start, size, 1), cut)
+        return body(start, rows.dense() if isinstance(rows, QTensor) else rows, carry)
+
+    whole = length // size
+    carry = jax.lax.fori_loop(0, whole, lambda i, carry: block(i * size, size, carry), carry)
+    rest = length - whole * size
+    return block(jnp.int32(whole * size), rest, carry) if rest else carry
 
 
-def _cut(a: Array, start: Array, size: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(a, start, size, axis=1)
+def _over_tokens(plan: _Plan, counts: Array, body: Callable[..., Any], carry: Any) -> Any:
+    """Run `body(at, carry)` on as many blocks as the fullest group has tokens that are learnt."""
+    number = (counts.max() + plan.tokens - 1) // plan.tokens
+    return jax.lax.fori_loop(0, number, lambda i, carry: body(i * plan.tokens, carry), carry)
 
 
-def _put(a: Array, part: Array, start: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(a, part, start, axis=1)
+def _cut(a: Any, start: Array, size: int, axis: int) -> Any:
+    return None if a is None else jax.lax.dynamic_slice_in_dim(a, start, size, axis)
 
 
-def _own(logits: Array, labels: Array) -> Array:
-    own = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return own - jax.nn.logsumexp(logits, axis=-1)
+def _put(a: Array, part: Array, start: Array, axis: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(a, part, start, axis)
 
 
-def _slope(cap: float | None, logits: Array, labels: Array) -> Array:
-    """Return the slope of the label's log-probability by the logits before the cap."""
-    hot = jnp.arange(logits.shape[-1])[None, None] == labels[..., None]
-    slope = hot.astype(jnp.float32) - jax.nn.softmax(logits, axis=-1)
-    return slope if cap is None else slope * (1 - (logits / cap) ** 2)  # of tanh
+def _is_label(start: Array, rows: Array, table: Any, labels: Array) -> Bool[Array, "G S N R"]:
+    """Return which logits are those of the labels [G, N]."""
+    shards, size, _ = rows.shape
+    first = jnp.arange(shards, dtype=jnp.int32) * (shape_of(table)[0] // shards) + start
+    ids = first[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+    return labels[:, None, :, None] == ids[None, :, None]
 
 
-def _logits(cap: float | None, x: Array, table: Any) -> Array:
-    """Return float32 logits of [G, R, D]; no decoded copy of a whole stored table exists."""
-    flat = x.reshape(-1, x.shape[-1])
-    if _is_decoded(table, flat.shape[0]):
-        whole, rest = _table_blocks(table)
-        logits = jax.lax.map(lambda part: _product(flat, part.dense()), whole)
-        logits = jnp.moveaxis(logits, 0, 1).reshape(flat.shape[0], -1)
-        if rest is not None:
-            logits = jnp.concatenate([logits, _product(flat, rest.dense())], axis=1)
-    else:
-        logits = ops.unembed(flat, table)
-    return ops.softcap(logits, cap).reshape(*x.shape[:-1], -1)
+def _capped(logits: Array, cap: float | None) -> tuple[Array, Any]:
+    """Return softcap of logits, and its slope there."""
+    if cap is None:
+        return logits, 1.0
+    bent = jnp.tanh(logits / cap)
+    return bent * cap, 1 - bent**2
 
 
-def _times_table(slope: Array, table: Any) -> Array:
-    """Return float32 [G, R, V] @ table."""
-    flat = slope.reshape(-1, slope.shape[-1])
-    if not is_stored(table):
-        return _product(flat, dense(table), axis=0).reshape(*slope.shape[:-1], -1)
-    whole, rest = _table_blocks(table)
-    parts, size = jax.tree.leaves(whole)[0].shape[:2]
-
-    def add(i: Array, total: Array) -> Array:
-        block = jax.tree.map(lambda a: a[i], whole).dense()
-        own = jax.lax.dynamic_slice_in_dim(flat, i * size, size, axis=1)
-        return total + _product(own, block, axis=0)
-
-    out = jnp.zeros((flat.shape[0], shape_of(table)[1]), jnp.float32)
-    out = jax.lax.fori_loop(0, parts, add, out)
-    if rest is not None:
-        out += _product(flat[:, parts * size :], rest.dense(), axis=0)
-    return out.reshape(*slope.shape[:-1], -1)
+def _logits(x: Float[Array, "G N D"], rows: Float[Array, "S R D"]) -> Float[Array, "G S N R"]:
+    return jnp.einsum(
+        "gnd,srd->gsnr", x.astype(rows.dtype), rows, preferred_element_type=jnp.float32
+    )
 
 
-def _is_decoded(table: Any, rows: int) -> bool:
-    """Return whether a table is stored and no native kernel multiplies so many rows with it."""
-    native = ops.cpu.live() is not None and is_stored(table) and ops.cpu.prefers(table, rows)
-    return isinstance(table, QTensor) and not native
-
-
-def _table_blocks(table: QTensor) -> tuple[Any, Any]:
-    """Split a stored table into equal blocks of rows, and what is left or None."""
-    rows = table.shape[0]
-    size = min(rows, _TABLE_ROWS)
-    whole = rows - rows % size
-    blocks = jax.tree.map(lambda a: a[:whole].reshape(-1, size, a.shape[1]), table)
-    rest = jax.tree.map(lambda a: a[whole:], table) if whole < rows else None
-    return blocks, rest
-
-
-def _product(x: Array, weight: Array, axis: int = 1) -> Array:
-    """Contract rows of x with an axis of a table, in the table's dtype, summed in float32."""
-    return jax.lax.dot_general(
-        x.astype(weight.dtype),
-        weight,
-        (((1,), (axis,)), ((), ())),
-        preferred_element_type=jnp.float32,
+def _times_rows(
+    slope: Float[Array, "G S N R"], rows: Float[Array, "S R D"]
+) -> Float[Array, "G S N D"]:
+    return jnp.einsum(
+        "gsnr,srd->gsnd", slope.astype(rows.dtype), rows, preferred_element_type=jnp.float32
     )
 
 

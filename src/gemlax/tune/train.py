@@ -276,7 +276,8 @@ class Trainer:
         )
         groups = 1 if self.mesh is None else sharding.parts(self.mesh, "batch")
         groups = groups if len(rows.tokens) % groups == 0 else 1
-        head = losses.Head.of(decoder, frozen=not self.full)
+        shards = 1 if self.mesh is None else sharding.parts(self.mesh, "vocab")
+        head = losses.Head.of(decoder, frozen=not self.full, shards=shards)
         return losses.chunked_logprobs(head, hidden, rows.labels, rows.weights > 0, groups=groups)
 
 
