@@ -139,7 +139,7 @@ def draw(medians: dict[str, dict[str, float]], limit: float) -> None:
         axes.set(xlabel="tokens before", ylabel="tok/s", title=what)
     most = limit * 1e3 / medians["gemlax"]["weights_mb"]
     both[0].axhline(most, color="black", linestyle=":", label="weights at read bandwidth")
-    both[0].legend()
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(report.PAGE.parent / "peers.png", dpi=120)
 
 

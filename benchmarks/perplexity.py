@@ -24,6 +24,7 @@ CASES: tuple[tuple[str, dict[str, Any], bool], ...] = (
     ("as stored", {"quantize": "stored"}, True),
     ("int8", {"quantize": "int8"}, True),
     ("int4", {"quantize": "int4"}, True),
+    ("int4, the table int8", {"quantize": {"embed_tokens*": "int8", "*": "int4"}}, True),
     ("nf4", {"quantize": "nf4"}, False),
 )
 
