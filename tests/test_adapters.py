@@ -196,6 +196,7 @@ def gradients(decoder, key=None):
     }
 
 
+@pytest.mark.slow
 def test_dropout_draws_the_same_for_a_module_wherever_it_lies():
     found = {}
     for layers in ("index", "unroll"):

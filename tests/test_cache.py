@@ -112,8 +112,17 @@ def test_ring_slots_are_the_formula_in_whole_blocks(window, chunk, slots):
     assert spec.cache_slots(16, chunk) == 16
 
 
-@pytest.mark.parametrize("left", [False, True])
-@pytest.mark.parametrize("chunk", [1, 5, CHUNK])
+@pytest.mark.parametrize(
+    ("chunk", "left"),
+    [
+        pytest.param(1, False, marks=pytest.mark.slow),
+        (1, True),
+        (5, False),
+        pytest.param(5, True, marks=pytest.mark.slow),
+        (CHUNK, False),
+        (CHUNK, True),
+    ],
+)
 def test_rings_that_wrap_equal_the_full_forward(run, tokens, full, chunk, left):
     out, _ = feed(run, rings(), tokens, ZERO, LENGTHS, chunk, left=left)
     assert worst(out, full, ZERO, LENGTHS) < SAME * full.std()

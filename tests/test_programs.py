@@ -175,9 +175,15 @@ def test_decode_writes_the_caches_in_place(decoding):
     assert copy_faults(programs[1], caches_of(engine, 8192)) == []
 
 
-@pytest.mark.parametrize("implementation", ["xla", "cpu"])
-@pytest.mark.parametrize("name", ["gemma-3-4b", "gemma-4-e2b"])
-@pytest.mark.parametrize("capacity", [16, 256])
+SMALL = [("gemma-4-e2b", 16, "xla"), ("gemma-4-e2b", 256, "xla"), ("gemma-3-4b", 256, "cpu")]
+MORE = [("gemma-4-e2b", 16, "cpu"), ("gemma-4-e2b", 256, "cpu"), ("gemma-3-4b", 256, "xla"),
+        ("gemma-3-4b", 16, "xla"), ("gemma-3-4b", 16, "cpu")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "capacity", "implementation"),
+    [*SMALL, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
+)
 def test_small_caches_are_written_in_place_too(name, capacity, implementation):
     engine = engine_of(tiny(preset(name)).text, implementation=implementation)
     assert copy_faults(compile_decode(engine, 2, capacity), caches_of(engine, capacity, 2)) == []
@@ -196,6 +202,7 @@ def test_unrolled_layers_write_the_same_caches_in_place():
     assert copy_faults(programs[1], caches_of(engine, 8192)) == []
 
 
+@pytest.mark.slow  # the same of a small cache below is not
 def test_decoding_with_drafts_writes_the_caches_in_place():
     engine = engine_of(TINY, implementation="cpu")
     programs = [compile_drafting(engine, 1, capacity) for capacity in CAPACITIES]
@@ -285,7 +292,7 @@ def scanned_decoder() -> Decoder:
     ("layers", "dtype", "implementation"),
     [
         ("scan", "float32", "xla"),
-        ("unroll", "float32", "xla"),
+        pytest.param("unroll", "float32", "xla", marks=pytest.mark.slow),
         ("scan", "bfloat16", "xla"),
         ("scan", "bfloat16", "cpu"),
     ],

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from tuning import ONE, SMALL, decoder_of, rows, trainer
@@ -72,6 +73,39 @@ def test_adapters_and_their_moments_are_cut_as_their_weights():
     moments = [a for a in jax.tree.leaves(training.optimizer_state) if a.ndim]
     assert len(moments) == 2 * len(specs)
     assert [a.sharding.spec for a in moments] == 2 * list(specs.values())
+
+
+def flax_steps(decoder, batch, count):
+    """Losses of steps as frameworks on flax make them: `nnx.Optimizer` of `nnx.LoRAParam`."""
+    adapters.attach(decoder, adapters.Rule(rank=4), key=jax.random.key(1))
+    with jax.numpy_dtype_promotion("standard"):
+        optimizer = nnx.Optimizer(decoder, optax.adamw(1e-2, weight_decay=0.0), wrt=nnx.LoRAParam)
+    rows = Rows(*map(jnp.asarray, batch))
+
+    def loss(model):
+        hidden, _ = model(rows.tokens, rows.positions, segments=rows.segments)
+        found = losses.token_logprobs(model, hidden, rows.labels)
+        return -(found * rows.weights).sum() / rows.weights.sum()
+
+    @nnx.jit
+    def step(model, optimizer):
+        wanted = nnx.DiffState(0, nnx.LoRAParam)
+        value, slopes = nnx.value_and_grad(loss, argnums=wanted)(model)
+        with jax.numpy_dtype_promotion("standard"):
+            optimizer.update(model, slopes)
+        return value
+
+    return [float(step(decoder, optimizer)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("layers", ["scan", slow("unroll")])
+def test_an_optimizer_of_flax_takes_the_steps_of_the_trainer(layers):
+    batch = rows(SMALL)
+    training = trainer(decoder_of(SMALL, layers=layers), clip=None, floor=1.0)
+    expected = [training.step(i, batch).loss for i in range(3)]
+    assert expected[2] < expected[0] - 0.1
+    found = flax_steps(decoder_of(SMALL, layers=layers), batch, 3)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_parts_of_a_batch_add_up_to_the_whole():
