@@ -15,6 +15,8 @@ if MISSING and REQUIRED:
     raise pytest.UsageError(f"GEMLAX_REQUIRE_REFERENCE=1, but {MISSING} cannot be imported")
 if MISSING:
     collect_ignore_glob = ["test_*.py"]
+elif importlib.util.find_spec("tunix") is None:  # optional: see there
+    collect_ignore = ["test_tunix.py"]
 
 _passed: list[str] = []
 

@@ -1,7 +1,9 @@
 """Tunix's trainer of adapters on our decoder: it finds what is trained, and takes our steps.
 
-Optional: `pip install google-tunix`, whose many requirements are in no extra. What its step is made of,
-flax's gradient and optimizer by `nnx.LoRAParam`, is tested without it in tests/test_tune_train.py.
+Optional, and in no extra: google-tunix 0.1.7 asks for safetensors < 0.8 and an older tokenizers. In an
+environment of its own: `pip install google-tunix gguf pytest beartype`, then this file with
+PYTHONPATH=src. What its step is made of, flax's gradient and optimizer of `nnx.LoRAParam`, is tested
+without it in tests/test_tune_train.py.
 """
 
 import sys
@@ -12,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-peft_trainer = pytest.importorskip("tunix.sft.peft_trainer")
+from tunix.sft import peft_trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tuning import SMALL, decoder_of, rows, trainer  # noqa: E402
@@ -29,6 +30,7 @@ def loss(model, tokens, positions, segments, labels, weights):
     return -(token_logprobs(model, hidden, labels) * weights).sum() / weights.sum()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Tunix reads what jax has renamed
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
 def test_peft_trainer_learns_what_our_trainer_learns(layers):
     batch = rows(SMALL)
