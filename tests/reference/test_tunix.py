@@ -1,9 +1,9 @@
 """Tunix's trainer of adapters on our decoder: it finds what is trained, and takes our steps.
 
-Optional, and in no extra: google-tunix 0.1.7 asks for safetensors < 0.8 and an older tokenizers. In an
-environment of its own: `pip install google-tunix gguf pytest beartype`, then this file with
-PYTHONPATH=src. What its step is made of, flax's gradient and optimizer of `nnx.LoRAParam`, is tested
-without it in tests/test_tune_train.py.
+Optional, and in no extra: google-tunix 0.1.7 asks for safetensors < 0.8 and an older tokenizers. In
+an environment of its own: `pip install google-tunix gguf pytest beartype`, then this file with
+PYTHONPATH=src. What its step is made of, flax's gradient and optimizer of `nnx.LoRAParam`, is
+tested without it in tests/test_tune_train.py.
 """
 
 import sys
@@ -17,10 +17,10 @@ import pytest
 from tunix.sft import peft_trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tuning import SMALL, decoder_of, rows, trainer  # noqa: E402
+from tuning import SMALL, decoder_of, rows, trainer
 
-from gemlax import adapters  # noqa: E402
-from gemlax.tune.losses import token_logprobs  # noqa: E402
+from gemlax import adapters
+from gemlax.tune.losses import token_logprobs
 
 RATE, STEPS = 1e-2, 3
 

@@ -85,9 +85,9 @@ def _bar(shown: bool) -> Iterator[Progress | None]:
     from rich.progress import TimeRemainingColumn as TimeLeft
 
     columns = (
-        TextColumn("tuning"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-        TextColumn("left"), TimeLeft(),
-    )  # fmt: skip
+        BarColumn(10), MofNCompleteColumn(), TextColumn("{task.description}"), TextColumn("left"),
+        TimeLeft(),
+    )  # fmt: skip  # 80 characters when all is known
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("compiling", total=None)
         parts: dict[str, str] = {}
@@ -98,7 +98,7 @@ def _bar(shown: bool) -> Iterator[Progress | None]:
             else:
                 parts["loss"] = f"loss {line['loss']:.4f}"
                 parts["speed"] = f"{line['tok_s']:,.0f} tok/s"
-                parts["memory"] = f"{line['memory_bytes'] / 1e9:.2f} GB"
+                parts["memory"] = f"{line['memory_bytes'] / 1e9:.1f} GB"
             text = "  ".join(parts.values())
             bar.update(task, completed=line["step"], total=steps, description=text)
 

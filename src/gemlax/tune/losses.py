@@ -1,10 +1,10 @@
 """Log-probabilities of tokens without the logits of all of them, and the losses made of them.
 
-The head of a small Gemma is most of its work and its logits most of its memory: 262,144 float32 for
-each token. Here a block of the table meets a block of tokens at a time, and what softmax needs is
-kept as a running maximum and sum, as attention does it (arXiv 2205.14135); where the table is frozen
-the slope of the hidden states is summed in the same pass. Tokens that are learnt come first, and a
-block of which none is learnt is not computed. `token_logprobs` is the reference.
+The head of a small Gemma is most of its work and its logits most of its memory: 262,144 float32
+for each token. Here a block of the table meets a block of tokens at a time, and what softmax needs
+is kept as a running maximum and sum, as attention does it (arXiv 2205.14135); where the table is
+frozen the slope of the hidden states is summed in the same pass. Tokens that are learnt come first,
+and a block of which none is learnt is not computed. `token_logprobs` is the reference.
 """
 
 import functools
