@@ -102,6 +102,16 @@ def test_temperature_zero_takes_the_likeliest_and_a_tiny_one_agrees():
         np.testing.assert_array_equal(tokens, int(LOGITS.argmax()))
 
 
+@pytest.mark.parametrize("chosen", [{"top_k": 5}, {}, {"top_p": 0.9}], ids=str)
+def test_a_greedy_row_among_others_takes_the_likeliest(chosen):
+    logits = jnp.tile(jnp.asarray(LOGITS) / 100, (64, 1))
+    mixed = settings(64, **OFF | chosen)
+    mixed = mixed._replace(temperature=mixed.temperature.at[::2].set(0.0))
+    tokens = np.asarray(sample(logits, mixed, jnp.zeros(64, jnp.int32)))
+    assert (tokens[::2] == LOGITS.argmax()).all()
+    assert len(set(tokens[1::2].tolist())) > 3
+
+
 def test_a_row_draws_the_same_whatever_its_batch():
     logits = jnp.asarray(np.random.default_rng(2).standard_normal((4, VOCAB)), jnp.float32)
     step = jnp.arange(4, dtype=jnp.int32)
