@@ -46,7 +46,7 @@ def inputs(decoder):
     return hidden, labels, wanted, weight
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks of tokens, the last not full, and of the table: two and a rest."""
     monkeypatch.setattr(losses, "_TOKENS", 24)
@@ -72,6 +72,7 @@ def both(decoder, frozen, groups=1, shards=1):
 
 @pytest.mark.parametrize(("cap", "groups", "shards"), [(None, 1, 1), (30.0, 2, 1), (30.0, 2, 2)])
 @pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.usefixtures("small_blocks")
 def test_blocks_give_the_log_probabilities_and_slopes_of_all_logits(cap, groups, shards, frozen):
     expected, found = both(decoder_of(cap), frozen, groups, shards)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
@@ -79,6 +80,7 @@ def test_blocks_give_the_log_probabilities_and_slopes_of_all_logits(cap, groups,
 
 
 @pytest.mark.parametrize("format", ["int8", "nf4", "bfloat16"])
+@pytest.mark.usefixtures("small_blocks")
 def test_a_stored_table_gives_the_slopes_of_its_floats(format):
     decoder = decoder_of(30.0, format)
     found = both(decoder, True)[1]
@@ -91,6 +93,7 @@ def test_a_stored_table_gives_the_slopes_of_its_floats(format):
         np.testing.assert_allclose(a, b, **close)
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_the_slope_of_a_label_that_is_nearly_certain_keeps_its_digits():
     """A model that has learnt its task has little slope left: the difference of near equals."""
     rng = np.random.default_rng(5)

@@ -29,7 +29,7 @@ __all__ = [
 
 CANDIDATES = 64  # Gemma's own default top_k
 TOP_LOGPROBS = 20
-_BLOCK = 512
+_BLOCK, _SMALL_BLOCK = 512, 64  # of logits: for arg-max, and for the best few
 _OFF = -jnp.inf
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -187,7 +187,7 @@ def _top_k(logits: Array, count: int) -> tuple[Array, Array]:
     An element outside the `count` blocks of the largest maxima has `count` elements before it.
     """
     rows, width = logits.shape
-    size = _BLOCK // 8
+    size = _SMALL_BLOCK
     if width % size or width // size <= count:
         best, ids = jax.lax.top_k(logits, count)
         return best, ids

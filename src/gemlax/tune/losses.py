@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gemlax import qtensor
+from gemlax import ops, qtensor
 from gemlax.decoder import Decoder
 from gemlax.qtensor import QTensor, shape_of
 
@@ -238,10 +238,8 @@ def _is_label(start: Array, rows: Array, table: Any, labels: Array) -> Bool[Arra
 
 def _capped(logits: Array, cap: float | None) -> tuple[Array, Any]:
     """Return softcap of logits, and its slope there."""
-    if cap is None:
-        return logits, 1.0
-    bent = jnp.tanh(logits / cap)
-    return bent * cap, 1 - bent**2
+    capped = ops.softcap(logits, cap)
+    return capped, 1.0 if cap is None else 1 - (capped / cap) ** 2  # of tanh
 
 
 def _logits(x: Float[Array, "G N D"], rows: Float[Array, "S R D"]) -> Float[Array, "G S N R"]:
