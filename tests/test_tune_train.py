@@ -75,6 +75,27 @@ def test_adapters_and_their_moments_are_cut_as_their_weights():
     assert [a.sharding.spec for a in moments] == 2 * list(specs.values())
 
 
+def table_gathers(mesh: str) -> list[str]:
+    """Return where the compiled step brings the whole table onto each device."""
+    placed = make_mesh(mesh)
+    training = trainer(decoder_of(SMALL, mesh=placed), mesh=placed)
+    batch = training._put(Rows(*(a[None] for a in rows(SMALL, 4))))
+    state = training.values, training.optimizer_state, training._frozen
+    text = training.program.lower(*state, jnp.int32(0), batch).compile().as_text()
+    whole = re.compile(rf"{SMALL.vocab_size},{SMALL.hidden_size}\]\S* all-gather\(")
+    return [line.strip()[:120] for line in text.splitlines() if whole.search(line)]
+
+
+def test_devices_that_share_the_table_by_rows_sum_the_head_on_their_own(monkeypatch):
+    monkeypatch.setattr(losses, "_TABLE_ROWS", 16)
+    assert table_gathers("tensor=8") == []
+    of = losses.Head.of
+    monkeypatch.setattr(
+        losses.Head, "of", lambda decoder, *, frozen, shards: of(decoder, frozen=frozen)
+    )
+    assert table_gathers("tensor=8")
+
+
 def flax_steps(decoder, batch, count):
     """Losses of steps as frameworks on flax make them: `nnx.Optimizer` of `nnx.LoRAParam`."""
     adapters.attach(decoder, adapters.Rule(rank=4), key=jax.random.key(1))
