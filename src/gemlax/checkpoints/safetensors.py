@@ -12,8 +12,8 @@ import json
 import logging
 import math
 import mmap
-import os
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from gemlax.checkpoints.base import (
     Checkpoint,
     fill,
     fit_vocab,
+    grouped,
     log_left_aside,
     read_json,
     refuse_drafter,
@@ -42,10 +43,14 @@ from gemlax.checkpoints.codes import (
     read_formats,
 )
 from gemlax.checkpoints.names import Weight, text_weights, unused
+from gemlax.checkpoints.shards import INDEX, choose_files
+from gemlax.checkpoints.stand_ins import refuse_stand_in
+from gemlax.checkpoints.wrappers import explain_names
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.formats import FORMATS, Coded, decode
 from gemlax.tokenizer import Tokenizer, find_tokenizer
+from gemlax.tokenizer.load import NAMES, TEMPLATE
 
 __all__ = [
     "DTYPES",
@@ -60,10 +65,11 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-INDEX = "model.safetensors.index.json"
 # The limit of the reference implementation.
 MAX_HEADER_BYTES = 100_000_000
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
+# Floats that are read and not written.
+FLOATS = DTYPES | {"F64": np.dtype(np.float64)}
 # With those of codes.
 READ = DTYPES | {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
 # Bits of one element. Source: safetensors 0.8, tensor.rs, Dtype.
@@ -73,8 +79,11 @@ BITS = {
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 # Where the text decoder's names begin: text-only, multimodal as published, as transformers 5
-# writes it, and bare.
-PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
+# writes it, bare, as the multimodal model without a head writes it, and wrapped once more.
+PREFIXES = (
+    "model.", "language_model.model.", "model.language_model.", "", "language_model.",
+    "model.model.", "model.language_model.model.",
+)  # fmt: skip
 LM_HEADS = ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight")
 # Encoders, what joins them to the decoder, and a drafter.
 # Source: transformers 5.23.0, modeling_gemma3.py, modeling_gemma4.py, modeling_gemma4_unified.py.
@@ -82,6 +91,14 @@ OTHER_PARTS = (
     "vision_tower.", "multi_modal_projector.", "embed_vision.", "vision_embedder.",
     "audio_tower.", "embed_audio.", "assistant.",
 )  # fmt: skip
+# Numbers that modules make of the config, and that some versions store with the weights.
+BUFFERS = re.compile(
+    r"(.*\.)?(rotary_emb\w*\.\w+|inv_freq|embed_scale|position_ids|attention_mask|causal_mask"
+    r"|masked_bias|num_batches_tracked|(k|v|q|attn)_scale|activation_post_process\..+"
+    r"|(input|output|k_bmm|v_bmm|q_bmm)_quantizer\._amax)"
+)
+# No weight of the decoder is one; others may lie beside them.
+INTEGERS = {"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}
 
 
 class Tensor(NamedTuple):
@@ -97,8 +114,10 @@ class Tensor(NamedTuple):
 class SafetensorsCheckpoint(Checkpoint):
     """A folder with config.json and model.safetensors, or its shards and their index."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, file: str | None = None):
+        """With `file`, that one is read, whatever else the folder holds."""
         self.source = folder
+        self._file = file
         self._maps: dict[str, mmap.mmap] = {}
         try:
             self._open()
@@ -114,8 +133,6 @@ class SafetensorsCheckpoint(Checkpoint):
         self.keeps_codes = bool(self._formats)
         config.pop(KEY, None)
         self._tensors = self._read_headers()
-        aside = [name for name in self._tensors if _is_other_part(name)]
-        log_left_aside(logger, self.source, aside, "other parts than the text decoder")
         self._heads = [name for name in LM_HEADS if name in self._tensors]
         text = config.get("text_config", config)
         resolved = resolve_config(
@@ -125,7 +142,7 @@ class SafetensorsCheckpoint(Checkpoint):
             source=path,
         )
         names = text_weights(resolved.text)
-        self._prefix = max(PREFIXES, key=lambda p: sum(p + n in self._tensors for n in names))
+        self._prefix = self._find_prefix(names)
         self._unused = {self._prefix + weight.name for weight in unused(resolved.text)}
         idle = sorted(self._unused & self._tensors.keys())
         log_left_aside(logger, self.source, idle, "layers that read the K/V of another")
@@ -134,58 +151,55 @@ class SafetensorsCheckpoint(Checkpoint):
         generation = self.source / "generation_config.json"
         self.generation_config = read_json(generation) if generation.exists() else {}
         check_formats(self._formats, text_weights(self.config.text), path)
+        self._aside = self._find_aside()
         self.stored_dtype = main_dtype((t.dtype, t.nbytes) for t in self._text().values())
         if self._formats:
             self.stored_dtype = ", ".join(sorted(set(self._formats.values())))
 
-    def _read_headers(self) -> dict[str, Tensor]:
-        index = self.source / INDEX
-        files = sorted(path.name for path in self.source.glob("*.safetensors"))
-        if "model.safetensors" in files:
-            return self._read_file("model.safetensors")
-        if index.exists():
-            return self._read_shards(index)
-        if len(files) == 1:
-            return self._read_file(files[0])
-        raise CheckpointError(
-            f"{self.source} has {len(files)} .safetensors files but neither model.safetensors "
-            f"nor {INDEX}; the index says which tensor is where"
-        )
+    def _find_prefix(self, names: Collection[str]) -> str:
+        """Return what stands before the decoder's names in the files."""
+        counts = {p: sum(p + name in self._tensors for name in names) for p in PREFIXES}
+        prefix = max(PREFIXES, key=counts.__getitem__)
+        if counts[prefix] < len(names) and not self._formats:
+            text = [name for name in self._tensors if not _is_other_part(name)]
+            reason = explain_names(text, names, PREFIXES)
+            if reason is not None:
+                raise CheckpointError(f"{self.source} cannot be read: {show(reason, 600)}")
+        if prefix in PREFIXES[4:]:
+            logger.info("%s: names begin with %r, which is read as 'model.'", self.source, prefix)
+        return prefix
 
-    def _read_shards(self, index: Path) -> dict[str, Tensor]:
-        where = read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-            raise CheckpointError(f"{index}: expected 'weight_map', an object of file names")
-        problems, tensors = [], {}
-        for file in dict.fromkeys(where.values()):
-            if Path(file).name != file or not (self.source / file).is_file():
-                problems.append(f"{show(file)} is not a file of the folder")
-                continue
+    def _read_headers(self) -> dict[str, Tensor]:
+        files = [self._file] if self._file is not None else choose_files(self.source)
+        tensors: dict[str, Tensor] = {}
+        for file in files:
             for name, tensor in self._read_file(file).items():
-                if where.get(name) == file:
-                    tensors[name] = tensor
-                else:
-                    problems.append(f"{file} holds {show(name)}, which the index does not say")
-        if not problems:
-            problems = [f"{where[n]} lacks {show(n)}" for n in where if n not in tensors]
-        if problems:
-            rest = f"\n  and {len(problems) - 50} more" if len(problems) > 50 else ""
-            raise CheckpointError(
-                f"{index} does not fit its shards:\n  " + "\n  ".join(problems[:50]) + rest
-            )
+                if name in tensors and not self._are_same(tensor, tensors[name]):
+                    raise CheckpointError(
+                        f"{self.source}: {tensors[name].file} and {file} both hold {show(name)}, "
+                        "and they differ; keep the one that is right"
+                    )
+                tensors.setdefault(name, tensor)
         return tensors
+
+    def _are_same(self, a: Tensor, b: Tensor) -> bool:
+        return a[1:3] == b[1:3] and same_bytes(  # dtype and shape
+            self._maps[a.file], a.start, self._maps[b.file], b.start, a.nbytes
+        )
 
     def _read_file(self, file: str) -> dict[str, Tensor]:
         path = self.source / file
+        refuse_stand_in(path)
         with path.open("rb") as opened:
-            if os.fstat(opened.fileno()).st_size == 0:
-                raise CheckpointError(f"{path} is empty; expected a safetensors file")
             data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         self._maps[file] = data
         return parse_header(data, path)
 
     def tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer of the folder, or None."""
+        for name in NAMES:
+            if (self.source / name).is_file() and name != TEMPLATE:
+                refuse_stand_in(self.source / name)
         return find_tokenizer(self.source)
 
     def close(self) -> None:
@@ -196,11 +210,26 @@ class SafetensorsCheckpoint(Checkpoint):
                 data.close()
         self._maps = {}
 
+    def _find_aside(self) -> set[str]:
+        """Return the tensors that are not parameters of the text decoder."""
+        expected = self._expected()
+        encoders = [name for name in self._tensors if _is_other_part(name)]
+        log_left_aside(logger, self.source, encoders, "other parts than the text decoder")
+        aside = set(encoders)
+        buffers = [
+            name
+            for name, tensor in self._tensors.items()
+            if name not in expected.keys() | aside | self._unused
+            and (BUFFERS.fullmatch(name) or tensor.dtype in INTEGERS)
+        ]
+        log_left_aside(logger, self.source, buffers, "buffers, which are not parameters")
+        return {*encoders, *buffers}
+
     def _text(self) -> dict[str, Tensor]:
         return {
             name: tensor
             for name, tensor in self._tensors.items()
-            if name not in self._heads and name not in self._unused and not _is_other_part(name)
+            if name not in self._heads and name not in self._unused and name not in self._aside
         }
 
     def _table(self) -> Tensor | None:
@@ -225,7 +254,7 @@ class SafetensorsCheckpoint(Checkpoint):
         problems = [
             f"{name} differs from {self._prefix}embed_tokens.weight; only a tied head is supported"
             for name in self._heads
-            if table and not self._same_bytes(self._tensors[name], table)
+            if table and not self._are_same(self._tensors[name], table)
         ]
         for name in self._formats:
             problems += self._problems_of_codes(self._weights[name])
@@ -245,24 +274,18 @@ class SafetensorsCheckpoint(Checkpoint):
             problems += [f"disagreeing: {self._prefix}{weight.name}: {error}"] if error else []
         return problems
 
-    def _same_bytes(self, a: Tensor, b: Tensor) -> bool:
-        return a[1:3] == b[1:3] and same_bytes(  # dtype and shape
-            self._maps[a.file], a.start, self._maps[b.file], b.start, a.nbytes
-        )
-
     def _check_types(self) -> None:
         coded = {
             self._prefix + n for own in self._formats for n in self._entries(self._weights[own])
         }
-        wrong = [
-            f"{name} ({tensor.dtype})"
-            for name, tensor in self._text().items()
-            if tensor.dtype not in DTYPES and name not in coded
-        ]
+        wrong: dict[str, list[str]] = {}
+        for name, tensor in self._text().items():
+            if tensor.dtype not in FLOATS and name not in coded:
+                wrong.setdefault(tensor.dtype, []).append(name)
         if wrong:
             raise UnsupportedError(
-                f"{self.source} holds tensors of types other than {', '.join(DTYPES)}: "
-                f"{', '.join(wrong)}"
+                f"{self.source} holds weights in types other than {', '.join(FLOATS)}: "
+                f"{grouped(wrong)}"
             )
 
     def stored(self, name: str) -> Coded | None:
@@ -308,12 +331,12 @@ class SafetensorsCheckpoint(Checkpoint):
         if tensor is None or tensor.shape != entry.shape:
             got = "no such tensor" if tensor is None else list(tensor.shape)
             raise CheckpointError(f"{self.source}: {name}: expected {list(entry.shape)}, got {got}")
-        expected = DTYPES.keys() if entry.dtype is None else {entry.dtype}
+        expected = FLOATS.keys() if entry.dtype is None else {entry.dtype}
         if tensor.dtype not in expected:
             raise UnsupportedError(
                 f"{self.source}: {name} is {tensor.dtype}; expected {', '.join(expected)}"
             )
-        dtype = READ[tensor.dtype]
+        dtype = (READ | FLOATS)[tensor.dtype]
         values = np.frombuffer(
             self._maps[tensor.file], dtype, math.prod(tensor.shape), tensor.start
         )
@@ -330,7 +353,7 @@ def main_dtype(sizes: Iterable[tuple[str, int]]) -> str:
     for dtype, size in sizes:
         nbytes[dtype] = nbytes.get(dtype, 0) + size
     name = max(nbytes, key=lambda dtype: nbytes[dtype], default="F32")
-    return DTYPES[name].name if name in DTYPES else name
+    return FLOATS[name].name if name in FLOATS else name
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
