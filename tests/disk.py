@@ -35,10 +35,14 @@ CONFIG = GemmaConfig.from_hf(
     }
 )
 
-# Where a block holds its float16 scales. Random bytes there would be infinities.
+# Where a block holds its float16 scales. Random bytes there would be infinities. Types whose
+# scales lie elsewhere have none.
 SCALES = {
     T.Q8_0: [0], T.Q4_0: [0], T.Q4_1: [0, 2], T.Q5_0: [0], T.Q5_1: [0, 2],
     T.Q4_K: [0, 2], T.Q5_K: [0, 2], T.Q6_K: [208], T.Q2_K: [80, 82],
+    T.Q3_K: [108], T.IQ1_S: [0], T.IQ1_M: [], T.IQ2_XXS: [0], T.IQ2_XS: [0], T.IQ2_S: [0],
+    T.IQ3_XXS: [0], T.IQ3_S: [0], T.IQ4_NL: [0], T.IQ4_XS: [0], T.TQ1_0: [52], T.TQ2_0: [64],
+    T.MXFP4: [], T.NVFP4: [], T.Q8_K: [],
 }  # fmt: skip
 # One layer whose rows are whole blocks of 256, and a table of several steps of `read`, the last
 # one shorter.
@@ -312,16 +316,20 @@ def wide_tensors(
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, 1)
     tensors, expected = {}, {}
     for name, shape in text_weights(WIDE.text).items():
-        array = rng.normal(size=shape).astype(np.float32)
+        array = rng.normal(size=shape).astype(np.float64 if kind == T.F64 else np.float32)
         other = names.get_name(f"model.{name}", try_suffixes=(".weight",))
         if len(shape) == 1:
+            array = array.astype(np.float32)
             tensors[other], expected[name] = (array, None), array - np.float32(1)
             continue
         own = (others or {}).get(name, kind)
         if own in SCALES:
             data = random_blocks(rng, shape, own)
         else:
-            data = gguf.quants.quantize(array, own)
+            data = array if own == T.F64 else gguf.quants.quantize(array, own)
         tensors[other] = (data, own)
-        expected[name] = gguf.quants.dequantize(data, own)
+        if own not in (T.F64, T.Q8_K):
+            with np.errstate(all="ignore"):  # a random scale may be infinite
+                array = gguf.quants.dequantize(data, own)
+        expected[name] = array.astype(np.float32)
     return tensors, expected

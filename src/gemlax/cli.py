@@ -340,6 +340,8 @@ def _describe_model(args: argparse.Namespace) -> dict[str, Any]:
         from gemlax import checkpoints
 
         with checkpoints.open_checkpoint(checkpoints.find(_model_name(args))) as source:
+            source.check()
+            source.tokenizer()  # what `load` would refuse is refused here
             name, config, stored = str(source.source), source.config, source.stored_dtype
     text = config.text
     context = text.max_position_embeddings if args.context is None else args.context

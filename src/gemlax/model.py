@@ -20,6 +20,7 @@ from gemlax import tokenizer as tokenizers
 from gemlax.adapters import DEFAULT, Choice
 from gemlax.chat import ChatFormat, Message
 from gemlax.checkpoints import gguf
+from gemlax.checkpoints.stand_ins import refuse_stand_ins
 from gemlax.completion import Completion, Request, Stream
 from gemlax.config import GemmaConfig
 from gemlax.decoder import Decoder, Layers
@@ -29,6 +30,7 @@ from gemlax.ops.storage import Storage
 from gemlax.quantization import Rules, check_rules, codes_by_rules, codes_of
 from gemlax.session import Reply, Session
 from gemlax.tokenizer import Tokenizer
+from gemlax.tokenizer.load import NAMES as TOKENIZER_FILES
 from gemlax.weights import build_decoder, held_formats, held_weights, named_weights, weight_reader
 
 __all__ = ["Model", "Score", "load", "load_tokenizer", "quantize", "save"]
@@ -486,9 +488,14 @@ def _default_dtype() -> Any:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load the tokenizer of a folder, a `tokenizer.json`, a `*.model` or a `*.gguf` file."""
-    if Path(path).suffix == ".gguf":
-        return gguf.load_tokenizer(Path(path))
+    """Load the tokenizer of a folder, a `tokenizer.json`, a `*.model` or a GGUF file."""
+    path = Path(path).expanduser()
+    model = checkpoints.find_gguf(path)
+    if model is not None:
+        return gguf.load_tokenizer(model)
+    if path.exists():
+        folder, names = (path, TOKENIZER_FILES) if path.is_dir() else (path.parent, [path.name])
+        refuse_stand_ins(folder, names)
     return tokenizers.load_tokenizer(path)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from gemlax.adapters.attach import adapter_of, detach, put, read
 from gemlax.adapters.fingerprint import differs, fingerprint
 from gemlax.adapters.rules import Adapter, Module, adaptable
-from gemlax.checkpoints import text_weights
+from gemlax.checkpoints import find_adapter, text_weights
 from gemlax.checkpoints.base import read_json, show
 from gemlax.checkpoints.names import unused
 from gemlax.checkpoints.safetensors import OTHER_PARTS, read_tensors
@@ -223,7 +223,7 @@ def _check_same(stored: Stored, has: Adapter) -> None:
 
 def read_folder(folder: str | Path, config: TextConfig) -> Stored:
     """Read and check a folder; see `restore` for the errors."""
-    folder = Path(folder).expanduser()
+    folder = find_adapter(folder)
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from gemlax.checkpoints.base import Checkpoint
 from gemlax.checkpoints.convert import Converted, convert, generation_ids, write_tokenizer
-from gemlax.checkpoints.find import DEMO, find, has_demo
+from gemlax.checkpoints.find import DEMO, find, find_adapter, has_demo
 from gemlax.checkpoints.gguf import GGUFCheckpoint
-from gemlax.checkpoints.locate import locate
+from gemlax.checkpoints.locate import find_gguf, locate
 from gemlax.checkpoints.names import text_weights
 from gemlax.checkpoints.orbax import OrbaxCheckpoint
 from gemlax.checkpoints.safetensors import SafetensorsCheckpoint
@@ -22,6 +22,8 @@ __all__ = [
     "Converted",
     "convert",
     "find",
+    "find_adapter",
+    "find_gguf",
     "generation_ids",
     "has_demo",
     "open_checkpoint",

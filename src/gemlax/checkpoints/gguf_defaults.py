@@ -53,8 +53,10 @@ def read_stops(metadata: Mapping[str, Any], num_tokens: int, source: Path) -> tu
             )
         inside = [id for id in ids if 0 <= id < num_tokens]
         if len(inside) < len(ids):
-            logger.warning("%s: tokenizer.ggml.%s is outside the vocabulary of %d and is left aside",
-                           source, name, num_tokens)  # fmt: skip
+            logger.warning(
+                "%s: left aside tokenizer.ggml.%s, outside the vocabulary of %d", source, name,
+                num_tokens,
+            )  # fmt: skip
         found += inside
     return tuple(dict.fromkeys(found))
 

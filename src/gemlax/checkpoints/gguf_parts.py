@@ -96,8 +96,8 @@ def _whole(path: Path, count: int) -> list[Path]:
     paths = parts_of(path)
     if len(paths) != count:
         raise CheckpointError(
-            f"{path} is one of {count} parts; name them as they were, NAME-00001-of-{count:05}.gguf "
-            f"to NAME-{count:05}-of-{count:05}.gguf, in one folder"
+            f"{path} is one of {count} parts; put them into one folder, named as they were: "
+            f"NAME-00001-of-{count:05}.gguf to NAME-{count:05}-of-{count:05}.gguf"
         )
     missing = [part.name for part in paths if not part.is_file()]
     if missing:

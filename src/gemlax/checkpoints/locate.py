@@ -12,20 +12,26 @@ from typing import Literal, NamedTuple
 
 from gemlax.checkpoints.gguf_header import MAGIC
 from gemlax.checkpoints.gguf_parts import is_part, parts_of
-from gemlax.checkpoints.mistakes import ADAPTER, FORMS, explain_file, explain_folder
+from gemlax.checkpoints.mistakes import FORMS, explain_file, explain_folder, is_step
 from gemlax.checkpoints.orbax import MARKERS
-from gemlax.checkpoints.shards import is_index, is_shard, weight_files
+from gemlax.checkpoints.shards import choose_files, is_index, is_shard, weight_files
 from gemlax.checkpoints.stand_ins import refuse_stand_in
 from gemlax.errors import CheckpointError
 
-__all__ = ["Place", "locate", "models_of"]
+__all__ = ["Place", "find_gguf", "locate", "models_of"]
 
 logger = logging.getLogger(__name__)
 
 # A file that was cut in pieces with `split`; they are joined with `cat`, unlike gguf-split's parts.
-_PIECE = re.compile(r"\.gguf[-._](split-?\w+|part-?\w+|\d+(of\d+)?|[a-z]{2})", re.I)
+_PIECE = re.compile(r"\.gguf[-._]?(split-?\w+|part-?\w+|\d+(of\d+)?|a[a-z])$", re.I)
 # The encoders of a multimodal model, and what quantisation is guided by.
 _BESIDE = ("mmproj", "imatrix")
+# Files of a model's folder, which stand for it.
+_BESIDE_WEIGHTS = re.compile(
+    r"(\w+_)?config\.json|.+\.index(\.\w+)?\.json|tokenizer\.(json|model)|\w+_tokens(_map)?\.json"
+    r"|chat_template\.\w+|adapter_model\.safetensors"
+)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _LISTED = 8
 
 
@@ -62,9 +68,9 @@ def _of_file(path: Path) -> Place:
         )
     if start == MAGIC or path.suffix.lower() == ".gguf":
         return Place("gguf", path)
-    if path.suffix == ".safetensors" and not path.name.startswith(ADAPTER):
+    if weight_files([path.name]):
         return _of_weights(path)
-    if path.suffix in (".json", ".safetensors", ".model", ".jinja") and not _blob_of(path):
+    if _BESIDE_WEIGHTS.fullmatch(path.name):
         logger.info("%s is a file of a folder; the folder is read", path)
         return _in_folder(path.parent)
     raise CheckpointError(explain_file(path, start, _blob_of(path)))
@@ -77,13 +83,14 @@ def _of_weights(path: Path) -> Place:
         raise CheckpointError(
             f"{path} has no config.json beside it; fetch the model's other files into {folder}, too"
         )
-    if is_shard(path.name):
+    if is_shard(path.name) or path.name in choose_files(folder):
         return Place("huggingface", folder)
     return Place("huggingface", folder, path.name)
 
 
 def _in_folder(folder: Path) -> Place:
-    names = {path.name for path in folder.iterdir()}
+    # The hub's cache keeps links to files that are not there yet.
+    names = {path.name for path in folder.iterdir() if path.exists()}
     weights = weight_files(names)
     if weights or any(map(is_index, names)):
         if "config.json" not in names:
@@ -92,7 +99,7 @@ def _in_folder(folder: Path) -> Place:
                 "config.json; fetch the model's config.json into it, too"
             )
         return Place("huggingface", folder)
-    if names & MARKERS and not (folder.parent.name == "checkpoints" and folder.name.isdecimal()):
+    if names & MARKERS and not is_step(folder):
         return Place("orbax", folder)
     models = models_of(folder)
     if len(models) == 1:
@@ -116,6 +123,17 @@ def models_of(folder: Path) -> list[Path]:
         first = parts_of(path)[0].name if is_part(path.name) else path.name
         found.setdefault(first, path)
     return list(found.values())
+
+
+def find_gguf(path: Path) -> Path | None:
+    """Return a GGUF model: the file at a path, or the only one of a folder without a tokenizer."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return path if file.read(4) == MAGIC or path.suffix.lower() == ".gguf" else None
+    if not path.is_dir() or any((path / name).is_file() for name in _TOKENIZERS):
+        return None
+    models = models_of(path)
+    return models[0] if len(models) == 1 else None
 
 
 def _blob_of(path: Path) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gemlax.checkpoints.stand_ins import describe_other_format
 
-__all__ = ["ADAPTER", "FORMS", "explain_file", "explain_folder"]
+__all__ = ["ADAPTER", "FORMS", "explain_file", "explain_folder", "is_step"]
 
 FORMS = "a Hugging Face folder, a .gguf file or an Orbax folder"
 ADAPTER = "adapter_"
@@ -15,6 +15,7 @@ _TOKENIZER = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
 _RUN = {"trainer_state.json", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
 _PICKLES = re.compile(r"(pytorch_)?model.*\.(bin|pt|pth)|consolidated.*\.pth|.*\.ckpt")
 _LISTED = 5
+_LOOKED_AT = 200
 
 
 def explain_file(path: Path, start: bytes, blob: str | None) -> str:
@@ -40,7 +41,7 @@ def explain_folder(folder: Path, names: Collection[str]) -> str:
     """Say what a folder holds that has no model in it."""
     if f"{ADAPTER}config.json" in names:
         return _explain_adapter(folder)
-    if folder.parent.name == "checkpoints" and folder.name.isdecimal():
+    if is_step(folder):
         return (
             f"{folder} is a checkpoint inside a tuning run, for `gemlax tune --resume`; its "
             f"results are {folder.parent.parent}/adapter or {folder.parent.parent}/model"
@@ -100,16 +101,22 @@ def _explain_adapter(folder: Path) -> str:
 def _models_below(folder: Path, names: Collection[str]) -> list[Path]:
     """Return the sub-folders that hold a model or an adapter, the last of a run first."""
     found = []
-    below = [folder / name for name in sorted(names) if (folder / name).is_dir()]
-    snapshots = folder / "snapshots"
-    if snapshots in below:
-        below += sorted(path for path in snapshots.iterdir() if path.is_dir())
-    for path in below[:1000]:
-        inside = {entry.name for entry in path.iterdir()}
+    below = [folder / name for name in sorted(names) if (folder / name).is_dir()][:_LOOKED_AT]
+    # One deeper: snapshots/REVISION of the hub's cache, STEP/default of orbax.
+    below += [deeper for path in below for deeper in sorted(path.iterdir()) if deeper.is_dir()]
+    for path in below[:_LOOKED_AT]:
+        inside = {entry.name for entry in path.iterdir() if entry.exists()}
+        if is_step(path):
+            continue
         weights = any(name.endswith((".safetensors", ".gguf")) for name in inside)
         if weights or {"_METADATA", "manifest.ocdbt"} & inside:
             found.append(path)
     return sorted(found, key=_step, reverse=True)
+
+
+def is_step(folder: Path) -> bool:
+    """Tell whether a folder is where `gemlax tune` keeps what it goes on from."""
+    return folder.parent.name == "checkpoints" and folder.name.isdecimal()
 
 
 def _step(path: Path) -> int:

@@ -44,13 +44,13 @@ from gemlax.checkpoints.codes import (
 )
 from gemlax.checkpoints.names import Weight, text_weights, unused
 from gemlax.checkpoints.shards import INDEX, choose_files
-from gemlax.checkpoints.stand_ins import refuse_stand_in
+from gemlax.checkpoints.stand_ins import refuse_stand_in, refuse_stand_ins
 from gemlax.checkpoints.wrappers import explain_names
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.formats import FORMATS, Coded, decode
 from gemlax.tokenizer import Tokenizer, find_tokenizer
-from gemlax.tokenizer.load import NAMES, TEMPLATE
+from gemlax.tokenizer.load import NAMES
 
 __all__ = [
     "DTYPES",
@@ -197,9 +197,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer of the folder, or None."""
-        for name in NAMES:
-            if (self.source / name).is_file() and name != TEMPLATE:
-                refuse_stand_in(self.source / name)
+        refuse_stand_ins(self.source, NAMES)
         return find_tokenizer(self.source)
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 As transformers has it: model.safetensors alone where it is there, else the files that the index
 names, with all that they hold; the last of two that hold one tensor counts there, and here two
-that differ are an error. Source: transformers 5.23.0, modeling_utils.py, _get_resolved_checkpoint_files.
+that differ are an error. Source: transformers 5.23.0, modeling_utils.py.
 """
 
 import logging
@@ -46,7 +46,7 @@ def choose_files(folder: Path) -> list[str]:
     Raises:
         CheckpointError: the index names files that are not there, or nothing says which files.
     """
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir() if path.exists()}
     weights = weight_files(names)
     indices = sorted(name for name in names if is_index(name))
     if WHOLE in weights:
@@ -96,8 +96,8 @@ def _numbered(folder: Path, names: list[str]) -> list[str]:
     kinds = {(match["stem"], int(match["count"])) for match in shards}
     if len(kinds) != 1 or len(shards) < len(names):
         raise CheckpointError(
-            f"{folder} has {len(names)} .safetensors files ({_some(names)}) but neither {WHOLE} nor "
-            f"{INDEX}, which says what is where; give the path of one file, or fetch the index"
+            f"{folder} has {len(names)} .safetensors files but neither {WHOLE} nor {INDEX}, which "
+            f"says what is where: {_some(names)}; give the path of one file, or fetch the index"
         )
     ((stem, count),) = kinds
     numbers = {int(match["number"]) for match in shards}

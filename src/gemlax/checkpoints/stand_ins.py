@@ -4,11 +4,12 @@ Only the first bytes are looked at, and only to say what the matter is.
 """
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from gemlax.errors import CheckpointError
 
-__all__ = ["describe_other_format", "refuse_stand_in"]
+__all__ = ["describe_other_format", "refuse_stand_in", "refuse_stand_ins"]
 
 _LFS = (b"version https://git-lfs", b"version https://hawser")
 _PAGE = (b"<!doctype", b"<html", b"<?xml")
@@ -67,6 +68,14 @@ def refuse_stand_in(path: Path) -> None:
             f"{path} holds a server's answer in place of the file: {line!r}; fetch it again, "
             "logged in where the model asks for it (hf auth login)"
         )
+
+
+def refuse_stand_ins(folder: Path, names: Collection[str]) -> None:
+    """Do the same for those files of a folder that are there; a template may be empty."""
+    for name in names:
+        path = folder / name
+        if path.is_file() and (path.suffix != ".jinja" or path.stat().st_size):
+            refuse_stand_in(path)
 
 
 def describe_other_format(path: Path) -> str | None:
