@@ -229,15 +229,18 @@ def write_gguf(
     vocabulary: bool = True,
     alignment: int | None = None,
     extra: Mapping[str, Any] | None = None,
+    split: int = 0,
 ) -> Path:
     """Write a GGUF file with the gguf package.
 
     Args:
         tensors: by GGUF name, an array, or bytes [rows, row bytes] and their quantised type.
-        extra: more metadata, by key, or other values of it: str, list, or an integer (uint32).
+        extra: more metadata, by key, or other values of it: str, list, float, bool, or an integer
+            (uint32).
+        split: the most tensors in one file; the first of several is returned.
     """
     kind = "gemma4" if config.text.v_norm else "gemma3"
-    writer = gguf.GGUFWriter(path, kind)
+    writer = gguf.GGUFWriter(path, kind, split_max_tensors=split)
     if alignment is not None:
         writer.add_custom_alignment(alignment)
     gguf_metadata(writer, config)
@@ -248,14 +251,15 @@ def write_gguf(
         if isinstance(value, list):
             writer.add_array(key, value)
         else:
-            (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+            add = {str: writer.add_string, float: writer.add_float32, bool: writer.add_bool}
+            add.get(type(value), writer.add_uint32)(key, value)
     for name, (array, dtype) in tensors.items():
         writer.add_tensor(name, array, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return path if path.exists() else min(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))
 
 
 def gguf_tensors(

@@ -35,32 +35,34 @@ def explain_names(
             f"{adapted[0]}; save the model after merge_and_unload(), or the adapter by itself"
         )
     known = set(expected)
-    examples: dict[str | None, str] = {}
-    fronts: Counter[str | None] = Counter()
-    for name in found:
-        own = _canonical(name)
-        if own in known:
-            front = name[: -len(own)] if name.endswith(own) else None
-            fronts[front] += 1
-            examples.setdefault(front, name)
-    ((front, count),) = fronts.most_common(1) or [("", 0)]
-    if 2 * count <= len(known) or front in read:
+    wrapped = [name for name in found if _wrappers(name) and _canonical(name) in known]
+    fronts = Counter(_front(name, known) for name in found)
+    ((front, count),) = fronts.most_common(1) or [(None, 0)]
+    others = front is not None and front not in read and 2 * count > len(known)
+    if not wrapped and not others:
         return None
-    example = examples[front]
-    own_parts = [
-        f"{part} is {writer}'s" for part, writer in _WRAPPERS.items() if f".{part}" in f".{example}"
-    ]
-    where = f"begin with the prefix {front!r}" if front is not None else "hold a wrapper's prefix"
-    why = f" ({', '.join(own_parts[:2])})" if own_parts else ""
+    example = wrapped[0] if wrapped else next(n for n in found if _front(n, known) == front)
+    writers = ", ".join(f"{part} is {_WRAPPERS[part]}'s" for part in _wrappers(example))
+    where = f"begin with the prefix {front!r}" if others else "hold a wrapper's prefix"
     return (
-        f"its names {where}{why}, such as {example}; save the model that is inside the wrapper, or "
-        "rename its tensors to model.layers..."
+        f"its names {where}{f' ({writers})' if writers else ''}, such as {example}; save the model "
+        "that is inside the wrapper, or rename its tensors to model.layers..."
     )
+
+
+def _wrappers(name: str) -> list[str]:
+    return [part for part in _WRAPPERS if f".{part}" in f".{name}"]
+
+
+def _front(name: str, known: Collection[str]) -> str | None:
+    """Return what is in front of a canonical name; None: it does not end with one."""
+    own = _canonical(name)
+    return name.removesuffix(own) if own in known and name.endswith(own) else None
 
 
 def _canonical(name: str) -> str:
     """Return a name without wrappers and without what is in front of the decoder."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
+    for wrapper in _wrappers(name):
+        name = f".{name}".replace(f".{wrapper}", ".")[1:]
     start = name.find("layers.")
     return name[start:] if start >= 0 else ".".join(name.split(".")[-2:])
