@@ -312,7 +312,7 @@ def test_types_that_are_not_read_come_before_what_lies_beside_them(tmp_path):
     ):
         checkpoint.check()
     assert str(caught.value).endswith(
-        f"I8 ({len(coded)}, such as {min(f'model.{n}' for n in coded)})"
+        f"I8 ({len(coded)}, such as model.{next(iter(coded))})"
     )
 
 

@@ -205,9 +205,12 @@ def test_a_blob_of_ollamas_is_known_by_its_first_bytes(tmp_path, caplog):
 def test_encoders_in_the_file_of_a_gemma_4_are_left_aside(tmp_path, size):
     config = GEMMA4[size]
     tensors = gguf_tensors(random_weights(config), config)
+    with open_checkpoint(write_gguf(tmp_path / "plain", tensors, config)) as checkpoint:
+        expected = read_all(checkpoint)
     tensors["a.conv1d.0.weight"] = (np.zeros((2, 2, 2), np.float32), None)
     with open_checkpoint(write_gguf(tmp_path / "m", tensors, config)) as checkpoint:
         checkpoint.check()
+        assert_same_bits(read_all(checkpoint), expected)
 
 
 def test_a_manifest_of_ollamas_names_its_blob(tmp_path):

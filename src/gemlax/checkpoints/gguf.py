@@ -171,10 +171,10 @@ class GGUFCheckpoint(Checkpoint):
 
     def _check_types(self) -> None:
         wrong: dict[str, list[str]] = {}
-        for name in self._found():
-            kind = self._tensors[name].type
-            if kind not in FLOATS.keys() | QUANTISED:
-                wrong.setdefault(kind.name, []).append(name)
+        for name in self._expected():
+            tensor = self._tensors.get(name)
+            if tensor is not None and tensor.type not in FLOATS.keys() | QUANTISED:
+                wrong.setdefault(tensor.type.name, []).append(name)
         if wrong:
             raise UnsupportedError(
                 f"{self.source} holds weights in types that are not read: {grouped(wrong)}"

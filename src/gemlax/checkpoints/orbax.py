@@ -138,8 +138,8 @@ class OrbaxCheckpoint(Checkpoint):
     def _check_types(self) -> None:
         wrong = [
             f"{name} ({self._dtypes[name]})"
-            for name in self._found()
-            if self._dtypes[name] not in READABLE
+            for name in self._expected()
+            if name in self._dtypes and self._dtypes[name] not in READABLE
         ]
         if wrong:
             raise UnsupportedError(

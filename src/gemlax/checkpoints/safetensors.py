@@ -97,8 +97,8 @@ BUFFERS = re.compile(
     r"|masked_bias|num_batches_tracked|(k|v|q|attn)_scale|activation_post_process\..+"
     r"|(input|output|k_bmm|v_bmm|q_bmm)_quantizer\._amax)"
 )
-# No weight of the decoder is one; others may lie beside them.
-INTEGERS = {"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}
+# No weight of the decoder is one; others may lie beside them. (Of bytes there may be codes.)
+INTEGERS = {"BOOL", "I16", "U16", "I32", "U32", "I64", "U64"}
 
 
 class Tensor(NamedTuple):
@@ -277,8 +277,9 @@ class SafetensorsCheckpoint(Checkpoint):
             self._prefix + n for own in self._formats for n in self._entries(self._weights[own])
         }
         wrong: dict[str, list[str]] = {}
-        for name, tensor in self._text().items():
-            if tensor.dtype not in FLOATS and name not in coded:
+        for name in self._expected():
+            tensor = self._tensors.get(name)
+            if tensor is not None and tensor.dtype not in FLOATS and name not in coded:
                 wrong.setdefault(tensor.dtype, []).append(name)
         if wrong:
             raise UnsupportedError(
@@ -361,6 +362,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         CheckpointError: the file is truncated, or its header contradicts itself.
         UnsupportedError: a tensor that is not float32, float16 or bfloat16.
     """
+    refuse_stand_in(path)
     data = path.read_bytes()
     found = {}
     for name, tensor in parse_header(data, path).items():

@@ -11,7 +11,7 @@ from gemlax.errors import CheckpointError
 
 __all__ = ["describe_other_format", "refuse_stand_in", "refuse_stand_ins"]
 
-_LFS = (b"version https://git-lfs", b"version https://hawser")
+_LFS = b"version https://git-lfs.github.com/spec/"
 _PAGE = (b"<!doctype", b"<html", b"<?xml")
 # What the hub and proxies answer in place of a file.
 _ANSWERS = (
