@@ -314,7 +314,7 @@ def _canonical_names(config: TextConfig) -> tuple[str, ...]:
 
 
 def _by_layer(path: tuple[Any, ...]) -> tuple[int, int]:
-    order = {"embed_tokens": 0, "layers": 1}.get(path[0], 2)
+    order = {"embed_tokens": 0, "layers": 1, "lm_head": 3}.get(path[0], 2)
     return order, path[1] if order == 1 else 0
 
 

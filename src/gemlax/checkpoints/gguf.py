@@ -30,6 +30,7 @@ from gemlax.checkpoints.base import (
     refuse_drafter,
     resolve_config,
     same_bytes,
+    same_rounded,
     show,
 )
 from gemlax.checkpoints.names import Weight, unused
@@ -138,7 +139,7 @@ class GGUFCheckpoint(Checkpoint):
         )
         table = self._tensors.get(TABLE)
         config = fit_vocab(config, table.shape[0] if table else None)
-        self.config = self._find_k_eq_v(config)
+        self.config = self._find_head(self._find_k_eq_v(config))
         self._unused = {weight.gguf for weight in unused(self.config.text)}
         idle = sorted(self._unused & self._tensors.keys())
         log_left_aside(logger, self.source, idle, "layers that read the K/V of another")
@@ -155,6 +156,30 @@ class GGUFCheckpoint(Checkpoint):
         )
         text = dataclasses.replace(config.text, layers=layers)
         return dataclasses.replace(config, text=text)
+
+    def _find_head(self, config: GemmaConfig) -> GemmaConfig:
+        """Tell from the tensors whether there is a head of its own: the header does not.
+
+        A table in another quantised type is one, since its numbers are others: llama.cpp reads it,
+        too. Source: llama.cpp, src/models/gemma3.cpp.
+        """
+        table, head = self._tensors.get(TABLE), self._tensors.get(HEAD)
+        if head is None or table is None or self._is_table(head, table):
+            return config
+        text = dataclasses.replace(config.text, tie_word_embeddings=False)
+        return dataclasses.replace(config, text=text)
+
+    def _is_table(self, head: Tensor, table: Tensor) -> bool:
+        """Tell whether a head is the table, rounded to the head's type where that is another."""
+        if head[:2] == table[:2]:  # type and shape
+            return same_bytes(self._data, head.start, self._data, table.start, head.nbytes)
+        if head.shape != table.shape or not {head.type, table.type} <= FLOATS.keys():
+            return False
+        floats = (
+            np.frombuffer(self._data, FLOATS[t.type], math.prod(t.shape), t.start)
+            for t in (head, table)
+        )
+        return same_rounded(*floats)
 
     def tokenizer(self) -> Tokenizer | None:
         """Build the tokenizer from the vocabulary in the file; None if it has none of that kind."""
@@ -177,11 +202,8 @@ class GGUFCheckpoint(Checkpoint):
         return {weight.gguf: weight.shape for weight in self._weights.values()}
 
     def _found(self) -> dict[str, tuple[int, ...]]:
-        return {
-            name: tensor.shape
-            for name, tensor in self._tensors.items()
-            if name not in (ROPE, HEAD) and name not in self._unused
-        }
+        aside = {ROPE, *self._unused, *([HEAD] if self.config.text.tie_word_embeddings else [])}
+        return {n: tensor.shape for n, tensor in self._tensors.items() if n not in aside}
 
     def _check_types(self) -> None:
         wrong = [
@@ -193,12 +215,6 @@ class GGUFCheckpoint(Checkpoint):
             raise UnsupportedError(
                 f"{self.source} holds tensors of types that are not read: {', '.join(wrong)}"
             )
-        table, head = self._tensors[TABLE], self._tensors.get(HEAD)
-        if head is not None and not self._same_bytes(table, head):
-            raise UnsupportedError(
-                f"{self.source}: {HEAD} differs from {TABLE}; only a tied head is supported"
-            )
-
         self._check_rope()
 
     def _check_rope(self) -> None:
@@ -215,11 +231,6 @@ class GGUFCheckpoint(Checkpoint):
                 f"{self.source}: {ROPE} must be {turning} ones and {pairs - turning} times "
                 f"{STILL}; another rope is not supported"
             )
-
-    def _same_bytes(self, a: Tensor, b: Tensor) -> bool:
-        return a[:2] == b[:2] and same_bytes(  # type and shape
-            self._data, a.start, self._data, b.start, a.nbytes
-        )
 
     def _fill(self, weight: Weight, out: np.ndarray) -> None:
         tensor = self._tensors.get(weight.gguf)
