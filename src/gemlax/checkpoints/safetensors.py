@@ -221,8 +221,8 @@ class SafetensorsCheckpoint(Checkpoint):
         if said_tied and heads and table is None:
             logger.info("%s: %s is the table, too, which is not stored", self.source, heads[0])
             table = self._tensors[f"{self._prefix}embed_tokens.weight"] = self._tensors[heads[0]]
-        same = {n for n in heads if table and self._is_copy(self._tensors[n], table)}
-        others = [name for name in heads if name not in same or not said_tied]
+        same = {n for n in heads if said_tied and table and self._is_copy(self._tensors[n], table)}
+        others = [name for name in heads if name not in same]
         if not others:
             return HEAD, same, said_tied
         if said_tied:
