@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as T
 from safetensors.numpy import save_file
 
 from gemlax.checkpoints import Checkpoint, text_weights
+from gemlax.checkpoints.names import HEAD
 from gemlax.config import GemmaConfig
 from gemlax.presets import PRESETS, tiny
 
@@ -136,7 +137,8 @@ def write_hf(
     """Write a Hugging Face folder with the safetensors package."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG.to_hf() if config is None else config))
-    tensors = {prefix + name: array for name, array in weights.items()} | dict(others or {})
+    tensors = {n if n == HEAD else prefix + n: array for n, array in weights.items()}
+    tensors |= others or {}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -295,7 +297,8 @@ def _gguf_name(names: gguf.TensorNameMap, name: str) -> str | None:
             return f"blk.{name.split('.')[1]}.{theirs}"
     if name.endswith("layer_scalar") or ".experts." in name:
         name += ".weight"
-    return names.get_name(f"model.{name}", try_suffixes=(".weight",))
+    name = name if name == HEAD else f"model.{name}"
+    return names.get_name(name, try_suffixes=(".weight",))
 
 
 def random_blocks(rng: np.random.Generator, shape: tuple[int, ...], kind: T) -> np.ndarray:
@@ -321,7 +324,7 @@ def wide_tensors(
     tensors, expected = {}, {}
     for name, shape in text_weights(WIDE.text).items():
         array = rng.normal(size=shape).astype(np.float64 if kind == T.F64 else np.float32)
-        other = names.get_name(f"model.{name}", try_suffixes=(".weight",))
+        other = _gguf_name(names, name)
         if len(shape) == 1:
             array = array.astype(np.float32)
             tensors[other], expected[name] = (array, None), array - np.float32(1)

@@ -223,6 +223,7 @@ def test_a_config_that_cannot_be_followed_is_an_error(changes, error, match, fol
 
 VISION = "base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight"
 EXPERTS = f"{ROOT}layers.0.experts.lora_A.weight"
+HEAD = "base_model.model.lm_head.lora_A.weight"
 
 
 @pytest.mark.parametrize(
@@ -230,6 +231,7 @@ EXPERTS = f"{ROOT}layers.0.experts.lora_A.weight"
     [
         (lambda t: t.update({VISION: t[f"{ROOT}{Q}.lora_A.weight"]}), UnsupportedError, "encoders"),
         (lambda t: t.update({EXPERTS: t[f"{ROOT}{Q}.lora_A.weight"]}), UnsupportedError, "experts"),
+        (lambda t: t.update({HEAD: t[f"{ROOT}{Q}.lora_A.weight"]}), UnsupportedError, "lm_head"),
         (lambda t: t.update(more=np.zeros(2, "f4")), CheckpointError, "holds more, which"),
         (
             lambda t: t.update(

@@ -223,7 +223,7 @@ def test_flat_fields_and_the_per_layer_view_give_one_config():
         ({"attention_bias": True}, "attention_bias = True (only False is supported)"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_hidden_layers": 17}, "layer_types must be 17 of"),
         ({"layer_types": ["chunked_attention"] * 18}, "chunked_attention"),

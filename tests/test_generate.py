@@ -297,6 +297,12 @@ def test_a_text_of_one_token_has_nothing_to_score(ids_model):
         ("abc", {"max_new_tokens": -1}, "max_new_tokens must be an integer >= 0, got -1"),
         ("abc", {"max_new_tokens": 2.5}, "max_new_tokens must be an integer >= 0, got 2.5"),
         ("abcdefgh", {"context": 3}, "the prompt has 5 tokens, more than the context of 3"),
+        (
+            ["ab", "abcdefgh", "abcdef"],
+            {"context": 3},
+            "3 tokens: 1 (5 tokens), 2 (4 tokens); short",
+        ),
+        ([[2] * 9] * 8, {"context": 8}, "4 (9 tokens) and 3 more; shorten them, leave them out"),
         ("abc", {"context": 0}, "context must be in [1, 32768] tokens, got 0"),
         ("abc", {"context": 10**6}, "context must be in [1, 32768] tokens, got 1000000"),
         ("abc", {"temperature": -1.0}, "temperature must be a finite number"),

@@ -172,12 +172,7 @@ def test_a_tied_head_is_accepted_and_rope_frequencies_are_left_aside(tmp_path):
     tensors["rope_freqs.weight"] = (np.full(16, 3, np.float32), None)
     with open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors)) as checkpoint:
         checkpoint.check()
-    tensors["output.weight"][0][-1, -1] += 1
-    with (
-        open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors)) as checkpoint,
-        pytest.raises(UnsupportedError, match=r"output.weight differs from token_embd.weight"),
-    ):
-        checkpoint.check()
+        assert checkpoint.config.text == CONFIG.text
 
 
 def test_a_type_that_is_not_read_is_named(tmp_path):

@@ -57,6 +57,15 @@ def test_a_split_model_is_read_from_any_part_and_from_its_folder(tmp_path, given
     assert gemlax.load_tokenizer(tmp_path / "m").num_tokens == 512
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_in_another_part_than_the_table_is_compared_with_it(tmp_path, tied):
+    tensors = gguf_tensors(WEIGHTS)
+    tensors["output.weight"] = (WEIGHTS["embed_tokens.weight"] + (0 if tied else 1), None)
+    with open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors, split=40)) as checkpoint:
+        checkpoint.check()
+        assert checkpoint.config.text.tie_word_embeddings == tied
+
+
 def test_parts_that_are_missing_are_named_in_one_error(tmp_path):
     parts = write_split(tmp_path / "m")
     parts[0].unlink()

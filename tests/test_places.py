@@ -78,6 +78,15 @@ def test_the_pointer_of_an_index_a_shard_or_a_gguf_is_named(tmp_path):
         gemlax.load_tokenizer(files(tmp_path / "t", tokenizer__json=POINTER))
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_the_pointer_of_an_adapter_is_named(tmp_path, name):
+    said = json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1})
+    folder = files(tmp_path, adapter_config__json=said, adapter_model__safetensors="x")
+    (folder / name).write_text(POINTER)
+    with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer"):
+        gemlax.adapters.read_folder(folder, CONFIG.text)
+
+
 # Folders and files that are something else.
 
 

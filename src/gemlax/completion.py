@@ -50,6 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "speculate": None,
     "adapter": DEFAULT,
 }  # fmt: skip
+_SHOWN = 5  # prompts named in one error
 _FROM_CONFIG = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
                 "repetition_penalty": 1.0}  # fmt: skip
 
@@ -169,13 +170,25 @@ class Request:
         context = most if context is None else context
         if isinstance(context, bool) or not isinstance(context, int) or not 1 <= context <= most:
             raise RequestError(f"context must be in [1, {most}] tokens, got {context!r}")
-        longest = max(map(len, self.prompts))
-        if longest > context:
+        self._check_lengths(context)
+        return context
+
+    def _check_lengths(self, context: int) -> None:
+        """Check that all prompts fit, and name those that do not."""
+        long = {i: len(ids) for i, ids in enumerate(self.prompts) if len(ids) > context}
+        if long and len(self.prompts) == 1:
             raise RequestError(
-                f"the prompt has {longest} tokens, more than the context of {context}: "
+                f"the prompt has {long[0]} tokens, more than the context of {context}: "
                 "shorten it or raise `context`"
             )
-        return context
+        if long:
+            shown = ", ".join(f"{i} ({size} tokens)" for i, size in list(long.items())[:_SHOWN])
+            more = f" and {len(long) - _SHOWN} more" if len(long) > _SHOWN else ""
+            raise RequestError(
+                f"{len(long)} of {len(self.prompts)} prompts, counted from 0, are longer than the "
+                f"context of {context} tokens: {shown}{more}; shorten them, leave them out, or "
+                "raise `context`"
+            )
 
     def _stop_strings(self) -> tuple[str, ...]:
         stop = self.options["stop"]

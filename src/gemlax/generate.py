@@ -305,6 +305,7 @@ class Engine:
 
     def _program(self, name: str, jitted: Any, shape: tuple, args: tuple, donated: int) -> Any:
         """Return the compiled program of a bucket; compile it at first use."""
+        ops.check_compiles("generating")
         key = (name, *shape)
         if key not in self._compiled:
             begin = time.perf_counter()

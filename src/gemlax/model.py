@@ -116,6 +116,17 @@ class Model:
             out_shardings=None if mesh is None else sharding.replicated(mesh),
         )
 
+    def __reduce__(self) -> Any:
+        raise UnsupportedError(
+            "a Model cannot be pickled: it holds compiled programs and the memory of its devices; "
+            "let the other process load it. Its tokenizer can be pickled: use that alone"
+        )
+
+    def __copy__(self) -> "Model":
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
     def hidden(
         self,
         tokens: Int[Any, "B T"],
@@ -422,7 +433,9 @@ def load(
         CheckpointError: a damaged file, or tensors that do not fit the config.
         UnsupportedError: another architecture or format.
         RequestError: an option out of range, an unfit mesh, or an adapter of another base.
+        Error: jax has no device of those that JAX_PLATFORMS names.
     """
+    ops.backend()  # says what is wrong, if anything
     dtype = jnp.dtype(_default_dtype() if dtype is None else dtype)
     _check_options(dtype, layers, kv_cache, implementation)
     check_rules(quantize)
@@ -484,7 +497,7 @@ def _check_options(dtype: Any, layers: Any, kv_cache: Any, implementation: Any) 
 
 
 def _default_dtype() -> Any:
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.float32 if ops.backend() == "cpu" else jnp.bfloat16
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -371,11 +371,12 @@ def _refuse(names: list[str], path: Path) -> None:
         ".experts.",
         "router.",
         "embed_tokens",
+        "lm_head",
     )
     if any(part in name for name in bare for part in known):
         raise UnsupportedError(
-            f"{path} holds {shown}{more}: adapters of experts, routers, embeddings and encoders, "
-            "and DoRA, are not supported"
+            f"{path} holds {shown}{more}: adapters of experts, routers, tables, heads and "
+            "encoders, and DoRA, are not supported"
         )
     raise CheckpointError(
         f"{path} holds {shown}{more}, which is no projection of this model; is it its base?"

@@ -42,6 +42,7 @@ __all__ = [
     "refuse_drafter",
     "resolve_config",
     "same_bytes",
+    "same_rounded",
     "show",
 ]
 
@@ -333,6 +334,18 @@ def same_bytes(
         == y[y_start + i : y_start + min(i + step, nbytes)]
         for i in range(0, nbytes, step)
     )
+
+
+def same_rounded(rounded: np.ndarray, values: np.ndarray) -> bool:
+    """Tell whether floats are other floats, rounded to their type; a block at a time."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return all(
+            np.array_equal(
+                rounded[i : i + BLOCK],
+                values[i : i + BLOCK].astype(np.float32).astype(rounded.dtype),
+            )
+            for i in range(0, len(rounded), BLOCK)
+        )
 
 
 def log_left_aside(logger: logging.Logger, source: Path, names: list[str], what: str) -> None:

@@ -7,6 +7,7 @@ gguf_header.py and gguf_parts.py.
 import contextlib
 import dataclasses
 import logging
+import math
 import mmap
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from gemlax.checkpoints.base import (
     refuse_drafter,
     resolve_config,
     same_bytes,
+    same_rounded,
 )
 from gemlax.checkpoints.gguf_defaults import find_template, read_sampling, read_stops
 from gemlax.checkpoints.gguf_header import MAGIC, Tensor, parse_header
@@ -101,7 +103,7 @@ class GGUFCheckpoint(Checkpoint):
         config = fit_vocab(config, table.shape[0] if table else None)
         stops = read_stops(self.metadata, config.text.vocab_size, self.source)
         config = dataclasses.replace(config, eos_token_id=stops or config.eos_token_id)
-        self.config = self._find_k_eq_v(config)
+        self.config = self._find_head(self._find_k_eq_v(config))
         self.generation_config = read_sampling(self.metadata, self.source)
         self._aside = self._find_aside()
         self._unused = {weight.gguf for weight in unused(self.config.text)}
@@ -142,6 +144,31 @@ class GGUFCheckpoint(Checkpoint):
         text = dataclasses.replace(config.text, layers=layers)
         return dataclasses.replace(config, text=text)
 
+    def _find_head(self, config: GemmaConfig) -> GemmaConfig:
+        """Tell from the tensors whether there is a head of its own: the header does not.
+
+        A table in another quantised type is one, since its numbers are others: llama.cpp reads it,
+        too. Source: llama.cpp, src/models/gemma3.cpp.
+        """
+        table, head = self._tensors.get(TABLE), self._tensors.get(HEAD)
+        if head is None or table is None or self._is_table(head, table):
+            return config
+        text = dataclasses.replace(config.text, tie_word_embeddings=False)
+        return dataclasses.replace(config, text=text)
+
+    def _is_table(self, head: Tensor, table: Tensor) -> bool:
+        """Tell whether a head is the table, rounded to the head's type where that is another."""
+        if head[:2] == table[:2]:  # type and shape
+            maps = self._map(head), self._map(table)
+            return same_bytes(maps[0], head.start, maps[1], table.start, head.nbytes)
+        if head.shape != table.shape or not {head.type, table.type} <= FLOATS.keys():
+            return False
+        floats = (
+            np.frombuffer(self._map(t), FLOATS[t.type], math.prod(t.shape), t.start)
+            for t in (head, table)
+        )
+        return same_rounded(*floats)
+
     def tokenizer(self) -> Tokenizer | None:
         """Build the tokenizer from the vocabulary in the file; None if it has none of that kind."""
         vocabulary = read_vocabulary(self.metadata, self.source)
@@ -163,11 +190,9 @@ class GGUFCheckpoint(Checkpoint):
         return {weight.gguf: weight.shape for weight in self._weights.values()}
 
     def _found(self) -> dict[str, tuple[int, ...]]:
-        return {
-            name: tensor.shape
-            for name, tensor in self._tensors.items()
-            if name not in (ROPE, HEAD) and name not in self._unused | self._aside
-        }
+        tied = [HEAD] if self.config.text.tie_word_embeddings else []
+        aside = {ROPE, *self._unused, *self._aside, *tied}
+        return {n: tensor.shape for n, tensor in self._tensors.items() if n not in aside}
 
     def _check_types(self) -> None:
         wrong: dict[str, list[str]] = {}
@@ -179,12 +204,6 @@ class GGUFCheckpoint(Checkpoint):
             raise UnsupportedError(
                 f"{self.source} holds weights in types that are not read: {grouped(wrong)}"
             )
-        table, head = self._tensors.get(TABLE), self._tensors.get(HEAD)
-        if head is not None and table is not None and not self._same_bytes(table, head):
-            raise UnsupportedError(
-                f"{self.source}: {HEAD} differs from {TABLE}; only a tied head is supported"
-            )
-
         self._check_rope()
 
     def _check_rope(self) -> None:
@@ -201,11 +220,6 @@ class GGUFCheckpoint(Checkpoint):
                 f"{self.source}: {ROPE} must be {turning} ones and {pairs - turning} times "
                 f"{STILL}; another rope is not supported"
             )
-
-    def _same_bytes(self, a: Tensor, b: Tensor) -> bool:
-        return a[:2] == b[:2] and same_bytes(  # type and shape
-            self._map(a), a.start, self._map(b), b.start, a.nbytes
-        )
 
     def _map(self, tensor: Tensor) -> mmap.mmap:
         return self._maps[tensor.part]

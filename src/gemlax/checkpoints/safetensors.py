@@ -8,6 +8,7 @@ Source: https://github.com/huggingface/safetensors, README, "Format".
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -30,6 +31,7 @@ from gemlax.checkpoints.base import (
     refuse_drafter,
     resolve_config,
     same_bytes,
+    same_rounded,
     show,
 )
 from gemlax.checkpoints.codes import (
@@ -42,7 +44,7 @@ from gemlax.checkpoints.codes import (
     entries,
     read_formats,
 )
-from gemlax.checkpoints.names import Weight, text_weights, unused
+from gemlax.checkpoints.names import HEAD, Weight, text_weights, unused
 from gemlax.checkpoints.shards import INDEX, choose_files
 from gemlax.checkpoints.stand_ins import refuse_stand_in, refuse_stand_ins
 from gemlax.checkpoints.wrappers import explain_names
@@ -84,7 +86,10 @@ PREFIXES = (
     "model.", "language_model.model.", "model.language_model.", "", "language_model.",
     "model.model.", "model.language_model.model.",
 )  # fmt: skip
-LM_HEADS = ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight")
+LM_HEADS = (
+    HEAD, "language_model.lm_head.weight", "model.lm_head.weight",
+    "model.language_model.lm_head.weight",
+)  # fmt: skip
 # Encoders, what joins them to the decoder, and a drafter.
 # Source: transformers 5.23.0, modeling_gemma3.py, modeling_gemma4.py, modeling_gemma4_unified.py.
 OTHER_PARTS = (
@@ -133,7 +138,6 @@ class SafetensorsCheckpoint(Checkpoint):
         self.keeps_codes = bool(self._formats)
         config.pop(KEY, None)
         self._tensors = self._read_headers()
-        self._heads = [name for name in LM_HEADS if name in self._tensors]
         text = config.get("text_config", config)
         resolved = resolve_config(
             lambda: GemmaConfig.from_hf(config),
@@ -146,8 +150,11 @@ class SafetensorsCheckpoint(Checkpoint):
         self._unused = {self._prefix + weight.name for weight in unused(resolved.text)}
         idle = sorted(self._unused & self._tensors.keys())
         log_left_aside(logger, self.source, idle, "layers that read the K/V of another")
+        self._head, self._idle_heads, tied = self._find_head(resolved.text.tie_word_embeddings)
         table = self._table()
-        self.config = fit_vocab(resolved, table.shape[0] if table and table.shape else None)
+        resolved = fit_vocab(resolved, table.shape[0] if table and table.shape else None)
+        text = dataclasses.replace(resolved.text, tie_word_embeddings=tied)
+        self.config = dataclasses.replace(resolved, text=text)
         generation = self.source / "generation_config.json"
         self.generation_config = read_json(generation) if generation.exists() else {}
         check_formats(self._formats, text_weights(self.config.text), path)
@@ -227,8 +234,50 @@ class SafetensorsCheckpoint(Checkpoint):
         return {
             name: tensor
             for name, tensor in self._tensors.items()
-            if name not in self._heads and name not in self._unused and name not in self._aside
+            if name not in self._idle_heads | self._unused | self._aside
         }
+
+    def _find_head(self, said_tied: bool) -> tuple[str, set[str], bool]:
+        """Return where the head lies, what of heads is not read, and whether the table is the head.
+
+        A head that is not the table counts, whatever the config says; and where the head alone is
+        stored, it is the table. Source: transformers 5.23.0, modeling_utils.py, tie_weights.
+        """
+        heads = [name for name in LM_HEADS if name in self._tensors]
+        table = self._table()
+        if said_tied and heads and table is None:
+            logger.info("%s: %s is the table, too, which is not stored", self.source, heads[0])
+            table = self._tensors[f"{self._prefix}embed_tokens.weight"] = self._tensors[heads[0]]
+        same = {n for n in heads if said_tied and table and self._is_copy(self._tensors[n], table)}
+        others = [name for name in heads if name not in same]
+        if not others:
+            return HEAD, same, said_tied
+        if said_tied:
+            logger.info(
+                "%s: config.json says that the head is the table, but %s differs from it and is "
+                "used", self.source, others[0],
+            )  # fmt: skip
+        head = self._tensors[others[0]]
+        return others[0], {n for n in others[1:] if self._is_copy(self._tensors[n], head)}, False
+
+    def _is_copy(self, copy: Tensor, of: Tensor) -> bool:
+        """Tell whether floats are those of another tensor, rounded where the type is another."""
+        if copy.shape != of.shape or not {copy.dtype, of.dtype} <= FLOATS.keys():
+            return False
+        if copy.dtype == of.dtype:
+            maps = self._maps[copy.file], self._maps[of.file]
+            return same_bytes(maps[0], copy.start, maps[1], of.start, copy.nbytes)
+        floats = (
+            np.frombuffer(self._maps[t.file], FLOATS[t.dtype], math.prod(t.shape), t.start)
+            for t in (copy, of)
+        )
+        return same_rounded(*floats)
+
+    def _lies_as(self, name: str) -> str:
+        """Return what the file calls a weight, or a part of its codes."""
+        if name.startswith(HEAD):
+            return self._head + name.removeprefix(HEAD)
+        return self._prefix + name
 
     def _table(self) -> Tensor | None:
         name = f"{self._prefix}embed_tokens.weight"
@@ -236,7 +285,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         return {
-            self._prefix + name: entry.shape
+            self._lies_as(name): entry.shape
             for weight in self._weights.values()
             for name, entry in self._entries(weight).items()
         }
@@ -248,33 +297,34 @@ class SafetensorsCheckpoint(Checkpoint):
         return {name: tensor.shape for name, tensor in self._text().items()}
 
     def _other_problems(self) -> list[str]:
-        table = self._table()
-        problems = [
-            f"{name} differs from {self._prefix}embed_tokens.weight; only a tied head is supported"
-            for name in self._heads
-            if table and not self._are_same(self._tensors[name], table)
-        ]
+        problems = []
+        head = self._entries(self._weights[HEAD]) if HEAD in self._weights else {}
+        if head and not any(self._lies_as(name) in self._tensors for name in head):
+            problems.append(
+                "config.json says tie_word_embeddings false; where the head is the table of "
+                "embeddings, set it to true"
+            )
         for name in self._formats:
             problems += self._problems_of_codes(self._weights[name])
         return problems
 
     def _problems_of_codes(self, weight: Weight) -> list[str]:
         """Return what is wrong with the tensors of one matrix, beyond what `compare` finds."""
-        found = {n: self._tensors.get(self._prefix + n) for n in self._entries(weight)}
+        found = {n: self._tensors.get(self._lies_as(n)) for n in self._entries(weight)}
         problems = [
-            f"mistyped: {self._prefix}{name} is {tensor.dtype}, expected {entry.dtype}"
+            f"mistyped: {self._lies_as(name)} is {tensor.dtype}, expected {entry.dtype}"
             for name, entry in self._entries(weight).items()
             if (tensor := found[name]) is not None and tensor.dtype != entry.dtype
         ]
         codes, scales = found.get(weight.name + CODES), found.get(weight.name + SCALES)
         if codes is not None and scales is not None:
             error = disagree(self._formats[weight.name], codes.shape, scales.shape)
-            problems += [f"disagreeing: {self._prefix}{weight.name}: {error}"] if error else []
+            problems += [f"disagreeing: {self._lies_as(weight.name)}: {error}"] if error else []
         return problems
 
     def _check_types(self) -> None:
         coded = {
-            self._prefix + n for own in self._formats for n in self._entries(self._weights[own])
+            self._lies_as(n) for own in self._formats for n in self._entries(self._weights[own])
         }
         wrong: dict[str, list[str]] = {}
         for name in self._expected():
@@ -310,7 +360,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if coded is None or coded.format == "bfloat16":
             (entry,) = self._entries(weight).values()
             values = self._array(weight.name, entry).reshape(-1)
-            fill(out, lambda start, stop: values[start:stop], self._prefix + weight.name)
+            fill(out, lambda start, stop: values[start:stop], self._lies_as(weight.name))
             return
         form = FORMATS[coded.format]
         blocks = coded.codes.reshape(-1, form.elements)
@@ -321,11 +371,11 @@ class SafetensorsCheckpoint(Checkpoint):
             own = None if scales is None else scales[part]
             return decode(blocks[part], own, coded.format).reshape(-1)
 
-        fill(out, decoded, self._prefix + weight.name)
+        fill(out, decoded, self._lies_as(weight.name))
 
     def _array(self, name: str, entry: Entry) -> np.ndarray:
         """Return a tensor where it lies in the file, once it is what is expected."""
-        name = self._prefix + name
+        name = self._lies_as(name)
         tensor = self._tensors.get(name)
         if tensor is None or tensor.shape != entry.shape:
             got = "no such tensor" if tensor is None else list(tensor.shape)

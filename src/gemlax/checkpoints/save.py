@@ -17,7 +17,7 @@ import numpy as np
 
 from gemlax.checkpoints.base import compare
 from gemlax.checkpoints.codes import Entry, Formats, entries, flatten, write_formats
-from gemlax.checkpoints.names import text_weights
+from gemlax.checkpoints.names import HEAD, text_weights
 from gemlax.checkpoints.safetensors import DTYPES, INDEX, READ, main_dtype
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError
@@ -168,10 +168,15 @@ def _header(entries: Mapping[str, Any]) -> bytes:
     return json.dumps({"__metadata__": {"format": "pt"}} | dict(entries)).encode()
 
 
+def _name(name: str) -> str:
+    """Return what a tensor is called in the file: transformers has the head beside the model."""
+    return name if name.startswith(HEAD) else f"model.{name}"
+
+
 def _room(expected: Mapping[str, Entry]) -> int:
     """Return the bytes that the header of any shard fits in, a multiple of 8."""
     widest = {
-        f"model.{name}": {"dtype": "BF16", "shape": entry.shape, "data_offsets": [2**60, 2**60]}
+        _name(name): {"dtype": "BF16", "shape": entry.shape, "data_offsets": [2**60, 2**60]}
         for name, entry in expected.items()
     }
     return 8 + -(-len(_header(widest)) // 8) * 8
@@ -201,7 +206,7 @@ def _write_weights(
         seen[name] = array.shape
         if shards[-1].entries and shards[-1].nbytes + array.nbytes > limit:
             shards.append(_Shard(part / f"{len(shards)}.safetensors", room))
-        shards[-1].append(f"model.{name}", array)
+        shards[-1].append(_name(name), array)
         del array  # before the next one is made
     if problems := compare({name: entry.shape for name, entry in expected.items()}, seen):
         raise CheckpointError("cannot save a part of a model:\n  " + "\n  ".join(problems))

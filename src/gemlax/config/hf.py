@@ -81,7 +81,7 @@ _EXTRA_KEYS = {
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_activation": ("gelu_pytorch_tanh",),
     "attention_bias": (False,),
-    "tie_word_embeddings": (True, None),
+    "tie_word_embeddings": (True, False, None),
     "quantization_config": (None,),
 }
 _NEUTRAL_GEMMA3: dict[str, tuple[Any, ...]] = {
@@ -115,6 +115,8 @@ def read(config: Mapping[str, Any]) -> GemmaConfig:
         _refuse_unknown(config, _MULTIMODAL_KEYS, _NEUTRAL, "config.json")
         own = {"model_type": _TEXT_OF[model_type], **config["text_config"]}
         outer = {key: config[key] for key in _ID_KEYS if config.get(key) is not None}
+        # The key counts where the head lies: outside of the text model.
+        outer["tie_word_embeddings"] = config.get("tie_word_embeddings")
         text = own | outer
     else:
         text = dict(config)
@@ -164,6 +166,7 @@ def read_text(text: Mapping[str, Any], where: str) -> TextConfig:
         max_position_embeddings=c["max_position_embeddings"],
         layers=layers,
         rms_norm_eps=_positive(c, "rms_norm_eps"),
+        tie_word_embeddings=bool(c.get("tie_word_embeddings", True)),
         **(_gemma3_facts if gemma3 else _gemma4_facts)(c),
     )
 
@@ -387,7 +390,7 @@ def write(config: GemmaConfig) -> dict[str, Any]:
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": text.tie_word_embeddings,
         **own(text),
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(eos) if len(eos) != 1 else eos[0],

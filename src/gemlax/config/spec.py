@@ -74,6 +74,7 @@ class TextConfig:
         hidden_size_per_layer_input: width of the per-layer embeddings; 0: there are none.
         query_pre_attn_scalar: kept only to be written back; layers read `attention_scale`.
         use_bidirectional_attention: "vision" where image tokens see each other; text is causal.
+        tie_word_embeddings: the table makes the logits, too; else there is a head of its own.
     """
 
     model_type: str
@@ -93,6 +94,7 @@ class TextConfig:
     top_k_experts: int = 0
     moe_intermediate_size: int = 0
     use_bidirectional_attention: str | None = None
+    tie_word_embeddings: bool = True
 
     @property
     def num_hidden_layers(self) -> int:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from operator import index
 from pathlib import Path
 from shutil import copyfile
@@ -90,7 +90,7 @@ class Tokenizer:
         vocabulary = Vocabulary.create(pieces, token_types, add_bos=add_bos, **ids)
         if merges is not None:
             text = fast.to_json(vocabulary, [split_merge(merge) for merge in merges])
-            return cls(vocabulary, fast.from_json(vocabulary, text), lambda: text, files)
+            return cls(vocabulary, fast.from_json(vocabulary, text), partial(str, text), files)
         if len(scores) != len(pieces):
             raise CheckpointError(f"{len(pieces)} pieces but {len(scores)} scores")
         kinds = vocabulary.kinds
@@ -98,10 +98,7 @@ class Tokenizer:
         ranked = [scores[i] for i in long]
         if len(ranked) > 1 and min(ranked) == max(ranked):
             raise CheckpointError("no merges, and all scores are equal: nothing to rank by")
-
-        def make_json() -> str:
-            return fast.to_json(vocabulary, fast.implied_merges(vocabulary, scores))
-
+        make_json = partial(fast.scored_json, vocabulary, scores)
         return cls(vocabulary, spm.make_encoder(vocabulary, scores), make_json, files)
 
     def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:

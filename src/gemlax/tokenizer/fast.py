@@ -14,7 +14,7 @@ from typing import Any
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.tokenizer.vocabulary import BYTE, SPACE, Kind, Vocabulary
 
-__all__ = ["implied_merges", "make_encoder", "read_json", "to_json"]
+__all__ = ["implied_merges", "make_encoder", "read_json", "scored_json", "to_json"]
 
 NAMES = {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>", "unk": "<unk>"}
 
@@ -79,10 +79,24 @@ def make_encoder(vocabulary: Vocabulary, tokenizer: Any) -> Callable[[str], list
     # Markers that the file does not call special would match in text (measured: it is the content
     # that counts, an added token of the same text keeps its id).
     tokenizer.add_special_tokens([vocabulary.pieces[id] for id in sorted(vocabulary.special_ids)])
-    tokenizer.encode_special_tokens = True  # as ordinary text
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    return Encoder(tokenizer)
+
+
+class Encoder:
+    """From text to ids. It can be pickled, which makes the package forget what markers are."""
+
+    def __init__(self, tokenizer: Any):
+        tokenizer.encode_special_tokens = True  # as ordinary text
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Encoder, (self.tokenizer,)
 
 
 def from_json(vocabulary: Vocabulary, text: str) -> Callable[[str], list[int]]:
@@ -161,6 +175,11 @@ def to_settings(vocabulary: Vocabulary) -> str:
     content |= {"clean_up_tokenization_spaces": False, "padding_side": "left"}
     content["tokenizer_class"] = "GemmaTokenizer"
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def scored_json(vocabulary: Vocabulary, scores: Sequence[float]) -> str:
+    """Return a scored vocabulary as a `tokenizer.json`."""
+    return to_json(vocabulary, implied_merges(vocabulary, scores))
 
 
 def implied_merges(vocabulary: Vocabulary, scores: Sequence[float]) -> list[tuple[str, str]]:
