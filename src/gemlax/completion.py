@@ -18,6 +18,7 @@ from gemlax.tokenizer import TextStream, Tokenizer
 __all__ = ["DEFAULTS", "Completion", "Request", "Stream", "TokenLogprob"]
 
 FinishReason = Literal["stop", "length"]
+_SHOWN = 5  # prompts named in one error
 
 
 class TokenLogprob(NamedTuple):
@@ -50,7 +51,6 @@ DEFAULTS: dict[str, Any] = {
     "speculate": None,
     "adapter": DEFAULT,
 }  # fmt: skip
-_SHOWN = 5  # prompts named in one error
 _FROM_CONFIG = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
                 "repetition_penalty": 1.0}  # fmt: skip
 
@@ -170,25 +170,10 @@ class Request:
         context = most if context is None else context
         if isinstance(context, bool) or not isinstance(context, int) or not 1 <= context <= most:
             raise RequestError(f"context must be in [1, {most}] tokens, got {context!r}")
-        self._check_lengths(context)
+        longest = max(map(len, self.prompts))
+        if longest > context:
+            raise RequestError(self._too_long(context))
         return context
-
-    def _check_lengths(self, context: int) -> None:
-        """Check that all prompts fit, and name those that do not."""
-        long = {i: len(ids) for i, ids in enumerate(self.prompts) if len(ids) > context}
-        if long and len(self.prompts) == 1:
-            raise RequestError(
-                f"the prompt has {long[0]} tokens, more than the context of {context}: "
-                "shorten it or raise `context`"
-            )
-        if long:
-            shown = ", ".join(f"{i} ({size} tokens)" for i, size in list(long.items())[:_SHOWN])
-            more = f" and {len(long) - _SHOWN} more" if len(long) > _SHOWN else ""
-            raise RequestError(
-                f"{len(long)} of {len(self.prompts)} prompts, counted from 0, are longer than the "
-                f"context of {context} tokens: {shown}{more}; shorten them, leave them out, or "
-                "raise `context`"
-            )
 
     def _stop_strings(self) -> tuple[str, ...]:
         stop = self.options["stop"]
@@ -198,6 +183,22 @@ class Request:
         if stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model has none")
         return stop
+
+    def _too_long(self, context: int) -> str:
+        """Say which prompts have more tokens than `context`."""
+        sizes = {i: len(ids) for i, ids in enumerate(self.prompts) if len(ids) > context}
+        if len(self.prompts) == 1:
+            return (
+                f"the prompt has {sizes[0]} tokens, more than the context of {context}: "
+                "shorten it or raise `context`"
+            )
+        named = [f"{i} ({size} tokens)" for i, size in sizes.items()]
+        more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
+        return (
+            f"{len(named)} of {len(self.prompts)} prompts, counted from 0, are longer than the "
+            f"context of {context}: {', '.join(named[:_SHOWN])}{more}; shorten them, leave them "
+            "out or raise `context`"
+        )
 
     def _num_logprobs(self) -> int | None:
         n = self.options["logprobs"]
