@@ -100,6 +100,13 @@ class TextConfig:
         return len(self.layers)
 
     @property
+    def num_ids(self) -> int:
+        """How many ids can be embedded: a table of per-layer embeddings may be the shorter one."""
+        if not self.hidden_size_per_layer_input:
+            return self.vocab_size
+        return min(self.vocab_size, self.vocab_size_per_layer_input)
+
+    @property
     def plan(self) -> "StackPlan":
         """How the layers are stacked and scanned."""
         from gemlax.config.plan import StackPlan
@@ -137,10 +144,14 @@ class GemmaConfig:
         return hf.read(config)
 
     def to_hf(self) -> dict[str, Any]:
-        """Write a `config.json` that transformers reads; `from_hf` reads it back equal."""
-        from gemlax.config import hf
+        """Write a `config.json` that transformers reads; `from_hf` reads it back equal.
 
-        return hf.write(self)
+        Raises:
+            UnsupportedError: a config.json cannot hold this config; what it cannot is named.
+        """
+        from gemlax.config import hf_write
+
+        return hf_write.write(self)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> "GemmaConfig":
