@@ -174,6 +174,9 @@ def _fill(text: Mapping[str, Any]) -> dict[str, Any]:
     off = ("use_bidirectional_attention", "sliding_window")
     nulls = {key: None for key in off if text.get(key, 0) is None}
     c = _DEFAULTS[text["model_type"]] | found | nulls
+    for key in ("attention_k_eq_v", "use_double_wide_mlp", "enable_moe_block"):
+        if c.get(key, 0) not in (0, 1):  # "false" would be true
+            raise UnsupportedError(f"config: {key} must be true or false, got {show_value(c[key])}")
     for key in _COUNTS:
         if isinstance(c.get(key), float) and c[key].is_integer():
             c[key] = int(c[key])
@@ -332,30 +335,41 @@ def _gemma4_sizes(c: Mapping[str, Any], kinds: list[Kind]) -> list[dict[str, int
     plain = {key: c[key] for key in ("head_dim", "num_key_value_heads")}
     sizes = [dict(plain) for _ in kinds]
     view = c.get("per_layer_config")
-    if view is None:
+    if is_neutral(view) and view != {}:  # an empty view says that all layers are alike
         for i, kind in enumerate(kinds):
             if kind == FULL:
                 sizes[i]["head_dim"] = _check_count(c, "global_head_dim")
                 if c["attention_k_eq_v"] and c["num_global_key_value_heads"] is not None:
                     sizes[i]["num_key_value_heads"] = _check_count(c, "num_global_key_value_heads")
         return sizes
+    if not isinstance(view, Mapping):
+        raise UnsupportedError(
+            f"config: per_layer_config must be an object, got {show_value(view)}"
+        )
     for index, changes in view.items():
-        own = {k: v for k, v in changes.items() if k in plain}
-        other = [
-            k for k in changes.keys() - plain.keys()
-            if not (is_neutral(changes[k]) if k == "skip" else changes[k] == c.get(k))
-        ]  # fmt: skip
-        if not str(index).isdecimal() or int(index) >= len(kinds) or other:
-            raise UnsupportedError(
-                f"config: per_layer_config[{index!r}] = {show_value(changes)}; expected the number "
-                f"of a layer, with {' and '.join(plain)}"
-            )
-        own = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in own.items()}
+        own = _layer_sizes(c, str(index), changes, len(kinds))
         sizes[int(index)] |= {key: _check_count(own, key) for key in own}
     by_kind = {(kind, *sizes[i].values()) for i, kind in enumerate(kinds)}
     if len(by_kind) != len(set(kinds)):
         raise UnsupportedError(f"config: layers of one kind differ in per_layer_config: {by_kind}")
     return sizes
+
+
+def _layer_sizes(c: Mapping[str, Any], index: str, changes: Any, count: int) -> dict[str, Any]:
+    """Return head_dim and K/V heads of one layer of a view; what else it has must repeat `c`."""
+    names = ("head_dim", "num_key_value_heads")
+    found = changes if isinstance(changes, Mapping) else {"": changes}
+    same = all(
+        key in names or (is_neutral(v) if key == "skip" else key in c and v == c[key])
+        for key, v in found.items()
+    )
+    if not index.isdecimal() or int(index) >= count or not same:
+        raise UnsupportedError(
+            f"config: per_layer_config[{index!r}] = {show_value(changes)}; expected the number of "
+            f"a layer, with {' and '.join(names)}"
+        )
+    own = {key: found[key] for key in names if key in found}
+    return {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in own.items()}
 
 
 # --- both --------------------------------------------------------------------------------------

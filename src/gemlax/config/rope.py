@@ -128,7 +128,7 @@ def _drop_nulls(found: Settings) -> dict[str, Any]:
 
 def _read_rope(found: Settings, kind: Kind, head_dim: int, aside: list[str]) -> RopeSpec:
     rope_type = found.get("rope_type", found.get("type", "default"))
-    if rope_type not in _READ:
+    if not isinstance(rope_type, str) or rope_type not in _READ:
         raise UnsupportedError(
             f"config: rope_type {show_value(rope_type)} of {kind} is not supported; expected one "
             f"of {list(_READ)}"

@@ -106,6 +106,17 @@ class TextConfig:
             return self.vocab_size
         return min(self.vocab_size, self.vocab_size_per_layer_input)
 
+    def refusal(self, token_id: int) -> str | None:
+        """Say why an id cannot be embedded, or None if it can."""
+        if 0 <= token_id < self.num_ids:
+            return None
+        if not 0 <= token_id < self.vocab_size:
+            return f"token id {token_id} is outside [0, {self.vocab_size})"
+        return (
+            f"token id {token_id} has no per-layer embedding: vocab_size is {self.vocab_size}, "
+            f"vocab_size_per_layer_input only {self.num_ids}; grow embed_tokens_per_layer as well"
+        )
+
     @property
     def plan(self) -> "StackPlan":
         """How the layers are stacked and scanned."""
