@@ -72,10 +72,12 @@ _READ = _ID_KEYS | {
 }  # fmt: skip
 _READ_ALSO = {
     "gemma3_text": set[str](),
-    "gemma4_text": {"per_layer_config"},
+    "gemma4_text": {"per_layer_config", "rope_local_base_freq"},
     # Without per-layer embeddings the size of their table says nothing.
-    "gemma4_unified_text": {"per_layer_config", "vocab_size_per_layer_input"},
-}
+    "gemma4_unified_text": {
+        "per_layer_config", "rope_local_base_freq", "vocab_size_per_layer_input",
+    },
+}  # fmt: skip
 # Known keys that pass only at these values: another value would change the model's output.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "hidden_activation": ("gelu_pytorch_tanh",),

@@ -78,7 +78,10 @@ def _gemma4_settings(
     """Return the settings of each kind; a file that has any has them for all kinds, by kind."""
     name = "rope_scaling" if c.get("rope_scaling") else "rope_parameters"
     by_kind, flat = _split(c, name)
+    if "rope_local_base_freq" in c:
+        aside.append("rope_local_base_freq")
     if not by_kind and not flat:
+        aside += [key for key in ("rope_theta", "partial_rotary_factor") if key in c]
         return {
             SLIDING: {"rope_theta": 10_000.0},
             FULL: {
