@@ -188,7 +188,7 @@ def test_whole_numbers_may_be_written_as_floats():
         ({"eos_token_id": [1, None]}, "eos_token_id must be an id or a list of ids"),
         ({"eos_token_id": -1}, "eos_token_id must be an id, got -1"),
         ({"bos_token_id": [2]}, "bos_token_id must be an id, got [2]"),
-        ({"pad_token_id": -1}, "pad_token_id must be an id, got -1"),
+        ({"pad_token_id": -2}, "pad_token_id must be an id, got -2"),
         ({"model_type": ["gemma3_text"]}, "model_type ['gemma3_text'] is not supported"),
     ],
     ids=str,
@@ -203,6 +203,11 @@ def test_ids_around_a_text_config_come_before_those_in_it():
     inner = within("4b", eos_token_id=1, bos_token_id=7, pad_token_id=None)
     found = GemmaConfig.from_hf(inner | {"eos_token_id": [106, 1], "bos_token_id": None})
     assert (found.eos_token_id, found.bos_token_id, found.pad_token_id) == ((106, 1), 7, 0)
+
+
+def test_no_padding_is_null_or_minus_one():
+    for none in (None, -1):
+        assert GemmaConfig.from_hf(BASE | {"pad_token_id": none}).pad_token_id == 0
 
 
 @pytest.mark.parametrize("inner", [None, "gemma3", "gemma3_text"])
@@ -309,6 +314,19 @@ def test_the_older_name_of_the_experts_width_is_read():
     assert GemmaConfig.from_hf(older).text == preset("gemma-4-26b-a4b").text
     with pytest.raises(UnsupportedError, match=r"expert_intermediate_size = 7 .the model has 704"):
         GemmaConfig.from_hf(within("26b", expert_intermediate_size=7))
+
+
+def test_other_names_of_the_experts_pass_where_they_agree():
+    named = within("26b", num_local_experts=128, num_experts_per_tok=8)
+    assert GemmaConfig.from_hf(named).text == preset("gemma-4-26b-a4b").text
+    with pytest.raises(UnsupportedError, match=r"num_local_experts = 4 .the model has 128"):
+        GemmaConfig.from_hf(within("26b", num_local_experts=4))
+
+
+def test_no_per_layer_inputs_is_null_or_zero():
+    for none in (None, 0):
+        found = GemmaConfig.from_hf(within("26b", hidden_size_per_layer_input=none))
+        assert found.text == preset("gemma-4-26b-a4b").text
 
 
 # Softcap.

@@ -71,7 +71,8 @@ def read(metadata: Mapping[str, Any]) -> GemmaConfig:
         )
     prefix = f"{architecture}."
     own = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
-    own = {key: _join_equal(v) if key in _PER_LAYER else v for key, v in own.items()}
+    count = own.get("block_count")
+    own = {key: _join_equal(v, count) if key in _PER_LAYER else v for key, v in own.items()}
     _check_keys(own, architecture)
     vocab = own.get("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())))
     convert: Callable[[Mapping[str, Any]], dict[str, Any]] = (
@@ -115,10 +116,10 @@ def _check_keys(own: Mapping[str, Any], architecture: str) -> None:
         raise UnsupportedError(f"GGUF metadata lacks {names}")
 
 
-def _join_equal(value: Any) -> Any:
-    """Return a value for all layers where a list has the same for each."""
-    equal = isinstance(value, (list, tuple)) and len(set(value)) == 1
-    return value[0] if equal else value
+def _join_equal(value: Any, count: object) -> Any:
+    """Return the one value of a list that has it `count` times, for each layer; else the value."""
+    joined = isinstance(value, (list, tuple)) and len(value) == count and len(set(value)) == 1
+    return value[0] if joined else value
 
 
 def _common(own: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:

@@ -124,6 +124,8 @@ def read(config: Mapping[str, Any]) -> GemmaConfig:
     refuse_keys("config.json", wrong)
     log_aside("config.json", aside)
     resolved = _resolve(c)
+    if text.get("pad_token_id") == -1:  # another way to say that there is none
+        text["pad_token_id"] = None
     others = [key for key in sorted(_ID_KEYS) if key != "eos_token_id"]
     ids = {key: _as_id(key, text[key]) for key in others if text.get(key) is not None}
     return GemmaConfig(
@@ -138,7 +140,10 @@ def _take_text(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the text_config of a multimodal file, with the ids that the outer level has."""
     outer_type, found = config["model_type"], config.get("text_config")
     if not isinstance(found, Mapping):
-        raise UnsupportedError(f"config.json: {outer_type!r} without a 'text_config'")
+        raise UnsupportedError(
+            f"config.json: {outer_type!r} without a 'text_config'; a file of the text alone has "
+            f"model_type {_TEXT_OF[outer_type]!r}"
+        )
     text_type = _TEXT_OF[outer_type]
     own = found.get("model_type")
     if own not in (None, outer_type, text_type):
@@ -173,8 +178,9 @@ def _fill(text: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of a text config, with defaults where there is none or null."""
     found = {key: value for key, value in text.items() if value is not None}
     # An explicit null means "off" for these, not "the default".
-    off = ("use_bidirectional_attention", "sliding_window")
-    nulls = {key: None for key in off if text.get(key, 0) is None}
+    off = {"use_bidirectional_attention": None, "sliding_window": None,
+           "hidden_size_per_layer_input": 0}  # fmt: skip
+    nulls = {key: none for key, none in off.items() if text.get(key, 0) is None}
     c = _DEFAULTS[text["model_type"]] | found | nulls
     for key in ("attention_k_eq_v", "use_double_wide_mlp", "enable_moe_block"):
         if c.get(key, 0) not in (0, 1):  # "false" would be true
@@ -202,6 +208,8 @@ def _sort_text_keys(
         allowed = _ALLOWED | _ALLOWED_GEMMA4
         same |= {
             "expert_intermediate_size": c.get("moe_intermediate_size"),
+            "num_experts_per_tok": c.get("top_k_experts"),
+            "num_local_experts": c.get("num_experts"),
             "query_pre_attn_scalar": 1,
         }
     known = _DEFAULTS[model_type].keys() | _READ | _READ_ALSO[model_type]

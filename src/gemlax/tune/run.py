@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -200,7 +199,7 @@ class _Run:
         own = self.settings.as_dict()
         del own["save_every"]
         own["rules"] = repr(own["rules"])
-        config = json.dumps(self.model.config.to_hf(), sort_keys=True)
+        config = repr(self.model.config)
         return own | {
             "steps": self.steps,
             "data": digest(data),
