@@ -94,9 +94,9 @@ class Model:
         self.generation_config = dict(generation_config or {})
         self.mesh, self.kv_cache = mesh, kv_cache
         self.dtype = decoder.norm.weight.get_value().dtype
-        known = tokenizer.num_tokens if tokenizer else config.text.vocab_size
+        known = tokenizer.num_tokens if tokenizer else config.text.num_ids
         self.engine = Engine(
-            decoder, num_tokens=min(known, config.text.vocab_size), dtype=self.dtype, mesh=mesh,
+            decoder, num_tokens=min(known, config.text.num_ids), dtype=self.dtype, mesh=mesh,
             storage=kv_cache, implementation=implementation, adapters=tuple(self.adapters),
         )  # fmt: skip
         graphdef, self._state = nnx.split(decoder)
@@ -366,10 +366,9 @@ class Model:
         return prompts
 
     def _check_ids(self, ids: np.ndarray) -> None:
-        vocab = self.config.text.vocab_size
-        wrong = ids[(ids < 0) | (ids >= vocab)]
+        wrong = ids[(ids < 0) | (ids >= self.config.text.num_ids)]
         if wrong.size:
-            raise RequestError(f"token id {wrong[0]} is outside [0, {vocab})")
+            raise RequestError(self.config.text.refusal(int(wrong[0])))
 
 
 def _all_logits(decoder: Decoder, tokens: Array, positions: Array) -> Array:

@@ -102,6 +102,24 @@ class TextConfig:
         return len(self.layers)
 
     @property
+    def num_ids(self) -> int:
+        """How many ids can be embedded: a table of per-layer embeddings may be the shorter one."""
+        if not self.hidden_size_per_layer_input:
+            return self.vocab_size
+        return min(self.vocab_size, self.vocab_size_per_layer_input)
+
+    def refusal(self, token_id: int) -> str | None:
+        """Say why an id cannot be embedded, or None if it can."""
+        if 0 <= token_id < self.num_ids:
+            return None
+        if not 0 <= token_id < self.vocab_size:
+            return f"token id {token_id} is outside [0, {self.vocab_size})"
+        return (
+            f"token id {token_id} has no per-layer embedding: vocab_size is {self.vocab_size}, "
+            f"vocab_size_per_layer_input only {self.num_ids}; grow embed_tokens_per_layer as well"
+        )
+
+    @property
     def plan(self) -> "StackPlan":
         """How the layers are stacked and scanned."""
         from gemlax.config.plan import StackPlan
@@ -139,10 +157,14 @@ class GemmaConfig:
         return hf.read(config)
 
     def to_hf(self) -> dict[str, Any]:
-        """Write a `config.json` that transformers reads; `from_hf` reads it back equal."""
-        from gemlax.config import hf
+        """Write a `config.json` that transformers reads; `from_hf` reads it back equal.
 
-        return hf.write(self)
+        Raises:
+            UnsupportedError: a config.json cannot hold this config; what it cannot is named.
+        """
+        from gemlax.config import hf_write
+
+        return hf_write.write(self)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> "GemmaConfig":

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -183,11 +182,14 @@ class _Run:
         most = min(s.max_length, self.model.config.text.max_position_embeddings)
         examples: Any
         if s.beta is None:
-            examples = read_examples(path, self.encoder, most, truncate=s.truncate)
-            sizes = [len(example.ids) for example in examples]
+            examples = texts = read_examples(path, self.encoder, most, truncate=s.truncate)
         else:
             examples = read_pairs(path, self.encoder, most, truncate=s.truncate)
-            sizes = [len(one.ids) for pair in examples for one in pair]
+            texts = [one for pair in examples for one in pair]
+        highest = max((i for one in texts for i in one.ids), default=0)
+        if refusal := self.model.config.text.refusal(highest):
+            raise RequestError(f"{path}: {refusal}")
+        sizes = [len(one.ids) for one in texts]
         room = sum(sizes) if s.pack and s.beta is None else max(sizes)
         width = min(s.max_length, -(-room // ROUND) * ROUND)
         return Batches(examples, width, s.batch_size, seed=s.seed, packed=s.pack)
@@ -197,7 +199,7 @@ class _Run:
         own = self.settings.as_dict()
         del own["save_every"]
         own["rules"] = repr(own["rules"])
-        config = json.dumps(self.model.config.to_hf(), sort_keys=True)
+        config = repr(self.model.config)
         return own | {
             "steps": self.steps,
             "data": digest(data),
