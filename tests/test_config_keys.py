@@ -64,7 +64,6 @@ REFUSED = [
     ("270m", "is_causal", False, "is_causal = False (the model has True)"),
     ("270m", "hidden_act", "silu", "hidden_act = 'silu' (the model has 'gelu_pytorch_tanh')"),
     ("270m", "use_qk_norm", False, "use_qk_norm = False (the model has True)"),
-    ("270m", "tie_word_embeddings", False, "tie_word_embeddings = False"),
     ("270m", "num_experts", 8, "num_experts = 8 (not known)"),
     ("270m", "global_head_dim", 512, "global_head_dim = 512 (the model has 256)"),
     ("270m", "attn_logit_softcapping", 50.0, "attn_logit_softcapping = 50.0"),
