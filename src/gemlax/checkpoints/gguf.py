@@ -162,7 +162,7 @@ class GGUFCheckpoint(Checkpoint):
         return Tokenizer.from_vocabulary(**vocabulary._asdict()) if vocabulary else None
 
     @property
-    def chat_template(self) -> str | None:
+    def chat_template(self) -> str | dict[str, str] | None:
         """The template in the file's metadata, or None."""
         found = self.metadata.get("tokenizer.chat_template")
         return found if isinstance(found, str) and found.strip() else None
