@@ -28,7 +28,7 @@ MAX_DIGITS = 4000  # int() refuses more than 4300
 WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
 WORDS |= {"TRUE": True, "FALSE": False, "NULL": None}
 # A word that is no text: a number in no notation of JSON, or what JSON has no value for.
-NO_TEXT = re.compile(r"[+-]?(\.?\d[\d._]*([eE][+-]?\d*)?|inf|infinity|nan)|undefined", re.I)
+NO_TEXT = re.compile(r"[+-]?(\.?\d[\d._\s]*([eE][+-]?\d*)?|inf|infinity|nan)|undefined", re.I)
 # What a bare word may be made of.
 BARE = re.compile(r"[^,{}\[\]()\"'`\n\r]+")
 LAST_NAME = re.compile(r"[\s\"']([^\W\d]\w*)$")
@@ -200,8 +200,6 @@ class _Reader:
 
     def string(self, mark: str) -> str:
         """Read a string of JSON or Python; a quote that nothing ends at is a part of it."""
-        if self.text.startswith(mark * 3, self.at):
-            raise _Malformed
         start = at = self.at + 1
         inner = False
         while True:
@@ -217,6 +215,8 @@ class _Reader:
             rest = self.text[after.end() : after.end() + 1] if after else ""
             if not escaped and (not rest or rest in ",:=)]}"):
                 break
+            if not escaped and rest == mark:  # two strings, or three quotes
+                raise _Malformed
             inner = inner or not escaped
         self.at = at
         inside = self.text[start : at - 1]

@@ -128,10 +128,10 @@ def _model_message(
 
 def _is_text(content: Any) -> bool:
     """Whether what a tool answered is a text, or text parts."""
-    parts = content if isinstance(content, list) else []
-    return isinstance(content, str) or all(
-        isinstance(part, Mapping) and part.get("type") == "text" and set(part) == {"type", "text"}
-        for part in parts or [None]
+    return isinstance(content, str) or (
+        isinstance(content, list)
+        and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content)
+        and all(isinstance(part.get("text"), str) for part in content)
     )
 
 

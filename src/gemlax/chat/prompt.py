@@ -296,7 +296,8 @@ class ChatFormat:
         for part in self._tokenizer.split_special(plain):
             if isinstance(part, int):
                 piece = self._tokenizer.piece(part)
-                if piece in source and not any(piece in one for one in _texts(inputs)):
+                # Without spaces, for what people said may be trimmed before it is put together.
+                if piece in source and piece not in "".join("".join(_texts(inputs)).split()):
                     logger.warning(
                         "the chat template writes %s by an operation that is not followed: it is "
                         "encoded as text, not as the control token",
@@ -341,9 +342,9 @@ def _mark_last(messages: list[dict[str, Any]]) -> None:
         if isinstance(last[name], str):
             last[name] = Marked(last[name], mark * len(last[name]))
             continue
-        texts = [p for p in last[name] if isinstance(p, dict) and isinstance(p.get("text"), str)]
-        if texts:
-            texts[-1]["text"] = Marked(texts[-1]["text"], mark * len(texts[-1]["text"]))
+        for part in last[name]:
+            if isinstance(part, dict) and isinstance(part.get("text"), str):
+                part["text"] = Marked(part["text"], mark * len(part["text"]))
 
 
 def _cut(text: str, mark: str) -> str:
