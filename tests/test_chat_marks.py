@@ -251,8 +251,8 @@ def test_a_template_that_writes_addresses_keeps_its_marks():
 
 def test_compiled_templates_are_kept():
     source = "a template of its own"
-    kind = jinja2.sandbox.ImmutableSandboxedEnvironment
-    assert compile_template(source, kind) is compile_template(source, kind)
+    assert compile_template(source, True) is compile_template(source, True)
+    assert compile_template(source, True) is not compile_template(source, False)
 
 
 # --- Marked ------------------------------------------------------------------------------------
@@ -261,7 +261,8 @@ CALLS = [
     ("strip",), ("strip", "<|"), ("lstrip",), ("lstrip", "<"), ("rstrip",), ("rstrip", ">"),
     ("upper",), ("lower",), ("title",), ("capitalize",), ("swapcase",), ("casefold",),
     ("split",), ("split", "<"), ("split", None, 1), ("split", "<", 1), ("rsplit",),
-    ("rsplit", "|>"), ("rsplit", None, 1), ("rsplit", "<", 1), ("splitlines",), ("splitlines", True),
+    ("rsplit", "|>"), ("rsplit", None, 1), ("rsplit", "<", 1),
+    ("splitlines",), ("splitlines", True),
     ("partition", "<"), ("rpartition", "|"), ("removeprefix", "<"), ("removesuffix", ">"),
     ("replace", "<", "&lt;"), ("replace", "", "-"), ("replace", "<", ">", 1),
     ("replace", "a", "", 0),

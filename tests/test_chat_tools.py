@@ -104,8 +104,8 @@ NEARLY = {
     "call:f{a:True,b:False,c:None,d:TRUE}": {"a": True, "b": False, "c": None, "d": True},
     "call:f{city:New York,unit:celsius,day:2026-11-26,at:10:30}":
         {"city": "New York", "unit": "celsius", "day": "2026-11-26", "at": "10:30"},
-    "call:f{u:https://a.b/c?d=e&f,t:Meeting at 10:30}":
-        {"u": "https://a.b/c?d=e&f", "t": "Meeting at 10:30"},
+    "call:f{u:https://github.com/c?d=e&f,t:Meeting at 10:30}":
+        {"u": "https://github.com/c?d=e&f", "t": "Meeting at 10:30"},
     "call:f{a:1,}": {"a": 1},
     "call:f{a:[1,2,],b:{c:1,},}": {"a": [1, 2], "b": {"c": 1}},
     'call:f{a:"1",b:"true"}': {"a": "1", "b": "true"},
@@ -157,8 +157,9 @@ MALFORMED = [
     "call:f{a:٣}",
     'call:f{a:"x" b:"y"}', "call:f{a:1}}", 'call:f{a:"x', "call:f{a:'x,b:1}",
     'call:f{"a:1}',
-    'call:f{a:"""x"""}', "call:f{a:(1,2)}", "call:f{a:f'x'}", "call:f{a:[1 2]}", "call:f{a:undefined}",
-    'call:f{a":1}', 'call:f{a:["x" "y"]}', 'call:f{a:"x<|"|>y"}', "call:f{a:b c:d}", '{"name":"f{"}',
+    'call:f{a:"""x"""}', "call:f{a:(1,2)}", "call:f{a:f'x'}", "call:f{a:[1 2]}",
+    "call:f{a:undefined}", 'call:f{a":1}', 'call:f{a:["x" "y"]}', 'call:f{a:"x<|"|>y"}',
+    "call:f{a:b c:d}", '{"name":"f{"}',
     '{"name":"f","arguments":3}', '{"name":"f","a":1}', "[]", "{}", '{"name":"f","arguments":"x"}',
     "call:f{}call:g", "call:f{:1}", "call:f{a::1,a:2}", "call:f{a:1;b:2}{}",
     "call:f{a:__import__('os')}", f"call:f{{a:{'9' * 5000}}}", f"call:f{{a:{'[' * 5000}}}",

@@ -290,7 +290,7 @@ class Model:
             RequestError: malformed messages, roles out of order, what the format cannot say, a
                 template that fails, a model that cannot chat.
         """
-        how = {"thinking": thinking, "template_args": template_args}
+        how: dict[str, Any] = {"thinking": thinking, "template_args": template_args}
         how |= {"tools": tools, "continue_final_message": continue_final_message}
         reply = self._reply(messages, how=how, options=sampling)
         return reply if stream else reply.finish(itertools.repeat(_BLOCK))

@@ -42,7 +42,7 @@ class Marked(str):
         return Marked, (str.__str__(self), self._marks)
 
     def __add__(self, other: str) -> str:
-        if not isinstance(other, str) or hasattr(other, "__html__"):  # Markup escapes what it joins
+        if type(other) not in (str, Marked):  # Markup escapes what it is joined to
             return NotImplemented
         return Marked(str.__add__(self, other), self._marks + marks_of(other))
 
@@ -74,7 +74,7 @@ class Marked(str):
         listed = list(items)
         return Marked(str.join(self, listed), self._marks.join(map(marks_of, listed)))
 
-    def replace(self, old: str, new: str, /, count: SupportsIndex = -1) -> str:  # type: ignore[override]  # as split
+    def replace(self, old: str, new: str, /, count: SupportsIndex = -1) -> str:
         """Replace; what comes in keeps its own marks."""
         text = str.replace(self, old, new, count)
         parts, at = [], 0
@@ -83,15 +83,15 @@ class Marked(str):
             at = start + len(old)
         return Marked(text, "".join([*parts, self._marks[at:]]))
 
-    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]  # str's says LiteralString
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """Split as str does."""
         return self._pieces(str.split(self, sep, maxsplit), sep)
 
-    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]  # as split
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """Split as str does."""
         return self._pieces(str.rsplit(self, sep, maxsplit), sep)
 
-    def splitlines(self, keepends: bool = False) -> list[str]:  # type: ignore[override]  # as split
+    def splitlines(self, keepends: bool = False) -> list[str]:
         """Split as str does."""
         at, lines = 0, []
         for whole, line in zip(
@@ -101,13 +101,13 @@ class Marked(str):
             at += len(whole)
         return lines
 
-    def partition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]  # as split
+    def partition(self, sep: str, /) -> tuple[str, str, str]:
         """Split at the first."""
         before, middle, _ = str.partition(self, sep)
         end = len(before) + len(middle)
         return self[: len(before)], self[len(before) : end], self[end:]
 
-    def rpartition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]  # as split
+    def rpartition(self, sep: str, /) -> tuple[str, str, str]:
         """Split at the last."""
         before, middle, _ = str.rpartition(self, sep)
         end = len(before) + len(middle)
@@ -220,7 +220,8 @@ def _percent(form: Marked, values: Any) -> str:
     alike = set(form._marks)
     if len(alike) != 1:
         return text
-    mark, at, parts = alike.pop(), 0, []
+    mark, at = alike.pop(), 0
+    parts: list[str] = []
     left = list(values) if isinstance(values, tuple) else [values]
     for found in CONVERSION.finditer(form):
         parts.append(Marked(form[at : found.start()], mark * (found.start() - at)))

@@ -136,24 +136,45 @@ class ChatFormat:
         inputs = [found, declared, dict(template_args or {})]
         if goes_on:
             _mark_last(found)
-        whole = answered or goes_on
-        if template is not None:
-            variables = {**self._special(), **(template_args or {}), "tools": declared or None}
-            variables["messages"] = _with_tool_responses(found, template.source)
-            variables["add_generation_prompt"] = not whole
-            if thinking is not None:
-                variables["enable_thinking"] = thinking
-            text = template.render({"documents": None, **variables})
-        elif self.family == "gemma4":
-            text = render_gemma4(found, declared, bool(thinking), self._empty_thought, whole)
+        how: dict[str, Any] = {"thinking": thinking, "whole": answered or goes_on}
+        if template is None:
+            text = self._built_in(found, declared, **how)
         else:
-            text = render_gemma3(found, whole)
+            text = self._render(template, found, declared, template_args or {}, **how)
         if goes_on:
             text = _cut(text, _mark_of(len(found) - 1))
         ids = self._ids(text, replays, inputs, template)
         if len(ids) == 1:
             raise RequestError("the chat template writes nothing for these messages")
         return ids
+
+    def _built_in(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any],
+        thinking: bool | None,
+        whole: bool,
+    ) -> str:
+        if self.family == "gemma4":
+            return render_gemma4(messages, tools, bool(thinking), self._empty_thought, whole)
+        return render_gemma3(messages, whole)
+
+    def _render(
+        self,
+        template: Template,
+        messages: list[dict[str, Any]],
+        tools: list[Any],
+        template_args: Mapping[str, Any],
+        thinking: bool | None,
+        whole: bool,
+    ) -> str:
+        """Render with the variables that transformers gives. `whole`: no answer is begun."""
+        variables = {"documents": None, **self._special(), **template_args}
+        variables |= {"tools": tools or None, "add_generation_prompt": not whole}
+        if thinking is not None:
+            variables["enable_thinking"] = thinking
+        told = _with_tool_responses(messages, template.source)
+        return template.render(variables | {"messages": told})
 
     def parser(self, prompt: Sequence[int], stop: Sequence[str] = ()) -> OutputParser:
         """Return the parser of an answer to a prompt of ids."""

@@ -155,7 +155,7 @@ def _interpreter() -> str:
     Raises:
         RequestError: there is none.
     """
-    if not sys.executable or getattr(sys, "frozen", False):
+    if not sys.executable or vars(sys).get("frozen"):
         raise RequestError(
             "a chat template is rendered in a Python process of its own, and this program does not "
             f"say where Python is (sys.executable is {sys.executable!r}): set sys.executable"

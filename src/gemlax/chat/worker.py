@@ -132,7 +132,7 @@ class MarkedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The sandbox, with operations on text that carry marks on."""
 
     code_generator_class = MarkedCode
-    concat = staticmethod(join)  # type: ignore[assignment]  # "".join in jinja
+    concat = staticmethod(join)
     intercepted_binops = frozenset("%")
     own = staticmethod(own)
 
@@ -151,9 +151,9 @@ class MarkedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """Return `format` of the sandbox, followed where the form is marked."""
         plain = super().wrap_str_format(value)
-        form = getattr(value, "__self__", None)
-        if plain is None or not isinstance(form, Marked):
+        if plain is None or not isinstance(value.__self__, Marked):
             return plain
+        form = value.__self__
         mapped = value.__name__ == "format_map"
 
         def follow(*args: Any, **kwargs: Any) -> str:
@@ -263,15 +263,14 @@ def to_json(
 
 
 @functools.lru_cache(maxsize=8)
-def compile_template(
-    source: str, kind: type[jinja2.sandbox.ImmutableSandboxedEnvironment]
-) -> jinja2.Template:
+def compile_template(source: str, marked: bool) -> jinja2.Template:
     """Compile for the sandbox, with the options of transformers."""
+    kind = MarkedEnvironment if marked else jinja2.sandbox.ImmutableSandboxedEnvironment
     environment = kind(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = to_json
-    if kind is MarkedEnvironment:
+    if marked:
         environment.filters |= {"join": join_marked, "replace": replace_marked}
         environment.filters |= {"format": format_marked, "safe": mark_safe}
     environment.globals["raise_exception"] = refuse
@@ -288,11 +287,11 @@ class TooLong(Exception):
     """A template wrote more than it may."""
 
 
-def write(request: dict[str, Any], kind: type[jinja2.sandbox.ImmutableSandboxedEnvironment]) -> str:
-    """Render in one environment."""
+def write(request: dict[str, Any], marked: bool) -> str:
+    """Render plainly or with marks."""
     size, parts = 0, []
     random.seed(CLOCK[0].timestamp())  # `random` draws the same each time
-    for part in compile_template(request["template"], kind).generate(request["variables"]):
+    for part in compile_template(request["template"], marked).generate(request["variables"]):
         size += len(part)
         if size > request["max_chars"]:
             raise TooLong(f"it writes more than {request['max_chars']} characters")
@@ -303,15 +302,18 @@ def write(request: dict[str, Any], kind: type[jinja2.sandbox.ImmutableSandboxedE
 def write_twice(request: dict[str, Any]) -> dict[str, Any]:
     """Render plainly and with marks; say if what they write differs."""
     CLOCK[0] = datetime.now()
-    plain = jinja2.sandbox.ImmutableSandboxedEnvironment
-    text = write(request, plain)
+    text = write(request, marked=False)
     try:
         for *path, last, mark in request["marks"]:
             holder = functools.reduce(lambda value, key: value[key], path, request["variables"])
             holder[last] = Marked(holder[last], mark * len(holder[last]))
-        marked = write(request, MarkedEnvironment)
+        marked = write(request, marked=True)
         # What writes something else each time, as the address of an object, is no fault of ours.
-        fault = "" if marked == text or write(request, plain) != text else _difference(text, marked)
+        fault = (
+            ""
+            if marked == text or write(request, marked=False) != text
+            else _difference(text, marked)
+        )
     except Exception as error:  # one that the template alone does not raise
         fault = f"{type(error).__name__}: {error}"[:200]
     if fault:
