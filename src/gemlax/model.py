@@ -65,7 +65,8 @@ class Model:
         tokenizer: a `Tokenizer`, or None when the checkpoint has none (ids in, ids out).
         decoder: the NNX module with the weights. They are read at load; do not change them.
         generation_config: the checkpoint's defaults for `generate`, by Hugging Face's names.
-        chat_template: the checkpoint's own Jinja template; None: the built-in format is used.
+        chat_template: the checkpoint's own Jinja template, or several by name; None: the built-in
+            format is used.
         mesh: over which the decoder's weights lie, or None.
         kv_cache: how caches are held, as for `load`.
         implementation: of stored weights and of attention, as for `load`.
@@ -78,7 +79,7 @@ class Model:
         decoder: Decoder,
         tokenizer: Tokenizer | None = None,
         generation_config: Mapping[str, Any] | None = None,
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
         *,
         mesh: Mesh | None = None,
         kv_cache: Storage = None,
@@ -278,17 +279,23 @@ class Model:
         tools: Iterable[Any] | None = None,
         thinking: bool | None = None,
         stream: bool = False,
+        continue_final_message: bool | None = None,
+        template_args: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> Message | Reply:
         """Answer a conversation.
 
         Args:
             messages: {"role", "content", ...} as in OpenAI and transformers; roles system,
-                developer, user, assistant, model and tool. An answer is appended as it is. No
-                text in them is read as a control token.
+                developer, user, assistant, model and tool, or what the checkpoint's template
+                takes. An answer is appended as it is. No text in them is read as a control token.
             tools: function declarations with a JSON schema (Gemma 4).
             thinking: let the model reason first (Gemma 4); None: the format's default, off.
             stream: return a `Reply`, which yields deltas and then has `.message`.
+            continue_final_message: the answer goes on from the text of the last message, an
+                assistant's, and holds only what is new; None: if that is the last message. False
+                begins a new answer.
+            template_args: further variables of the checkpoint's chat template.
             **sampling: settings of `generate`, but `logprobs`; `stop` is looked for in the
                 content alone.
 
@@ -296,7 +303,9 @@ class Model:
             RequestError: malformed messages, roles out of order, what the format cannot say, a
                 template that fails, a model that cannot chat.
         """
-        reply = self._reply(messages, tools=tools, thinking=thinking, options=sampling)
+        how: dict[str, Any] = {"thinking": thinking, "template_args": template_args}
+        how |= {"tools": tools, "continue_final_message": continue_final_message}
+        reply = self._reply(messages, how=how, options=sampling)
         return reply if stream else reply.finish(itertools.repeat(_BLOCK))
 
     def session(
@@ -305,12 +314,14 @@ class Model:
         system: str | None = None,
         tools: Iterable[Any] | None = None,
         thinking: bool | None = None,
+        template_args: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> Session:
         """Start a conversation that keeps its cache: each turn prefills only what is new."""
         _ = self.chat_format  # a model that has no tokenizer says so now
         told = None if tools is None else list(tools)
-        ask = functools.partial(self._reply, tools=told, thinking=thinking, options=sampling)
+        how = {"tools": told, "thinking": thinking, "template_args": template_args}
+        ask = functools.partial(self._reply, how=how, options=sampling)
         context = sampling.get("context") or self.config.text.max_position_embeddings
         return Session(ask, context, system)
 
@@ -318,14 +329,14 @@ class Model:
         self,
         messages: Iterable[Mapping[str, Any] | Message],
         *,
-        tools: Iterable[Any] | None,
-        thinking: bool | None,
+        how: Mapping[str, Any],
         options: Mapping[str, Any],
         before: DecodeState | None = None,
     ) -> Reply:
+        """`how`: keywords of `ChatFormat.encode`."""
         if options.get("logprobs") is not None:
             raise RequestError("a chat gives no logprobs; use generate")
-        ids = self.chat_format.encode(messages, tools, thinking)
+        ids = self.chat_format.encode(messages, **how)
         stops = (*self.chat_format.stop_ids, *(options.get("stop_ids") or ()))
         request = self._request([ids], {**options, "stop_ids": stops})
         return Reply(request, self.chat_format.parser(ids, request.stop), before)

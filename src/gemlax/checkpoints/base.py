@@ -131,8 +131,8 @@ class Checkpoint(abc.ABC):
         """Return the tokenizer that comes with the checkpoint, or None."""
 
     @property
-    def chat_template(self) -> str | None:
-        """The Jinja chat template that comes with the checkpoint, or None."""
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The Jinja chat template that comes with the checkpoint, several by name, or None."""
         return find_chat_template(self.source) if self.source.is_dir() else None
 
     @abc.abstractmethod

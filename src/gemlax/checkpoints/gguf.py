@@ -175,7 +175,7 @@ class GGUFCheckpoint(Checkpoint):
         return Tokenizer.from_vocabulary(**vocabulary._asdict()) if vocabulary else None
 
     @property
-    def chat_template(self) -> str | None:
+    def chat_template(self) -> str | dict[str, str] | None:
         """The template in the file's metadata, or None."""
         return find_template(self.metadata, self.source)
 

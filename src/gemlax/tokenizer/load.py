@@ -1,7 +1,9 @@
 """Finds a tokenizer in a folder or a file and reads it."""
 
 import json
-from collections.abc import Mapping
+import logging
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.tokenizer import fast, spm
 from gemlax.tokenizer.core import Tokenizer
 
-__all__ = ["find_chat_template", "find_tokenizer", "load_tokenizer"]
+__all__ = ["find_chat_template", "find_tokenizer", "load_tokenizer", "write_chat_template"]
+
+logger = logging.getLogger(__name__)
 
 SETTINGS = "tokenizer_config.json"
-TEMPLATE = "chat_template.jinja"
+TEMPLATE, MORE = "chat_template.jinja", "additional_chat_templates"
 # What a tokenizer's folder may hold; `Tokenizer.save` copies these.
 NAMES = (
     "tokenizer.json",
@@ -87,7 +91,7 @@ def read_tokenizer(files: Mapping[str, Path]) -> Tokenizer:
 def read_settings(path: Path) -> dict[str, Any]:
     """Read a `tokenizer_config.json`."""
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        settings = json.loads(path.read_text("utf-8-sig"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(settings, dict):
@@ -95,22 +99,75 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def find_chat_template(folder: str | Path) -> str | None:
-    """Return the chat template of a folder: of its own file, or in `tokenizer_config.json`.
+def find_chat_template(folder: str | Path) -> str | dict[str, str] | None:
+    """Return the chat template of a folder, or its templates by name if there are several.
+
+    Where one is in several places, the first counts: `chat_template.jinja` and
+    `additional_chat_templates/`, then `tokenizer_config.json`, `chat_template.json` and
+    `processor_config.json`. An empty one is passed over.
 
     Raises:
         CheckpointError: it is damaged.
     """
-    path, settings = Path(folder) / TEMPLATE, Path(folder) / SETTINGS
-    if path.is_file():
-        try:
-            return path.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{path} is not UTF-8: {error}") from error
-    found = read_settings(settings).get("chat_template") if settings.is_file() else None
-    if isinstance(found, list):  # several by name
-        named = {e.get("name"): e.get("template") for e in found if isinstance(e, dict)}
-        found = named.get("default")
-    if found is not None and not isinstance(found, str):
-        raise CheckpointError(f"{settings}: chat_template must be a string")
-    return found
+    folder = Path(folder)
+    found: dict[str, str] = {}
+    for path, named in _templates_in(folder):
+        for name, source in named.items():
+            if not source.strip():
+                logger.warning("%s: the chat template %s is empty and not used", path, name)
+            else:
+                found.setdefault(name, source)
+    if len(found) != 1:
+        return found or None
+    ((name, source),) = found.items()
+    if name != "default":
+        logger.info("%s: the only chat template, %s, is used", folder, name)
+    return source
+
+
+def write_chat_template(template: str | Mapping[str, str], folder: Path) -> None:
+    """Write what `find_chat_template` reads, as transformers does.
+
+    Raises:
+        CheckpointError: a name of a template cannot be the name of a file.
+    """
+    named = {"default": template} if isinstance(template, str) else template
+    for name, source in named.items():
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise CheckpointError(f"the chat template name {name!r} cannot be a file name")
+        path = folder / TEMPLATE if name == "default" else folder / MORE / f"{name}.jinja"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(source.encode())  # not as text: line ends stay as they are
+
+
+def _templates_in(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Yield each file that holds templates, and these by name."""
+    more = sorted(folder.glob(f"{MORE}/*.jinja"))
+    for path in (folder / TEMPLATE, *more):
+        if path.is_file():
+            name = "default" if path.name == TEMPLATE and path.parent == folder else path.stem
+            try:
+                yield path, {name: path.read_bytes().decode("utf-8-sig")}
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{path} is not UTF-8: {error}") from error
+    for path in (
+        folder / name for name in (SETTINGS, "chat_template.json", "processor_config.json")
+    ):
+        value = read_settings(path).get("chat_template") if path.is_file() else None
+        if value is not None:
+            yield path, _named_templates(value, path)
+
+
+def _named_templates(value: Any, path: Path) -> dict[str, str]:
+    """Return templates by name: one is "default", several are a list or a dict."""
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+        named = {one.get("name"): one.get("template") for one in value}
+    else:
+        named = value if isinstance(value, dict) else {None: None}
+    if not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise CheckpointError(
+            f"{path}: chat_template must be a string, or strings by name, got {str(value)[:80]!r}"
+        )
+    return named
