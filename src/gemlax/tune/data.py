@@ -200,7 +200,8 @@ def _turns(ids: Sequence[int], turn: Any) -> Turns:
         if list(ids[i : i + size]) != opening:
             i += 1
             continue
-        parts, start, i = [], i + size, i + size
+        parts: list[range] = []
+        start = i = i + size
         while i < len(ids) and ids[i] != turn.close:
             if turn.tool_open is not None and ids[i] == turn.tool_open:
                 # The model says once that it waits; what is answered is not its own.

@@ -31,6 +31,7 @@ ROLES = {
     "function": "tool", "observation": "tool", "tool_response": "tool",
     "tool_call": "function_call", "developer": "system",
 }  # fmt: skip
+_SPEAKERS = ("system", "user", "assistant", "tool")
 # Keys of a message that say whether it is learnt: OpenAI's, axolotl's, ms-swift's, torchtune's.
 FLAGS = ("train", "training", "loss")
 MASKS = ("masked", "mask")
@@ -104,7 +105,11 @@ class _Line:
         if self.columns.get("weight", 1) != 1 and "weight" in rest:
             raise RequestError(f'"weight" of a line must be 1, got {quote(self.columns["weight"])}')
         options = self.columns.get("chat_template_kwargs")
-        if "chat_template_kwargs" in rest and isinstance(options, Mapping) and any(options.values()):
+        if (
+            "chat_template_kwargs" in rest
+            and isinstance(options, Mapping)
+            and any(options.values())
+        ):
             raise RequestError(f'"chat_template_kwargs" is not supported, got {quote(options)}')
         return rest - {key for key in rest if self.columns[key] in ("", [], {})} | self.more
 
@@ -172,7 +177,9 @@ def _completion(own: _Line) -> Form:
         said = said if isinstance(completion, str) else _listed("completion", completion)
         return _conversation(own, prompt, said)
     if isinstance(prompt, str) and isinstance(completion, list):
-        raise RequestError('"prompt" and "completion" must both be texts, or both lists of messages')
+        raise RequestError(
+            '"prompt" and "completion" must both be texts, or both lists of messages'
+        )
     return Texts(own.text("prompt"), own.text("completion"))
 
 
@@ -183,9 +190,7 @@ def _instruction(own: _Line, output: str, chats: bool) -> Form:
         if own.take("system") or own.take("history"):
             raise RequestError('"system" and "history" need a model that is talked to in turns')
         shown = f"### Input:\n{given}\n\n" if given else ""
-        text = _ALPACA.format(
-            paired=_PAIRED if given else "", instruction=instruction, given=shown
-        )
+        text = _ALPACA.format(paired=_PAIRED if given else "", instruction=instruction, given=shown)
         return Texts(text, output)
     turns = _asked(own)
     return _conversation(own, [*turns, {"role": "assistant", "content": output}])
@@ -197,7 +202,9 @@ def _asked(own: _Line) -> list[dict[str, Any]]:
     for turn in own.take("history") or []:
         if not isinstance(turn, list) or len(turn) != 2:
             raise RequestError(f'"history" holds pairs of texts, got {quote(turn)}')
-        turns += [{"role": r, "content": t} for r, t in zip(("user", "assistant"), turn, strict=True)]
+        turns += [
+            {"role": r, "content": t} for r, t in zip(("user", "assistant"), turn, strict=True)
+        ]
     given = own.text("input") if own.has("input") else ""
     question = "\n".join(part for part in (own.text("instruction"), given) if part)
     return [*turns, {"role": "user", "content": question}]
@@ -257,6 +264,11 @@ def _message(own: _Line, given: Any, where: str) -> tuple[dict[str, Any], bool]:
     content = given.get("value") if content is None else content
     rest = {k: v for k, v in given.items() if k not in MARKS and v is not None}
     own.more |= {f"messages.{key}" for key in rest.keys() - KNOWN}
+    if role not in (*_SPEAKERS, "function_call"):
+        raise RequestError(
+            f"{where}: role must be one of {', '.join(_SPEAKERS)} (or human, gpt, function_call, "
+            f"observation), got {quote(role)}"
+        )
     message = {k: v for k, v in rest.items() if k not in ("from", "value", "role", "content")}
     if role == "function_call":
         role, message["tool_calls"], content = "assistant", _calls(content, where), ""

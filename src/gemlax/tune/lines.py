@@ -25,7 +25,7 @@ _KINDS = (
     (b"ARROW1", "an Arrow file", _PANDAS.replace("{reader}", "read_feather")),
     (b"\xff\xfe", "UTF-16", "iconv -f UTF-16 -t UTF-8 {name} > {stem}.utf8.jsonl"),
     (b"\xfe\xff", "UTF-16", "iconv -f UTF-16 -t UTF-8 {name} > {stem}.utf8.jsonl"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "git lfs pull"),
+    (b"version https:", "a Git LFS pointer, not the file itself", "git lfs pull"),
     (b"<!DOCTYPE", "a web page, not a download", None),
     (b"<html", "a web page, not a download", None),
     (b"[", "a JSON array", "jq -c '.[]' {name} > {stem}.jsonl"),
@@ -103,7 +103,7 @@ def _fault(raw: bytes, error: Exception) -> str:
         return "the object goes on over several lines; write each in one (jq -c . does)"
     if raw.startswith(b"{'"):
         return "names in single quotes, as Python writes a dict; json.dumps writes JSON"
-    if getattr(error, "msg", "") == "Extra data":
+    if str(error).startswith("Extra data"):
         return f"more after the object; each line is one object and nothing else ({error})"
     return str(error)
 
