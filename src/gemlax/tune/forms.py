@@ -304,9 +304,9 @@ def _is_learnt(message: Mapping[str, Any], role: Any, where: str) -> bool:
                 "parts of turns and fractions are not supported"
             )
         marks[key] = bool(value) != (key in MASKS)
-    if len(set(marks.values())) > 1:
-        raise RequestError(f"{where}: {', '.join(sorted(marks))} disagree")
     if role == "assistant":
+        if len(set(marks.values())) > 1:
+            raise RequestError(f"{where}: {', '.join(sorted(marks))} disagree")
         return all(marks.values())
     wanted = [key for key in FLAGS if marks.get(key)]
     if wanted:
@@ -407,8 +407,14 @@ def _message_pair(own: _Line, both: list[list[Any]]) -> tuple[Form, Form]:
 
 
 def _prompt_messages(own: _Line) -> list[Any] | None:
+    """Return the messages before the answers; a column of whole conversations is not that."""
     for key in ("prompt", *LISTS):
-        if isinstance(own.columns.get(key), list):
+        found = own.columns.get(key)
+        if (
+            isinstance(found, list)
+            and found
+            and (key == "prompt" or _speaker(found[-1]) != "assistant")
+        ):
             return list(own.take(key))
     return None
 
