@@ -211,6 +211,8 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     add("--max-length", type=int, default=512, metavar="N", help="tokens of a row; default: 512")
     add("--truncate", action="store_true", help="cut longer examples, where they are an error")
     add("--no-packing", dest="pack", action="store_false", help="one example a row")
+    add("--no-parse-special", dest="parse_special", action="store_false",
+        help="markers such as <end_of_turn> in texts are plain text")  # fmt: skip
     add("--learning-rate", type=float, metavar="X", help="default: 2e-4, 2e-5 with --full")
     add("--weight-decay", type=float, default=0.0, metavar="X")
     add("--clip", type=float, default=1.0, metavar="X", help="most norm of the gradients")

@@ -433,7 +433,7 @@ def load(
             source.config.text, source.read, dtype=dtype, layers=layers, progress=progress,
             mesh=placed, codes=codes_of(source, quantize or ("stored" if as_stored else "dense")),
         )  # fmt: skip
-        decoder.base = lora.base_of(path_or_name, source)
+        decoder.base = lora.base_of(path_or_name, source.source, source.config)
         if (tokenizer := source.tokenizer()) is None:
             _log.info("%s has no tokenizer: ids in, ids out", source.source)
         return Model(

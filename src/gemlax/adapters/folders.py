@@ -9,6 +9,7 @@ from pathlib import Path
 from gemlax import checkpoints
 from gemlax.adapters.rules import Base
 from gemlax.checkpoints.base import read_json
+from gemlax.config import GemmaConfig
 from gemlax.errors import Error, UnsupportedError
 
 __all__ = ["CONFIG", "WEIGHTS", "base_of", "beside", "find_folder"]
@@ -27,17 +28,16 @@ _DEMO_BASE = "google/gemma-3-270m"
 _SHOWN = 3
 
 
-def base_of(given: str | Path, source: checkpoints.Checkpoint) -> Base:
+def base_of(given: str | Path, source: Path, config: GemmaConfig) -> Base:
     """Return what adapters call a checkpoint: as it was given, and by the layout of its config.
 
     transformers goes by the config alone. GGUF and Orbax have none: there a table with rows for
     images or audio tells.
     """
-    config = source.source / "config.json"
-    if config.is_file():
-        multimodal = isinstance(read_json(config).get("text_config"), Mapping)
+    if (source / "config.json").is_file():
+        multimodal = isinstance(read_json(source / "config.json").get("text_config"), Mapping)
     else:
-        multimodal = bool(source.config.placeholder_ids)
+        multimodal = bool(config.placeholder_ids)
     return Base(_DEMO_BASE if given == checkpoints.DEMO else str(given), multimodal)
 
 
