@@ -379,7 +379,7 @@ FILES = {
     b"\x1f\x8b\x08\x00": "compressed by gzip: .*gunzip -k data",
     b"PAR1\x15\x04": "a Parquet file: .*read_parquet",
     '{"text": "a"}'.encode("utf-16"): "is UTF-16",
-    b"version https://git-lfs.github.com/spec/v1\n": "a Git LFS pointer",
+    b"version https:": "a Git LFS pointer",
     b"<!DOCTYPE html>": "a web page",
     b'{"text": ' + b"9" * 5000 + b"}": "line 1: not JSON: ",
     b'{"text": ' + b"[" * 100_000: "line 1: not JSON: ",
