@@ -47,8 +47,10 @@ gemlax convert makes floats of it again. A source that is quantised already is d
   gemlax tune train.jsonl --model gemma-3-1b-it/ --quantize nf4 --rank 16 --output tuned
   gemlax tune pairs.jsonl --dpo --beta 0.1 --output preferred
 
-A line of the data is {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}, and
-for --dpo {"prompt": ..., "chosen": ..., "rejected": ...}. What the model says is learnt, no prompt.
+A line of the data is an object with "messages" (or ShareGPT's "conversations"), "prompt" and
+"completion", "instruction" and "output", or "text"; for --dpo with "prompt", "chosen" and
+"rejected" (docs/tune.md has all forms). What the model says is learnt, no prompt. Markers such as
+<end_of_turn> in texts are read as such, in messages never.
 The folder gets the adapter as peft writes it (with --full a model), log.jsonl, loss.png and
 checkpoints, from the last of which --resume goes on to the same losses.
 """,
@@ -189,7 +191,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("data", type=Path, help="a JSONL file of examples")
+    add("data", type=Path, help="JSONL: messages, conversations, prompts, instructions or texts")
     add("--output", type=Path, required=True, metavar="FOLDER", help="what is made goes there")
     add("--eval-data", type=Path, metavar="F", help="a held-out file, whose loss is told")
     add("--resume", action="store_true", help="go on from the last checkpoint in the folder")
@@ -209,6 +211,8 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     add("--max-length", type=int, default=512, metavar="N", help="tokens of a row; default: 512")
     add("--truncate", action="store_true", help="cut longer examples, where they are an error")
     add("--no-packing", dest="pack", action="store_false", help="one example a row")
+    add("--no-parse-special", dest="parse_special", action="store_false",
+        help="markers such as <end_of_turn> in texts are plain text")  # fmt: skip
     add("--learning-rate", type=float, metavar="X", help="default: 2e-4, 2e-5 with --full")
     add("--weight-decay", type=float, default=0.0, metavar="X")
     add("--clip", type=float, default=1.0, metavar="X", help="most norm of the gradients")

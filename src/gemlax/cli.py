@@ -242,20 +242,23 @@ def _rewrite(
         try:
             done = checkpoints.convert(
                 source, args.target, overwrite=args.overwrite, progress=progress,
-                change=_merging(args, source.config), **how,
+                change=_merging(args, source), **how,
             )  # fmt: skip
         except FileExistsError as error:
             raise Error(str(error).replace("pass overwrite=True", "pass --overwrite")) from error
     return done, round(time.perf_counter() - begin, 3)
 
 
-def _merging(args: argparse.Namespace, config: Any) -> Callable[[str], Any] | None:
-    """Return what gives the update of each weight by the adapter that was asked for."""
-    if args.adapter is None:
-        return None
+def _merging(args: argparse.Namespace, source: Any) -> Callable[[str], Any] | None:
+    """Return what gives the update of each weight by the adapter to be merged, given or beside."""
     from gemlax import adapters
 
-    return adapters.updates(adapters.read_folder(args.adapter, config.text))
+    folder = args.adapter or adapters.beside(source.source)
+    if folder is None:
+        return None
+    if not args.adapter:
+        _note(f"merging the adapter beside the weights of {source.source}")
+    return adapters.updates(adapters.read_folder(folder, source.config.text))
 
 
 def _write_rewritten(args: argparse.Namespace, done: Any, seconds: float, **more: Any) -> None:
@@ -269,7 +272,7 @@ def _write_rewritten(args: argparse.Namespace, done: Any, seconds: float, **more
 def _tune(args: argparse.Namespace) -> int:
     from gemlax.tune import command
 
-    command.settings_of(args)  # what is wrong is said before anything is loaded
+    command.check(args)  # what is wrong is said before anything is loaded
     args.quantize = args.quantize or "dense"
     found = command.run(args, _load(args), shown=_shows_progress(args))
     if args.json:

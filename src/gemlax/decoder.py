@@ -50,6 +50,7 @@ class Decoder(nnx.Module):
         dtype, keys = jnp.dtype(dtype), Keys(rngs.params())
         self.config, self.read, self.scanned = config, read, layers == "scan"
         self.adapter: Any = None  # the record of what `adapters` put on the projections
+        self.base: Any = None  # the checkpoint that it was loaded from, an `adapters.Base`
         self.embed_tokens = Embedder(
             config.vocab_size,
             config.hidden_size,

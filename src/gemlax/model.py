@@ -435,7 +435,7 @@ def load(
             for a folder that gemlax quantised; else "dense". On a mesh XLA decodes them.
         implementation: of products with stored weights and of attention: "xla", "cpu" (native
             kernels), or None: the kernels where they were built.
-        adapters: a folder as peft writes it, or several by name: `generate(adapter=)` chooses.
+        adapters: a peft folder, or several by name; None: one beside the weights, if any; {}: none.
 
     Raises:
         NotImplementedError: `implementation="cpu"` without kernels.
@@ -447,8 +447,7 @@ def load(
     """
     ops.backend()  # says what is wrong, if anything
     dtype = jnp.dtype(_default_dtype() if dtype is None else dtype)
-    _check_options(dtype, layers, kv_cache, implementation)
-    check_rules(quantize)
+    _check_options(dtype, layers, kv_cache, implementation, quantize)
     placed, implementation = _mesh(mesh, quantize, implementation)
     with ops.implementation(implementation):
         native = ops.cpu.live() is not None
@@ -459,12 +458,13 @@ def load(
             source.config.text, source.read, dtype=dtype, layers=layers, progress=progress,
             mesh=placed, codes=codes_of(source, quantize or ("stored" if as_stored else "dense")),
         )  # fmt: skip
+        decoder.base = lora.base_of(path_or_name, source.source, source.config)
         if (tokenizer := source.tokenizer()) is None:
             _log.info("%s has no tokenizer: ids in, ids out", source.source)
         return Model(
             source.config, decoder, tokenizer, source.generation_config, source.chat_template,
             mesh=placed, kv_cache=kv_cache, implementation=implementation,
-            adapters=_load_adapters(decoder, adapters),
+            adapters=lora.put_folders(decoder, adapters, source.source),
         )  # fmt: skip
 
 
@@ -480,19 +480,9 @@ def _mesh(mesh: Any, quantize: Rules | None, implementation: Any) -> tuple[Mesh 
     return sharding.make_mesh(mesh), implementation if quantize in (None, "dense") else "xla"
 
 
-def _load_adapters(decoder: Decoder, folders: Any) -> dict[str, lora.Stored]:
-    """Read adapters and put them on a decoder as tables."""
-    if not folders:
-        return {}
-    named = dict(folders) if isinstance(folders, Mapping) else {DEFAULT: folders}
-    stored = {name: lora.read_folder(folder, decoder.config) for name, folder in named.items()}
-    for one in stored.values():
-        lora.check_same_base(one, decoder)
-    lora.put_tables(decoder, stored)
-    return stored
-
-
-def _check_options(dtype: Any, layers: Any, kv_cache: Any, implementation: Any) -> None:
+def _check_options(
+    dtype: Any, layers: Any, kv_cache: Any, implementation: Any, quantize: Any
+) -> None:
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise RequestError(
             f"dtype must be float32 or bfloat16, got {dtype.name} "
@@ -504,6 +494,7 @@ def _check_options(dtype: Any, layers: Any, kv_cache: Any, implementation: Any) 
         raise RequestError(f"kv_cache must be 'int8' or None, got {kv_cache!r}")
     if implementation not in (None, "xla", "cpu"):
         raise RequestError(f"implementation must be 'xla', 'cpu' or None, got {implementation!r}")
+    check_rules(quantize)
 
 
 def _default_dtype() -> Any:
@@ -552,6 +543,7 @@ def quantize(model: Model, rules: Rules) -> Model:
         model.config.text, fill, dtype=model.dtype, layers="scan" if old.scanned else "unroll",
         codes=codes_by_rules(model.config.text, fill, rules),
     )  # fmt: skip
+    decoder.base = old.base
     return Model(
         model.config, decoder, model.tokenizer, model.generation_config, model.chat_template,
         kv_cache=model.kv_cache, implementation=model.implementation,

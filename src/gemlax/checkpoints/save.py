@@ -23,7 +23,7 @@ from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError
 from gemlax.formats import Coded
 
-__all__ = ["new_folder", "save_safetensors", "write_json", "write_tensors"]
+__all__ = ["check_replaceable", "new_folder", "save_safetensors", "write_json", "write_tensors"]
 
 # What a folder is that holds such a file.
 _KINDS = {"config.json": "a model", "adapter_config.json": "an adapter"}
@@ -87,7 +87,7 @@ def new_folder(folder: str | Path, *, marker: str, overwrite: bool) -> Iterator[
         OSError: the disk is full, or a folder cannot be written.
     """
     folder = Path(folder).expanduser().resolve()
-    _refuse_to_replace(folder, marker, overwrite)
+    check_replaceable(folder, marker, overwrite)
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     try:
         part.mkdir()
@@ -100,7 +100,8 @@ def new_folder(folder: str | Path, *, marker: str, overwrite: bool) -> Iterator[
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _refuse_to_replace(folder: Path, marker: str, overwrite: bool) -> None:
+def check_replaceable(folder: Path, marker: str, overwrite: bool) -> None:
+    """Check that `new_folder` may put a folder there; see there for the errors."""
     if not folder.exists():
         return
     if not folder.is_dir():
