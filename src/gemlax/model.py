@@ -443,9 +443,7 @@ def load(
         CheckpointError: a damaged file, or tensors that do not fit the config.
         UnsupportedError: another architecture or format.
         RequestError: an option out of range, an unfit mesh, or an adapter of another base.
-        Error: jax has no device of those that JAX_PLATFORMS names.
     """
-    ops.backend()  # says what is wrong, if anything
     dtype = jnp.dtype(_default_dtype() if dtype is None else dtype)
     _check_options(dtype, layers, kv_cache, implementation, quantize)
     placed, implementation = _mesh(mesh, quantize, implementation)
@@ -483,6 +481,7 @@ def _mesh(mesh: Any, quantize: Rules | None, implementation: Any) -> tuple[Mesh 
 def _check_options(
     dtype: Any, layers: Any, kv_cache: Any, implementation: Any, quantize: Any
 ) -> None:
+    ops.backend()  # says what is wrong with jax, if anything
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise RequestError(
             f"dtype must be float32 or bfloat16, got {dtype.name} "
