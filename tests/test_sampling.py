@@ -132,18 +132,18 @@ def test_draws_differ_from_step_to_step_and_seed_to_seed():
     assert len(set(np.asarray(at_zero).tolist())) == 1
 
 
-def penalised(history, is_output, **chosen):
-    logits = jnp.asarray(LOGITS)[None]
-    out = adjust(
-        logits, settings(1, **chosen), jnp.asarray([history], jnp.int32), jnp.asarray([is_output])
-    )
+def penalised(history, prompt, length, logits=LOGITS, **chosen):
+    """The adjusted logits of one row: `prompt` tokens and then output, up to `length`."""
+    ends = (jnp.asarray([n], jnp.int32) for n in (prompt, length))
+    made = settings(1, len(logits), **chosen)
+    out = adjust(jnp.asarray(logits)[None], made, jnp.asarray([history], jnp.int32), *ends)
     return np.asarray(out)[0]
 
 
 def test_repetition_penalty_divides_or_multiplies_once_in_prompt_and_output():
     up, down = int(LOGITS.argmax()), int(LOGITS.argmin())  # one is divided, one multiplied
     history = [up, down, up, VOCAB]
-    out = penalised(history, [False, True, True, False], repetition_penalty=1.5)
+    out = penalised(history, 1, 3, repetition_penalty=1.5)
     want = LOGITS.copy()
     assert want[up] > 0 > want[down]
     for token in (up, down):
@@ -152,8 +152,8 @@ def test_repetition_penalty_divides_or_multiplies_once_in_prompt_and_output():
 
 
 def test_presence_counts_once_and_frequency_each_time_in_the_output_alone():
-    history, is_output = [4, 9, 9, 11, VOCAB], [False, True, True, True, False]
-    out = penalised(history, is_output, presence_penalty=0.5, frequency_penalty=0.25)
+    history = [4, 9, 9, 11, VOCAB]
+    out = penalised(history, 1, 4, presence_penalty=0.5, frequency_penalty=0.25)
     want = LOGITS.copy()
     want[9] -= 0.5 + 2 * 0.25
     want[11] -= 0.5 + 0.25
@@ -161,7 +161,7 @@ def test_presence_counts_once_and_frequency_each_time_in_the_output_alone():
 
 
 def test_bias_adds_and_minus_infinity_forbids():
-    out = penalised([4], [False], logit_bias={3: 2.5, 8: -np.inf})
+    out = penalised([4], 1, 1, logit_bias={3: 2.5, 8: -np.inf})
     want = LOGITS.copy()
     want[3] += 2.5
     want[8] = -np.inf
@@ -171,7 +171,7 @@ def test_bias_adds_and_minus_infinity_forbids():
 def test_more_bias_than_one_bucket_is_kept():
     bias = {i: float(i) for i in range(60)}
     np.testing.assert_allclose(
-        penalised([4], [False], logit_bias=bias)[:60], LOGITS[:60] + np.arange(60), rtol=1e-5
+        penalised([4], 1, 1, logit_bias=bias)[:60], LOGITS[:60] + np.arange(60), rtol=1e-5
     )
 
 
@@ -241,12 +241,12 @@ def test_nothing_sorts_the_vocabulary():
         ({"temperature": float("nan")}, "temperature must be a finite number"),
         ({"temperature": float("inf")}, "temperature must be a finite number"),
         ({"temperature": 1e300}, "temperature must be a finite number"),
-        ({"top_p": 0.0}, "top_p must be a finite number in (0, 1], got 0.0"),
+        ({"top_p": -0.1}, "top_p must be a finite number in [0, 1], got -0.1"),
         ({"top_p": 1.1}, "top_p"),
         ({"top_p": float("nan")}, "top_p"),
         ({"min_p": -1}, "min_p"),
         ({"min_p": "much"}, "min_p"),
-        ({"top_k": -1}, "top_k must be an integer >= 0"),
+        ({"top_k": -2}, "top_k must be an integer >= -1 (0 or -1 turns it off), got -2"),
         ({"top_k": 2.5}, "top_k"),
         ({"top_k": True}, "top_k"),
         ({"repetition_penalty": 0}, "repetition_penalty"),

@@ -51,7 +51,9 @@ class Beside(NamedTuple):
         Raises:
             CheckpointError: a token has the id of another piece, or does not follow the last one.
         """
-        size, new, special, moved = len(ids), [], set(), []
+        size, special = len(ids), set[int]()
+        new: list[Added] = []
+        moved: list[Added] = []
         pieces = {id: piece for piece, id in ids.items()}
         for token in self.added:
             content = token.content.replace(" ", SPACE)

@@ -75,11 +75,19 @@ def read_model(path: Path, beside: Beside, files: Mapping[str, Path]) -> Tokeniz
         types.append(Kind.CONTROL if token.special else Kind.USER_DEFINED)
     known = {piece: id for id, piece in enumerate(pieces)}
     named = {
-        f"{name}_id": find_named(name, known, beside.names[name], ids[f"{name}_id"], path)
-        for name in NAMES
+        name: find_named(name, known, beside.names[name], ids[f"{name}_id"], path) for name in NAMES
     }
-    add_bos = beside.settings.get("add_bos_token", True)
-    return Tokenizer.from_vocabulary(pieces, scores, types, **named, add_bos=add_bos, files=files)
+    return Tokenizer.from_vocabulary(
+        pieces,
+        scores,
+        types,
+        bos_id=named["bos"],
+        eos_id=named["eos"],
+        unk_id=named["unk"],
+        pad_id=named["pad"],
+        add_bos=beside.settings.get("add_bos_token", True),
+        files=files,
+    )
 
 
 def find_chat_template(folder: str | Path) -> str | None:
