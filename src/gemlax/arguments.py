@@ -146,10 +146,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", type=Path, metavar="F", help="read the prompt from a file")
     _add_model(parser)
     _add_sampling(parser, new_tokens=256)
+    _add_parse_special(parser)
+
+
+def _add_parse_special(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parse-special",
         action="store_true",
-        help="read markers in the prompt, as <start_of_turn>, as control tokens",
+        help="read markers in the text, as <start_of_turn>, as control tokens",
     )
 
 
@@ -269,6 +273,7 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a UTF-8 text file; '-': stdin")
     _add_model(parser)
     parser.add_argument("--window", type=int, default=2048, metavar="N", help="tokens at a time")
+    _add_parse_special(parser)
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:

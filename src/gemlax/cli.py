@@ -404,7 +404,7 @@ def _perplexity(args: argparse.Namespace) -> int:
         raise Error("this model has no tokenizer; use the Python API with ids")
     begin = time.perf_counter()
     with _status(args, "scoring"):
-        score = model.score(text, window=args.window)
+        score = model.score(text, window=args.window, parse_special=args.parse_special)
     if not score.num_tokens:
         raise Error(f"{args.file}: nothing to score, the text is empty")
     seconds = time.perf_counter() - begin

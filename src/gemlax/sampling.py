@@ -418,24 +418,26 @@ def _narrow(scaled: Array, sampling: Sampling) -> Array:
         above = jnp.sum(scaled > level[:, None], axis=-1, dtype=jnp.int32)
         return jnp.where(_first(scaled, level, wanted - above), scaled, _OFF)
 
-    def by_mass(probabilities: Array) -> Array:
-        # Summed in float32, all of V may fall short of 1 by rounding.
-        wanted = sampling.top_p * (1 - 1e-6)
-        level = _threshold(probabilities, wanted, weights=probabilities)
-        # Nothing weighs enough, or (top_p 0) nothing is enough.
-        level = jnp.where(jnp.isnan(level), 0.0, jnp.minimum(level, probabilities.max(axis=-1)))
-        above = jnp.sum(jnp.where(probabilities > level[:, None], probabilities, 0.0), axis=-1)
+    def by_mass(scaled: Array, probabilities: Array) -> Array:
+        # Summed in float32, all of V may fall short of 1 by rounding; top_p 0 wants something.
+        wanted = jnp.maximum(sampling.top_p * (1 - 1e-6), _SMALLEST)
+        level = _threshold(scaled, wanted, weights=probabilities)
+        level = jnp.where(jnp.isnan(level), _OFF, level)  # all of them fall short
+        mark = level[:, None]
+        above = jnp.sum(jnp.where(scaled > mark, probabilities, 0.0), axis=-1)
+        own = jnp.max(jnp.where(scaled == mark, probabilities, 0.0), axis=-1)
         most = float(scaled.shape[-1])
-        room = jnp.ceil((wanted - above) / jnp.where(level > 0, level, 1.0))
-        room = jnp.where(level > 0, jnp.clip(room, 1.0, most), most).astype(jnp.int32)
-        return _first(probabilities, level, room) | (sampling.top_p >= 1)[:, None]
+        room = jnp.ceil((wanted - above) / jnp.where(own > 0, own, 1.0))
+        room = jnp.where(own > 0, jnp.clip(room, 1.0, most), most).astype(jnp.int32)
+        return _first(scaled, level, room) | (sampling.top_p >= 1)[:, None]
 
     scaled = jax.lax.cond(jnp.any(sampling.top_k > 0), by_rank, lambda x: x, scaled)
     probabilities = jax.nn.softmax(scaled, axis=-1)
     by_peak = sampling.min_p * probabilities.max(axis=-1)
     keep = probabilities >= by_peak[:, None]
     limited = jnp.any(sampling.top_p < 1)
-    keep &= jax.lax.cond(limited, by_mass, lambda x: jnp.ones(x.shape, bool), probabilities)
+    everything = jnp.ones(scaled.shape, bool)
+    keep &= jax.lax.cond(limited, by_mass, lambda *_: everything, scaled, probabilities)
     return jnp.where(keep, scaled, _OFF)
 
 
