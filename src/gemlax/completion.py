@@ -69,10 +69,12 @@ DEFAULTS: dict[str, Any] = {
 _NEW_TOKENS = 256
 
 
-def as_ids(ids: Iterable[Any], what: str) -> list[int]:
+def as_ids(ids: Iterable[Any] | None, what: str) -> list[int]:
     """Return token ids as integers, of Python, NumPy or JAX; RequestError for anything else."""
+    if not (ids is None or np.iterable(ids)):
+        raise RequestError(f"{what} must be a list of token ids, got {ids!r}")
     found = []
-    for id in ids:
+    for id in () if ids is None else ids:
         try:
             if isinstance(id, (bool, np.bool_)):
                 raise TypeError
@@ -368,7 +370,7 @@ class Request:
         """Merge the stop ids of generation_config, config, tokenizer and the caller."""
         own = [self.tokenizer.eos_id] if self.tokenizer else []
         extra, size = (
-            as_ids(self.options["stop_ids"] or (), "stop_ids"),
+            as_ids(self.options["stop_ids"], "stop_ids"),
             self.config.text.vocab_size,
         )
         for id in extra:

@@ -334,7 +334,7 @@ class Model:
         if options.get("parse_special"):
             raise RequestError("no text of a chat is read as a control token: no parse_special")
         ids = self.chat_format.encode(messages, tools, thinking)
-        stops = (*self.chat_format.stop_ids, *as_ids(options.get("stop_ids") or (), "stop_ids"))
+        stops = (*self.chat_format.stop_ids, *as_ids(options.get("stop_ids"), "stop_ids"))
         request = self._request([ids], {**options, "stop_ids": stops})
         return Reply(request, self.chat_format.parser(ids, request.stop), before)
 

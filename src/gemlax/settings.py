@@ -182,7 +182,8 @@ class _Reader:
 
     def sequences(self, name: str, value: Any) -> list[list[int]]:
         """Return lists of ids that are inside the vocabulary, none empty."""
-        if not isinstance(value, (list, tuple)) or not all(value):
+        whole = isinstance(value, (list, tuple))
+        if not whole or not all(isinstance(ids, (list, tuple)) and ids for ids in value):
             raise RequestError(f"{name} must be lists of token ids, none empty, got {value!r}")
         return [_Reader({name: ids}, self._vocab_size).ids(name, inside=True) for ids in value]
 
