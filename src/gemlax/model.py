@@ -441,21 +441,27 @@ def load(
         native = ops.cpu.live() is not None
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
         source.check()
-        file = f"{source.source}/generation_config.json"
-        defaults = read_defaults(source.generation_config, source.config.text.vocab_size, file)
+        tokenizer = _tokenizer(source)
         as_stored = placed is None and (native or source.keeps_codes)
         decoder = build_decoder(
             source.config.text, source.read, dtype=dtype, layers=layers, progress=progress,
             mesh=placed, codes=codes_of(source, quantize or ("stored" if as_stored else "dense")),
         )  # fmt: skip
-        if (tokenizer := source.tokenizer()) is None:
-            _log.info("%s has no tokenizer: ids in, ids out", source.source)
-        tell(defaults, tokenizer, file)
         return Model(
             source.config, decoder, tokenizer, source.generation_config, source.chat_template,
             mesh=placed, kv_cache=kv_cache, implementation=implementation,
             adapters=_load_adapters(decoder, adapters),
         )  # fmt: skip
+
+
+def _tokenizer(source: checkpoints.Checkpoint) -> Tokenizer | None:
+    """Read the tokenizer; check the generation_config, and say what of it is not applied."""
+    file = f"{source.source}/generation_config.json"
+    defaults = read_defaults(source.generation_config, source.config.text.vocab_size, file)
+    if (tokenizer := source.tokenizer()) is None:
+        _log.info("%s has no tokenizer: ids in, ids out", source.source)
+    tell(defaults, tokenizer, file)
+    return tokenizer
 
 
 def _mesh(mesh: Any, quantize: Rules | None, implementation: Any) -> tuple[Mesh | None, Any]:

@@ -86,10 +86,6 @@ def make_sampling(
     """Check the settings and lay them out for `batch` rows; rows beyond `seeds` are idle ones.
 
     Args:
-        batch: How many rows.
-        vocab_size: How many logits.
-        seeds: One for each row that is not idle.
-        temperature: And so on: see `Sampling`.
         logit_bias: By id; -inf forbids one.
         sequence_bias: By tokens, of the last after those before it; -inf forbids it there.
         held: By id, how many tokens the output must have before it may come: for all, or by row.
@@ -112,9 +108,6 @@ def make_sampling(
     def rows(value: float, dtype: Any = np.float32) -> Array:
         return jnp.full((batch,), value, dtype)
 
-    def tiled(array: np.ndarray) -> Array:
-        return jnp.asarray(np.tile(array, (batch,) + (1,) * array.ndim))
-
     seeds = [*seeds, *[0] * (batch - len(seeds))]
     return Sampling(
         temperature=rows(temperature if temperature >= _SMALLEST else 0),
@@ -125,14 +118,18 @@ def make_sampling(
         presence_penalty=rows(presence_penalty),
         frequency_penalty=rows(frequency_penalty),
         no_repeat_ngram_size=rows(min(ngram, np.iinfo(np.int32).max), np.int32),
-        sequences=tiled(sequences),
-        sequence_bias=tiled(sequence_bias_values),
-        held_ids=tiled(held_ids),
+        sequences=_tiled(sequences, batch),
+        sequence_bias=_tiled(sequence_bias_values, batch),
+        held_ids=_tiled(held_ids, batch),
         held_until=jnp.asarray(held_until),
-        bias_ids=tiled(bias_ids),
-        bias=tiled(bias),
+        bias_ids=_tiled(bias_ids, batch),
+        bias=_tiled(bias, batch),
         key=jnp.stack([jax.random.key_data(jax.random.key(_seed(seed))) for seed in seeds]),
     )
+
+
+def _tiled(array: np.ndarray, batch: int) -> Array:
+    return jnp.asarray(np.tile(array, (batch,) + (1,) * array.ndim))
 
 
 def check_number(
