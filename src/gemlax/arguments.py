@@ -1,11 +1,15 @@
 """The arguments of the command line, and what its help says. Nothing is run here."""
 
 import argparse
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["make_parser"]
+__all__ = ["CHAT_TOKENS", "make_parser"]
+
+# The most tokens of an answer, where neither the user nor the checkpoint says how many.
+CHAT_TOKENS = 1024
 
 _EXAMPLES = {
     "generate": """examples:
@@ -143,11 +147,26 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="the text; '-' or nothing: read stdin")
     parser.add_argument("--file", type=Path, metavar="F", help="read the prompt from a file")
     _add_model(parser)
-    _add_sampling(parser, max_new_tokens=256)
+    _add_sampling(parser, new_tokens=256)
+    _add_parse_special(parser)
 
 
-def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
+def _add_parse_special(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--parse-special",
+        action="store_true",
+        help="read markers in the text, as <start_of_turn>, as control tokens",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser, new_tokens: int) -> None:
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"default: as the checkpoint says, else {new_tokens}",
+    )
+    parser.add_argument("--min-new-tokens", type=int, metavar="N", help="no end before so many")
     parser.add_argument("--context", type=int, metavar="N", help="most tokens, prompt included")
     parser.add_argument("--temperature", type=float, metavar="T", help="0: take the likeliest")
     parser.add_argument("--top-k", type=int, metavar="K")
@@ -156,8 +175,18 @@ def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument("--repetition-penalty", type=float, metavar="X")
     parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="X")
     parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
+    parser.add_argument(
+        "--no-repeat-ngram-size", type=int, metavar="N", help="N tokens in a row come once"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may repeat")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        type=_unescaped,
+        default=[],
+        metavar="TEXT",
+        help=r"end before this text; may repeat; \n, \t and \\ stand for newline, tab, backslash",
+    )
     parser.add_argument(
         "--speculate",
         type=int,
@@ -166,11 +195,17 @@ def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     )
 
 
+def _unescaped(text: str) -> str:
+    """Read the escapes of newline, tab and backslash; any other backslash is one."""
+    meant = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+    return re.sub(r"\\[nt\\]", lambda escape: meant[escape[0]], text)
+
+
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
     parser.add_argument("--thinking", action="store_true", help="let it reason first (Gemma 4)")
-    _add_sampling(parser, max_new_tokens=1024)
+    _add_sampling(parser, new_tokens=CHAT_TOKENS)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -242,6 +277,7 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a UTF-8 text file; '-': stdin")
     _add_model(parser)
     parser.add_argument("--window", type=int, default=2048, metavar="N", help="tokens at a time")
+    _add_parse_special(parser)
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gemlax.arguments import make_parser
+from gemlax.arguments import CHAT_TOKENS, make_parser
 from gemlax.errors import Error
 
 __all__ = ["main"]
@@ -145,6 +145,8 @@ def _chat(args: argparse.Namespace) -> int:
         raise Error("standard input is closed")
     model = _load(args)
     settings = {k: v for k, v in vars(args).items() if k in DEFAULTS}
+    if args.max_new_tokens is None and model.generation_config.get("max_new_tokens") is None:
+        settings["max_new_tokens"] = CHAT_TOKENS
     session = model.session(system=args.system, thinking=args.thinking or None, **settings)
     terminal = Terminal(session, model.engine.counters, _write, _dim if _on_terminal() else _note)
     if sys.stdin.isatty():
@@ -407,7 +409,7 @@ def _perplexity(args: argparse.Namespace) -> int:
         raise Error("this model has no tokenizer; use the Python API with ids")
     begin = time.perf_counter()
     with _status(args, "scoring"):
-        score = model.score(text, window=args.window)
+        score = model.score(text, window=args.window, parse_special=args.parse_special)
     if not score.num_tokens:
         raise Error(f"{args.file}: nothing to score, the text is empty")
     seconds = time.perf_counter() - begin

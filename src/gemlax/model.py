@@ -21,21 +21,30 @@ from gemlax.adapters import DEFAULT, Choice
 from gemlax.chat import ChatFormat, Message
 from gemlax.checkpoints import gguf
 from gemlax.checkpoints.stand_ins import refuse_stand_ins
-from gemlax.completion import Completion, Request, Stream
+from gemlax.completion import (
+    Completion,
+    Prompt,
+    Request,
+    Stream,
+    as_ids,
+    check_ids,
+    read_prompts,
+    spelled_marker,
+)
 from gemlax.config import GemmaConfig
 from gemlax.decoder import Decoder, Layers
 from gemlax.errors import RequestError, UnsupportedError
 from gemlax.generate import DecodeState, Engine, bucket
 from gemlax.ops.storage import Storage
 from gemlax.quantization import Rules, check_rules, codes_by_rules, codes_of
+from gemlax.sampling import check_integer
 from gemlax.session import Reply, Session
+from gemlax.settings import read_defaults, tell
 from gemlax.tokenizer import Tokenizer
 from gemlax.tokenizer.load import NAMES as TOKENIZER_FILES
 from gemlax.weights import build_decoder, held_formats, held_weights, named_weights, weight_reader
 
 __all__ = ["Model", "Score", "load", "load_tokenizer", "quantize", "save"]
-
-Prompt = str | Sequence[str] | Sequence[Sequence[int]]
 
 _log = logging.getLogger(__name__)
 # Steps between two looks at the host, when nothing is streamed: Ctrl-C waits for no more.
@@ -87,6 +96,7 @@ class Model:
         adapters: Mapping[str, lora.Stored] | None = None,
     ):
         self.adapters = dict(adapters or {})
+        self._told = False  # that markers in a prompt are plain text
         if mesh is not None and implementation is None:
             implementation = "xla"  # a kernel would gather what the mesh cuts
         self.implementation = implementation
@@ -96,6 +106,8 @@ class Model:
         self.mesh, self.kv_cache = mesh, kv_cache
         self.dtype = decoder.norm.weight.get_value().dtype
         known = tokenizer.num_tokens if tokenizer else config.text.num_ids
+        while tokenizer and known - 1 in tokenizer.unused_ids:
+            known -= 1
         self.engine = Engine(
             decoder, num_tokens=min(known, config.text.num_ids), dtype=self.dtype, mesh=mesh,
             storage=kv_cache, implementation=implementation, adapters=tuple(self.adapters),
@@ -171,7 +183,7 @@ class Model:
             raise RequestError(f"lengths must be {batch} numbers in [1, {width}], got {lengths}")
         columns = np.arange(width)
         valid = columns[None] < lengths[:, None]
-        self._check_ids(ids[valid])
+        check_ids(ids[valid], self.config.text, self.tokenizer)
         positions = np.where(valid, columns[None], ops.EMPTY).astype(np.int32)
         return self.engine.put((np.where(valid, ids, 0).astype(np.int32), positions))
 
@@ -180,6 +192,7 @@ class Model:
         texts: str | Sequence[str] | Sequence[Sequence[int]],
         *,
         window: int = _SCORE_WINDOW,
+        parse_special: bool = False,
         adapter: str | None = DEFAULT,
     ) -> Score | list[Score]:
         """Return the log-likelihood of each text, given its first token (BOS for a str).
@@ -188,10 +201,8 @@ class Model:
         token beyond the first window sees about window / 2 tokens before it. Each window starts
         with the text's BOS: without it Gemma's likelihoods are far off (docs/log.md).
         """
-        prompts = self._ids(texts)
-        window = min(window, self.config.text.max_position_embeddings)
-        if window < 2:
-            raise RequestError(f"window must be at least 2 tokens, got {window}")
+        prompts = self._ids(texts, parse_special)
+        window = min(check_integer("window", window, 2), self.config.text.max_position_embeddings)
         rows = self._entries(adapter, 1)
         totals = [self._score_one(np.asarray(ids, np.int32), window, rows) for ids in prompts]
         return totals[0] if isinstance(texts, str) else totals
@@ -218,7 +229,7 @@ class Model:
         self,
         prompt: Prompt,
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         context: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -227,32 +238,40 @@ class Model:
         repetition_penalty: float | None = None,
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
+        no_repeat_ngram_size: int | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
+        min_new_tokens: int | None = None,
         logit_bias: Mapping[int, float] | None = None,
         seed: int | Sequence[int] = 0,
         stop: str | Sequence[str] = (),
         stop_ids: Sequence[int] = (),
         logprobs: int | None = None,
         speculate: int | None = None,
+        parse_special: bool = False,
         adapter: Choice = DEFAULT,
     ) -> Completion | list[Completion]:
-        """Continue a prompt, or several at once.
+        """Continue a prompt, or several at once. None: as the checkpoint's generation_config says.
 
         Args:
             prompt: a str, a list of str, or a list of lists of ids. A str gets one BOS.
-            max_new_tokens: the most tokens to generate.
+            max_new_tokens: the most tokens to generate; not said: 256.
             context: the most tokens of prompt and output together; None: what the model takes.
-            temperature, top_k, top_p, min_p, repetition_penalty: None: the checkpoint's
-                generation_config, else temperature 0 (arg-max) and everything else off.
-                top_k 0 turns it off. The repetition penalty counts prompt and output, the
-                presence and frequency penalties the output.
+            temperature, top_k, top_p, min_p, repetition_penalty: not said: temperature 0 (arg-max)
+                and everything else off. top_k 0 turns it off. The repetition penalty counts prompt
+                and output, the presence and frequency penalties the output.
+            no_repeat_ngram_size: so many tokens in a row come once, the prompt's included; 0: off.
+            bad_words: words or lists of ids that may not come.
+            min_new_tokens: before it no stop id comes.
             logit_bias: added to the logits of these ids; -inf forbids one.
             seed: row r draws with seed + r; a list gives each row its own.
-            stop: strings that end the text; they are not part of it.
+            stop: strings that end the text; they are not part of it. One that spells a control
+                token, as <end_of_turn>, ends it at the token.
             stop_ids: ids that end a row, besides those of the checkpoint.
             logprobs: also return the log-probability of each token and the n (0 to 20) likeliest.
             speculate: draft up to so many tokens (at most 15) from the text so far, and judge them
                 in one step: the same tokens but for near ties, and sooner where a text repeats.
                 None or 0: off.
+            parse_special: read markers in a str, as <start_of_turn>, as control tokens.
             adapter: the name of one that was loaded, or a list with one for each prompt; None: the
                 base. Without it, the adapter called "default", if there is one.
 
@@ -269,7 +288,7 @@ class Model:
 
     def stream(self, prompt: str | Sequence[int], **settings: Any) -> Stream:
         """Generate for one prompt and yield the text piece by piece; settings as for `generate`."""
-        one = prompt if isinstance(prompt, str) else [list(prompt)]
+        one = prompt if isinstance(prompt, str) else [prompt]
         return Stream(self._request(one, settings))
 
     def chat(
@@ -336,8 +355,10 @@ class Model:
         """`how`: keywords of `ChatFormat.encode`."""
         if options.get("logprobs") is not None:
             raise RequestError("a chat gives no logprobs; use generate")
+        if options.get("parse_special"):
+            raise RequestError("no text of a chat is read as a control token: no parse_special")
         ids = self.chat_format.encode(messages, **how)
-        stops = (*self.chat_format.stop_ids, *(options.get("stop_ids") or ()))
+        stops = (*self.chat_format.stop_ids, *as_ids(options.get("stop_ids"), "stop_ids"))
         request = self._request([ids], {**options, "stop_ids": stops})
         return Reply(request, self.chat_format.parser(ids, request.stop), before)
 
@@ -352,34 +373,26 @@ class Model:
         return ChatFormat(self.tokenizer, self.chat_template, empty_thought=empty_thought)
 
     def _request(self, prompt: Prompt, options: Mapping[str, Any]) -> Request:
-        prompts = self._ids(prompt)
+        prompts = self._ids(prompt, options.get("parse_special", False))
         return Request(
             self.engine, self.config, self.tokenizer, self.generation_config, prompts, options
         )
 
-    def _ids(self, prompt: Prompt) -> list[list[int]]:
-        """Return the prompts as ids: a str gets one BOS."""
-        items: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not items:
-            raise RequestError("no prompt: got an empty list")
-        if all(isinstance(item, str) for item in items):
-            if self.tokenizer is None:
-                raise RequestError("this model has no tokenizer: give lists of ids, not text")
-            prompts = [self.tokenizer.encode(item) for item in items]
-            self._check_ids(np.asarray(list(itertools.chain(*prompts))))
-            return prompts
-        if any(isinstance(item, (str, int, np.integer)) for item in items):
-            raise RequestError("a prompt is a str, a list of str, or a list of lists of ids")
-        prompts = [[int(i) for i in item] for item in items]
-        if not all(prompts):
-            raise RequestError("a prompt of ids must hold at least one id (BOS)")
-        self._check_ids(np.asarray(list(itertools.chain(*prompts))))
-        return prompts
-
-    def _check_ids(self, ids: np.ndarray) -> None:
-        wrong = ids[(ids < 0) | (ids >= self.config.text.num_ids)]
-        if wrong.size:
-            raise RequestError(self.config.text.refusal(int(wrong[0])))
+    def _ids(self, prompt: Prompt, parse_special: bool = False) -> list[list[int]]:
+        """Return the prompts as ids; say once that markers in a text are read as plain text."""
+        if not isinstance(prompt, str):
+            prompt = list(prompt)  # type: ignore[assignment]  # it is read twice
+        marker = None if parse_special or self._told else spelled_marker(prompt, self.tokenizer)
+        if marker is not None:
+            self._told = True
+            _log.warning(
+                "the prompt spells %r, which is read as plain text and not as the control token; "
+                "parse_special=True (--parse-special) reads it as the token, chat writes the "
+                "tokens of a conversation itself",
+                marker,
+            )
+        config = self.config.text
+        return read_prompts(prompt, self.tokenizer, config, parse_special=parse_special)
 
 
 def _all_logits(decoder: Decoder, tokens: Array, positions: Array) -> Array:
@@ -451,19 +464,28 @@ def load(
         native = ops.cpu.live() is not None
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
         source.check()
+        tokenizer = _tokenizer(source)
         as_stored = placed is None and (native or source.keeps_codes)
         decoder = build_decoder(
             source.config.text, source.read, dtype=dtype, layers=layers, progress=progress,
             mesh=placed, codes=codes_of(source, quantize or ("stored" if as_stored else "dense")),
         )  # fmt: skip
         decoder.base = lora.base_of(path_or_name, source.source, source.config)
-        if (tokenizer := source.tokenizer()) is None:
-            _log.info("%s has no tokenizer: ids in, ids out", source.source)
         return Model(
             source.config, decoder, tokenizer, source.generation_config, source.chat_template,
             mesh=placed, kv_cache=kv_cache, implementation=implementation,
             adapters=lora.put_folders(decoder, adapters, source.source),
         )  # fmt: skip
+
+
+def _tokenizer(source: checkpoints.Checkpoint) -> Tokenizer | None:
+    """Read the tokenizer; check the generation_config, and say what of it is not applied."""
+    file = f"{source.source}/generation_config.json"
+    defaults = read_defaults(source.generation_config, source.config.text.vocab_size, file)
+    if (tokenizer := source.tokenizer()) is None:
+        _log.info("%s has no tokenizer: ids in, ids out", source.source)
+    tell(defaults, tokenizer, file)
+    return tokenizer
 
 
 def _mesh(mesh: Any, quantize: Rules | None, implementation: Any) -> tuple[Mesh | None, Any]:

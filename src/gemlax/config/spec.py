@@ -108,14 +108,14 @@ class TextConfig:
             return self.vocab_size
         return min(self.vocab_size, self.vocab_size_per_layer_input)
 
-    def refusal(self, token_id: int) -> str | None:
-        """Say why an id cannot be embedded, or None if it can."""
+    def refusal(self, token_id: int, named: str = "") -> str | None:
+        """Say why an id cannot be embedded, or None if it can; `named` is put after the id."""
         if 0 <= token_id < self.num_ids:
             return None
         if not 0 <= token_id < self.vocab_size:
-            return f"token id {token_id} is outside [0, {self.vocab_size})"
+            return f"token id {token_id}{named} is outside [0, {self.vocab_size})"
         return (
-            f"token id {token_id} has no per-layer embedding: vocab_size is {self.vocab_size}, "
+            f"token id {token_id}{named} has no per-layer embedding: vocab_size is {self.vocab_size}, "
             f"vocab_size_per_layer_input only {self.num_ids}; grow embed_tokens_per_layer as well"
         )
 

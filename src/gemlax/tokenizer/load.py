@@ -1,6 +1,5 @@
 """Finds a tokenizer in a folder or a file and reads it."""
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -9,30 +8,24 @@ from typing import Any
 
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.tokenizer import fast, spm
+from gemlax.tokenizer.added import ADDED, MAP, SETTINGS, Beside, read_beside, read_settings
 from gemlax.tokenizer.core import Tokenizer
+from gemlax.tokenizer.vocabulary import NAMES, Kind, find_named
 
 __all__ = ["find_chat_template", "find_tokenizer", "load_tokenizer", "write_chat_template"]
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = "tokenizer_config.json"
 TEMPLATE, MORE = "chat_template.jinja", "additional_chat_templates"
 # What a tokenizer's folder may hold; `Tokenizer.save` copies these.
-NAMES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    SETTINGS,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    TEMPLATE,
-)
+FILES = ("tokenizer.json", "tokenizer.model", SETTINGS, MAP, ADDED, TEMPLATE)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a folder, a `tokenizer.json` or a `*.model` file.
 
-    In a folder, `tokenizer.json` is preferred to `tokenizer.model`, and `tokenizer_config.json`
-    says which pieces are bos, eos, pad and unk. A file is taken alone.
+    In a folder, `tokenizer.json` is preferred to `tokenizer.model`, and the files beside it say
+    which pieces are bos, eos, pad and unk, and what is added. A file is taken alone.
 
     Raises:
         FileNotFoundError: There is none.
@@ -58,7 +51,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def find_tokenizer(folder: str | Path) -> Tokenizer | None:
     """Load the tokenizer of a folder; return None if it has none."""
-    paths = {name: Path(folder) / name for name in NAMES}
+    paths = {name: Path(folder) / name for name in FILES}
     files = {name: path for name, path in paths.items() if path.is_file()}
     if "tokenizer.json" not in files and "tokenizer.model" not in files:
         return None
@@ -67,36 +60,39 @@ def find_tokenizer(folder: str | Path) -> Tokenizer | None:
 
 def read_tokenizer(files: Mapping[str, Path]) -> Tokenizer:
     """Read the tokenizer from its files, given by the names that Hugging Face gives them."""
-    settings = read_settings(files[SETTINGS]) if SETTINGS in files else {}
+    beside = read_beside(files)
     if "tokenizer.json" in files:
         path = files["tokenizer.json"]
-        vocabulary, encoder = fast.read_json(path, settings)
+        vocabulary, encoder = fast.read_json(path, beside)
         return Tokenizer(vocabulary, encoder, path.read_text, files)
-    path = files["tokenizer.model"]
+    return read_model(files["tokenizer.model"], beside, files)
+
+
+def read_model(path: Path, beside: Beside, files: Mapping[str, Path]) -> Tokenizer:
+    """Read a `tokenizer.model`, and what the files beside it add."""
     pieces, scores, types, ids = spm.read_model(path.read_bytes(), str(path))
-    add_bos = settings.get("add_bos_token", True)
+    new, special = beside.extend({piece: id for id, piece in enumerate(pieces)})
+    for id in special:
+        types[id] = Kind.CONTROL
+    for token in new:
+        pieces.append(token.content)
+        scores.append(0.0)
+        types.append(Kind.CONTROL if token.special else Kind.USER_DEFINED)
+    known = {piece: id for id, piece in enumerate(pieces)}
+    named = {
+        name: find_named(name, known, beside.names[name], ids[f"{name}_id"], path) for name in NAMES
+    }
     return Tokenizer.from_vocabulary(
         pieces,
         scores,
         types,
-        bos_id=ids["bos_id"],
-        eos_id=ids["eos_id"],
-        unk_id=ids["unk_id"],
-        pad_id=ids["pad_id"],
-        add_bos=add_bos,
+        bos_id=named["bos"],
+        eos_id=named["eos"],
+        unk_id=named["unk"],
+        pad_id=named["pad"],
+        add_bos=beside.settings.get("add_bos_token", True),
         files=files,
     )
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read a `tokenizer_config.json`."""
-    try:
-        settings = json.loads(path.read_text("utf-8-sig"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} holds {type(settings).__name__}, expected an object")
-    return settings
 
 
 def find_chat_template(folder: str | Path) -> str | dict[str, str] | None:
