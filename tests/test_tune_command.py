@@ -54,9 +54,9 @@ def test_all_weights_and_preferences_are_tuned(folder, capsys):
 
 def test_a_file_of_another_kind_is_told_before_a_model_is_loaded(folder, capsys, monkeypatch):
     monkeypatch.setattr(gemlax, "load", None)
-    (folder / "array.json").write_text('[{"text": "a"}]')
-    assert tune(folder, data="array.json", output="none") == 1
-    assert "is a JSON array: expected one JSON object per line" in capsys.readouterr().err
+    (folder / "table.csv").write_text("text\na\n")
+    assert tune(folder, data="table.csv", output="none") == 1
+    assert "is a table: expected one JSON object per line" in capsys.readouterr().err
     assert tune(folder, "--eval-data", str(folder / "no.jsonl"), output="none") == 1
     assert "there is no file" in capsys.readouterr().err
 

@@ -369,9 +369,22 @@ def test_files_of_windows_editors_are_read(tmp_path):
     assert len(read_examples(path, encoder(), 99)) == 2
 
 
+@pytest.mark.parametrize(
+    "raw", [b'[{"text": "a"},\n {"text": "b"}]', b'\xef\xbb\xbf[ {"text": "a"}, {"text": "b"} ]']
+)
+def test_an_array_of_examples_is_read_as_its_lines_are(tmp_path, raw):
+    (tmp_path / "lines.jsonl").write_bytes(b'{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "array.json").write_bytes(raw)
+    read = [read_examples(tmp_path / name, encoder(), 99) for name in ("lines.jsonl", "array.json")]
+    assert read[0] == read[1]
+
+
 FILES = {
-    b'[\n {"text": "a"}\n]': "is a JSON array: expected one object per line|jq -c '.\\[\\]'",
-    b'[{"text": "a"}]': "is a JSON array",
+    b'[{"text": "a"}, {"text": 5}]': "item 2: ",
+    b'[{"text": "a"}, "b"]': 'item 2: expected a JSON object, got "b"',
+    b'[{"text": "a"}': "data.jsonl: not JSON: ",
+    b"[]": "is empty: expected",
+    b'{"text": "a"}\n["b"]': "line 2: expected a JSON object",
     b'{"text": "a"},\n': "line 1: not JSON: a comma after the object",
     b'{\n "text": "a"\n}': "line 1: not JSON: the object goes on over several lines",
     b"{'text': 'a'}": "line 1: not JSON: names in single quotes",

@@ -5,7 +5,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +38,11 @@ from gemlax.generate import DecodeState, Engine, bucket
 from gemlax.ops.storage import Storage
 from gemlax.quantization import Rules, check_rules, codes_by_rules, codes_of
 from gemlax.sampling import check_integer
+from gemlax.scoring import Score, token_logprobs, windows
 from gemlax.session import Reply, Session
 from gemlax.settings import read_defaults, tell
 from gemlax.tokenizer import Tokenizer
-from gemlax.tokenizer.load import NAMES as TOKENIZER_FILES
+from gemlax.tokenizer.load import FILES as TOKENIZER_FILES
 from gemlax.weights import build_decoder, held_formats, held_weights, named_weights, weight_reader
 
 __all__ = ["Model", "Score", "load", "load_tokenizer", "quantize", "save"]
@@ -51,19 +52,6 @@ _log = logging.getLogger(__name__)
 _BLOCK = 128
 # Tokens of a text that are scored together; each sees at least half as many before it.
 _SCORE_WINDOW = 2048
-_SCORE_ROWS = 128
-
-
-class Score(NamedTuple):
-    """The log-likelihood (natural) of `num_tokens` tokens, each given those before it."""
-
-    log_likelihood: float
-    num_tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood."""
-        return float(np.exp(-self.log_likelihood / max(self.num_tokens, 1)))
 
 
 class Model:
@@ -125,7 +113,7 @@ class Model:
         self._hidden = jit(lambda decoder, *args: decoder(*args)[0])
         self._logits = jit(_all_logits)
         self._score = jit(
-            _token_logprobs,
+            token_logprobs,
             out_shardings=None if mesh is None else sharding.replicated(mesh),
         )
 
@@ -208,21 +196,14 @@ class Model:
         return totals[0] if isinstance(texts, str) else totals
 
     def _score_one(self, ids: np.ndarray, window: int, rows: Array | None) -> Score:
-        total, count, scored = 0.0, 0, 1
-        bos = ids[:1] if ids[0] == self.config.bos_token_id else ids[:0]
-        while scored < len(ids):
-            start = max(len(bos), scored - window // 2)
-            piece = np.concatenate([bos, ids[start : start + window - len(bos)]])
-            end = start + len(piece) - len(bos)
-            width = bucket(len(piece), 16)
-            row = np.zeros((1, width), np.int32)
+        total, count = 0.0, 0
+        for piece, new in windows(ids, window, self.config.bos_token_id):
+            row = np.zeros((1, bucket(len(piece), 16)), np.int32)
             row[0, : len(piece)] = piece
             tokens, positions = self._padded(row, [len(piece)])
             logprobs = np.asarray(self._score(self._state, tokens, positions, rows), np.float64)[0]
-            new = end - scored
             total += float(logprobs[len(piece) - 1 - new : len(piece) - 1].sum())
-            count += end - scored
-            scored = end
+            count += new
         return Score(total, count)
 
     def generate(
@@ -397,24 +378,6 @@ class Model:
 
 def _all_logits(decoder: Decoder, tokens: Array, positions: Array) -> Array:
     return decoder.logits(decoder(tokens, positions)[0])
-
-
-def _token_logprobs(decoder: Decoder, tokens: Array, positions: Array) -> Array:
-    """Return [B, T - 1] log-probabilities of tokens[:, 1:]; logits exist for a block at a time."""
-    hidden = decoder(tokens, positions)[0][:, :-1]
-    targets = tokens[:, 1:]
-    pad = -hidden.shape[1] % _SCORE_ROWS if hidden.shape[1] > _SCORE_ROWS else 0
-    rows = min(_SCORE_ROWS, hidden.shape[1])
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(-1, rows, hidden.shape[-1])
-    flat = jnp.pad(targets, ((0, 0), (0, pad))).reshape(-1, rows)
-
-    def block(args: tuple[Array, Array]) -> Array:
-        logits = decoder.logits(args[0])
-        own = jnp.take_along_axis(logits, args[1][:, None], axis=-1)[:, 0]
-        return own - jax.nn.logsumexp(logits, axis=-1)
-
-    out = jax.lax.map(block, (hidden, flat)).reshape(tokens.shape[0], -1)
-    return out[:, : targets.shape[1]]
 
 
 def load(

@@ -52,7 +52,7 @@ from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.formats import FORMATS, Coded, decode
 from gemlax.tokenizer import Tokenizer, find_tokenizer
-from gemlax.tokenizer.load import NAMES
+from gemlax.tokenizer.load import FILES
 
 __all__ = [
     "DTYPES",
@@ -204,7 +204,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer of the folder, or None."""
-        refuse_stand_ins(self.source, NAMES)
+        refuse_stand_ins(self.source, FILES)
         return find_tokenizer(self.source)
 
     def close(self) -> None:

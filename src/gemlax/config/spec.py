@@ -115,8 +115,9 @@ class TextConfig:
         if not 0 <= token_id < self.vocab_size:
             return f"token id {token_id}{named} is outside [0, {self.vocab_size})"
         return (
-            f"token id {token_id}{named} has no per-layer embedding: vocab_size is {self.vocab_size}, "
-            f"vocab_size_per_layer_input only {self.num_ids}; grow embed_tokens_per_layer as well"
+            f"token id {token_id}{named} has no per-layer embedding: vocab_size is "
+            f"{self.vocab_size}, vocab_size_per_layer_input only {self.num_ids}; grow "
+            "embed_tokens_per_layer as well"
         )
 
     @property

@@ -163,11 +163,11 @@ def digest(path: Path) -> str:
 
 def _encoded(path: Path, encode: Callable[[Mapping[str, Any], set[str]], Any]) -> Iterator[Any]:
     aside: set[str] = set()
-    for number, line in read_lines(path):
+    for where, line in read_lines(path):
         try:
             yield encode(line, aside)
         except RequestError as error:
-            raise Error(f"{path}, line {number}: {error}") from error
+            raise Error(f"{where}: {error}") from error
     if aside:
         shown = ", ".join(sorted(name[:80] for name in aside)[:20])
         _log.info("%s: not read: %s%s", path, shown, ", ..." if len(aside) > 20 else "")

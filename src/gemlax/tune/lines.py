@@ -1,4 +1,4 @@
-"""A file of examples to objects: one JSON object per line, UTF-8, whatever the system it is from.
+"""A file of examples to objects: one JSON object per line, or a JSON array of them, in UTF-8.
 
 What is no such file is told by what it is and what to do; nothing here knows what a line may hold.
 """
@@ -28,7 +28,6 @@ _KINDS = (
     (b"version https:", "a Git LFS pointer, not the file itself", "git lfs pull"),
     (b"<!DOCTYPE", "a web page, not a download", None),
     (b"<html", "a web page, not a download", None),
-    (b"[", "a JSON array", "jq -c '.[]' {name} > {stem}.jsonl"),
 )  # fmt: skip
 _TABLES = {".csv": "read_csv", ".tsv": "read_table", ".xlsx": "read_excel"}
 _EXPECTED = "expected one JSON object per line (JSONL)"
@@ -65,34 +64,52 @@ def _other(path: Path, kind: str, command: str | None) -> Error:
     return Error(text)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield number and object of each line that is not blank.
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each object of a file, and where it stands, as errors name it.
 
     Raises:
         Error: names file and line: not UTF-8, not JSON, not an object; or there is no line.
     """
     check_file(path)
-    empty = True
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            text = (raw.removeprefix(_BOM) if number == 1 else raw).strip()
-            if text:
-                yield number, _parse(text, f"{path}, line {number}")
-                empty = False
+        is_array = file.read(4096).removeprefix(_BOM).lstrip().startswith(b"[")
+    empty = True
+    for where, line in _array(path) if is_array else _lines(path):
+        yield where, line
+        empty = False
     if empty:
         raise Error(f"{path} is empty: {_EXPECTED}")
 
 
-def _parse(raw: bytes, where: str) -> dict[str, Any]:
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            text = (raw.removeprefix(_BOM) if number == 1 else raw).strip()
+            if text:
+                where = f"{path}, line {number}"
+                yield where, _object(_parse(text, where), where)
+
+
+def _array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects of a file that is one array, as exports of datasets are."""
+    for number, item in enumerate(_parse(path.read_bytes().removeprefix(_BOM), str(path)), 1):
+        where = f"{path}, item {number}"
+        yield where, _object(item, where)
+
+
+def _parse(raw: bytes, where: str) -> Any:
     try:
-        line = json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise Error(f"{where}: not UTF-8: {error.reason}") from error
     except (ValueError, RecursionError) as error:
         raise Error(f"{where}: not JSON: {_fault(raw, error)}") from error
-    if not isinstance(line, dict):
-        raise Error(f"{where}: expected a JSON object, got {quote(line)}")
-    return line
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Error(f"{where}: expected a JSON object, got {quote(value)}")
+    return value
 
 
 def _fault(raw: bytes, error: Exception) -> str:
