@@ -192,6 +192,11 @@ def stored_in_gguf(weights: dict[str, np.ndarray], config: GemmaConfig) -> dict[
 
 def quantised(folder: Path, kind: T) -> Read:
     tensors, expected = wide_tensors(kind)
+    for other, name in zip(tensors, expected, strict=True):
+        wrong = ~np.isfinite(expected[name]).all(axis=-1)  # a random scale may be infinite
+        if wrong.any():
+            for rows in (tensors[other][0], expected[name]):
+                rows[wrong] = rows[np.argmin(wrong)]
     return reads(write_gguf(folder / "m.gguf", tensors, WIDE), expected, WIDE)
 
 
