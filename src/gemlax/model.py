@@ -26,7 +26,14 @@ from gemlax.decoder import Decoder, Layers
 from gemlax.errors import RequestError, UnsupportedError
 from gemlax.generate import DecodeState, Engine, bucket
 from gemlax.ops.storage import Storage
-from gemlax.quantization import Rules, check_rules, codes_by_rules, codes_of
+from gemlax.quantization import (
+    Rules,
+    Texts,
+    check_rules,
+    codes_by_rules,
+    codes_of,
+    importance_by_rules,
+)
 from gemlax.session import Reply, Session
 from gemlax.tokenizer import Tokenizer
 from gemlax.weights import build_decoder, held_formats, held_weights, named_weights, weight_reader
@@ -390,6 +397,7 @@ def load(
     mesh: Mesh | Mapping[str, int] | str | None = None,
     kv_cache: Storage = None,
     quantize: Rules | None = None,
+    calibration: Texts | None = None,
     implementation: ops.Implementation | None = None,
     adapters: str | Path | Mapping[str, str | Path] | None = None,
 ) -> Model:
@@ -410,6 +418,7 @@ def load(
             decoded; "int8", "int4", "nf4": quantised now; or rules, see `quantization.Rules`. None:
             "stored" where native kernels run, which read codes faster than XLA reads floats, and
             for a folder that gemlax quantised; else "dense". On a mesh XLA decodes them.
+        calibration: texts that int4 shall suit, some thousand tokens; None: tokens by chance.
         implementation: of products with stored weights and of attention: "xla", "cpu" (native
             kernels), or None: the kernels where they were built.
         adapters: a folder as peft writes it, or several by name: `generate(adapter=)` chooses.
@@ -432,7 +441,9 @@ def load(
         as_stored = placed is None and (native or source.keeps_codes)
         decoder = build_decoder(
             source.config.text, source.read, dtype=dtype, layers=layers, progress=progress,
-            mesh=placed, codes=codes_of(source, quantize or ("stored" if as_stored else "dense")),
+            mesh=placed, codes=codes_of(
+                source, quantize or ("stored" if as_stored else "dense"), calibration
+            ),
         )  # fmt: skip
         if (tokenizer := source.tokenizer()) is None:
             _log.info("%s has no tokenizer: ids in, ids out", source.source)
@@ -492,7 +503,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizers.load_tokenizer(path)
 
 
-def quantize(model: Model, rules: Rules) -> Model:
+def quantize(model: Model, rules: Rules, *, calibration: Texts | None = None) -> Model:
     """Return a model whose matrices are codes, made of the weights of another, which stays.
 
     Matrices that are codes already are decoded first, so that their error and the new one add up.
@@ -501,6 +512,7 @@ def quantize(model: Model, rules: Rules) -> Model:
     Args:
         rules: as `load` takes them: "int8", "int4", "nf4", or a format by pattern of names;
             "dense" decodes.
+        calibration: as `load` takes it.
 
     Raises:
         RequestError: a format that cannot be made, a weight that is no matrix of whole groups or
@@ -518,9 +530,10 @@ def quantize(model: Model, rules: Rules) -> Model:
     def fill(name: str, out: np.ndarray) -> None:
         out[...] = read(name)
 
+    importance = importance_by_rules(rules, model.config, fill, model.tokenizer, calibration)
     decoder = build_decoder(
         model.config.text, fill, dtype=model.dtype, layers="scan" if old.scanned else "unroll",
-        codes=codes_by_rules(model.config.text, fill, rules),
+        codes=codes_by_rules(model.config.text, fill, rules, importance),
     )  # fmt: skip
     return Model(
         model.config, decoder, model.tokenizer, model.generation_config, model.chat_template,
