@@ -186,7 +186,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--format", choices=["int8", "int4", "nf4"], help="of every matrix")
     how.add_argument("--rules", type=Path, metavar="F", help="a JSON file: formats by name")
-    text = "a text that int4 shall suit: some thousand tokens; default: tokens by chance"
+    text = "a text that int4 shall suit, some thousand tokens; default: a page of ours"
     parser.add_argument("--calibration", type=Path, metavar="F", help=text)
 
 

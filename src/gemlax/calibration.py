@@ -6,6 +6,7 @@ tables, one layer and the activations.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from gemlax.layers import DecoderLayer
 from gemlax.qtensor import Weight
 from gemlax.weights import Fill, abstract_decoder
 
-__all__ = ["Importance", "measure", "random_rows", "rows_of"]
+__all__ = ["Importance", "measure", "own_text", "random_rows", "rows_of"]
 
 # Mean square of the input of each column, by canonical name of the matrix.
 Importance = Mapping[str, np.ndarray]
@@ -30,9 +31,9 @@ _TABLE = "embed_tokens.weight"
 
 
 def rows_of(ids: Sequence[Sequence[int]], config: GemmaConfig) -> np.ndarray:
-    """Cut the ids of texts into rows that begin with BOS, [rows, 512]; the rest is left out.
+    """Cut the ids of texts into rows of 512 that begin with BOS, or one shorter row.
 
-    One row that is shorter is taken where the texts are.
+    What does not fill a row is left out, and what comes after the last row.
     """
     bos = config.bos_token_id
     joined = np.array([i for text in ids for i in text if i != bos], np.int32)
@@ -40,6 +41,11 @@ def rows_of(ids: Sequence[Sequence[int]], config: GemmaConfig) -> np.ndarray:
     count = min(_MOST_ROWS, len(joined) // max(1, length - 1))
     rows = joined[: count * (length - 1)].reshape(count, length - 1)
     return np.concatenate([np.full((count, 1), bos, np.int32), rows], axis=1)
+
+
+def own_text() -> str:
+    """Return a page of prose, dialogue, code and letters that was written for this purpose."""
+    return Path(__file__).with_suffix(".txt").read_text("utf-8")
 
 
 def random_rows(config: GemmaConfig) -> np.ndarray:
@@ -53,7 +59,8 @@ def measure(config: TextConfig, read: Fill, tokens: np.ndarray) -> dict[str, np.
 
     Args:
         read: writes a weight of a canonical name into a float32 array.
-        tokens: ids [rows, length].
+        tokens: ids [rows, length]. The first of each row is not counted: activations on it, an
+            attention sink, are far larger than all others.
     """
     found: dict[str, np.ndarray] = {}
     names: dict[int, str] = {}
@@ -74,7 +81,7 @@ def measure(config: TextConfig, read: Fill, tokens: np.ndarray) -> dict[str, np.
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     with ops.watched(watch), ops.implementation("xla"):
         hidden, _ = decoder(jnp.asarray(tokens), jnp.asarray(positions))
-    found[_TABLE] = np.asarray(jnp.mean(jnp.square(hidden), axis=(0, 1)))
+    found[_TABLE] = np.asarray(jnp.mean(jnp.square(hidden[:, 1:]), axis=(0, 1)))
     return found
 
 

@@ -418,7 +418,7 @@ def load(
             decoded; "int8", "int4", "nf4": quantised now; or rules, see `quantization.Rules`. None:
             "stored" where native kernels run, which read codes faster than XLA reads floats, and
             for a folder that gemlax quantised; else "dense". On a mesh XLA decodes them.
-        calibration: texts that int4 shall suit, some thousand tokens; None: tokens by chance.
+        calibration: texts that int4 shall suit, some thousand tokens; None: a page of ours.
         implementation: of products with stored weights and of attention: "xla", "cpu" (native
             kernels), or None: the kernels where they were built.
         adapters: a folder as peft writes it, or several by name: `generate(adapter=)` chooses.

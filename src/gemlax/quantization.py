@@ -8,7 +8,7 @@ from typing import Literal, cast
 import ml_dtypes
 import numpy as np
 
-from gemlax.calibration import Importance, measure, random_rows, rows_of
+from gemlax.calibration import Importance, measure, own_text, random_rows, rows_of
 from gemlax.checkpoints import Checkpoint, text_weights
 from gemlax.config import GemmaConfig, TextConfig
 from gemlax.errors import RequestError
@@ -104,7 +104,7 @@ def importance_by_rules(
 
     Args:
         read: writes a weight of a canonical name into a float32 array.
-        texts: None: tokens by chance, which show the same large columns less exactly.
+        texts: None: a page of ours; without a tokenizer, tokens by chance.
 
     Raises:
         RequestError: texts that nothing asks for, that hold no token, or without a tokenizer.
@@ -113,10 +113,11 @@ def importance_by_rules(
         if texts is not None:
             raise RequestError("a calibration text is for int4, which these rules do not make")
         return {}
-    if texts is None:
-        return measure(config.text, read, random_rows(config))
     if tokenizer is None:
+        if texts is None:
+            return measure(config.text, read, random_rows(config))
         raise RequestError("a calibration text needs a tokenizer, which the model does not have")
+    texts = own_text() if texts is None else texts
     ids = [tokenizer.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]
     rows = rows_of(ids, config)
     if not rows.size:
@@ -156,8 +157,7 @@ def codes_of(source: Checkpoint, rules: Rules, texts: Texts | None = None) -> Co
     """
     if rules != "stored":
         config, read = source.config, source.read
-        tokenizer = None if texts is None else source.tokenizer()
-        importance = importance_by_rules(rules, config, read, tokenizer, texts)
+        importance = importance_by_rules(rules, config, read, source.tokenizer(), texts)
         return codes_by_rules(config.text, read, rules, importance)
     if texts is not None:
         raise RequestError("a calibration text is for int4; 'stored' takes codes as they are")
