@@ -412,15 +412,12 @@ def load(
         mesh: spread the model over all devices, as "data=2,tensor=4" says: rows over data and
             fsdp, widths over fsdp, heads, MLP and vocabulary over tensor, experts over expert.
             With several processes (`jax.distributed`) each makes the same calls.
-        kv_cache: "int8" holds keys and values as 8-bit codes, which moves the logits a little
-            (docs/log.md); None: in `dtype`.
-        quantize: how matrices are held. "stored": the quantised ones as the file has them; "dense":
-            decoded; "int8", "int4", "nf4": quantised now; or rules, see `quantization.Rules`. None:
-            "stored" where native kernels run, which read codes faster than XLA reads floats, and
-            for a folder that gemlax quantised; else "dense". On a mesh XLA decodes them.
+        kv_cache: "int8" holds keys and values as 8-bit codes (docs/log.md); None: in `dtype`.
+        quantize: how matrices are held. "stored": as the file has them; "dense": decoded; "int8",
+            "int4", "nf4": quantised now; or rules, see `quantization.Rules`. None: "stored" where
+            native kernels run, and for a folder that gemlax quantised; else "dense".
         calibration: texts that int4 shall suit, some thousand tokens; None: a page of ours.
-        implementation: of products with stored weights and of attention: "xla", "cpu" (native
-            kernels), or None: the kernels where they were built.
+        implementation: of products with codes and attention: "xla", "cpu" (kernels); None: faster.
         adapters: a folder as peft writes it, or several by name: `generate(adapter=)` chooses.
 
     Raises:
@@ -439,11 +436,10 @@ def load(
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
         source.check()
         as_stored = placed is None and (native or source.keeps_codes)
+        rules = quantize or ("stored" if as_stored else "dense")
         decoder = build_decoder(
             source.config.text, source.read, dtype=dtype, layers=layers, progress=progress,
-            mesh=placed, codes=codes_of(
-                source, quantize or ("stored" if as_stored else "dense"), calibration
-            ),
+            mesh=placed, codes=codes_of(source, rules, calibration),
         )  # fmt: skip
         if (tokenizer := source.tokenizer()) is None:
             _log.info("%s has no tokenizer: ids in, ids out", source.source)
