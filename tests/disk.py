@@ -12,6 +12,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as T
 from safetensors.numpy import save_file
 
+from gemlax.calibration import measure, random_rows
 from gemlax.checkpoints import Checkpoint, text_weights
 from gemlax.checkpoints.names import HEAD
 from gemlax.config import GemmaConfig
@@ -116,6 +117,15 @@ def read_all(checkpoint: Checkpoint, dtype: Any = np.float32) -> dict[str, np.nd
         found[name] = np.full(shape, np.nan, dtype)
         checkpoint.read(name, found[name])
     return found
+
+
+def importance_of(weights: Mapping[str, np.ndarray], config: GemmaConfig = CONFIG) -> Any:
+    """Return what the columns of matrices weigh, as int4 is made where no text is given."""
+
+    def fill(name: str, out: np.ndarray) -> None:
+        out[...] = weights[name]
+
+    return measure(config.text, fill, random_rows(config))
 
 
 def assert_same_bits(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:

@@ -36,7 +36,14 @@ from gemlax.decoder import Decoder, Layers
 from gemlax.errors import RequestError, UnsupportedError
 from gemlax.generate import DecodeState, Engine, bucket
 from gemlax.ops.storage import Storage
-from gemlax.quantization import Rules, check_rules, codes_by_rules, codes_of
+from gemlax.quantization import (
+    Rules,
+    Texts,
+    check_rules,
+    codes_by_rules,
+    codes_of,
+    importance_by_rules,
+)
 from gemlax.sampling import check_integer
 from gemlax.scoring import Score, token_logprobs, windows
 from gemlax.session import Reply, Session
@@ -389,6 +396,7 @@ def load(
     mesh: Mesh | Mapping[str, int] | str | None = None,
     kv_cache: Storage = None,
     quantize: Rules | None = None,
+    calibration: Texts | None = None,
     implementation: ops.Implementation | None = None,
     adapters: str | Path | Mapping[str, str | Path] | None = None,
 ) -> Model:
@@ -403,14 +411,12 @@ def load(
         mesh: spread the model over all devices, as "data=2,tensor=4" says: rows over data and
             fsdp, widths over fsdp, heads, MLP and vocabulary over tensor, experts over expert.
             With several processes (`jax.distributed`) each makes the same calls.
-        kv_cache: "int8" holds keys and values as 8-bit codes, which moves the logits a little
-            (docs/log.md); None: in `dtype`.
-        quantize: how matrices are held. "stored": the quantised ones as the file has them; "dense":
-            decoded; "int8", "int4", "nf4": quantised now; or rules, see `quantization.Rules`. None:
-            "stored" where native kernels run, which read codes faster than XLA reads floats, and
-            for a folder that gemlax quantised; else "dense". On a mesh XLA decodes them.
-        implementation: of products with stored weights and of attention: "xla", "cpu" (native
-            kernels), or None: the kernels where they were built.
+        kv_cache: "int8" holds keys and values as 8-bit codes (docs/log.md); None: in `dtype`.
+        quantize: how matrices are held. "stored": as the file has them; "dense": decoded; "int8",
+            "int4", "nf4": quantised now; or rules, see `quantization.Rules`. None: "stored" where
+            native kernels run, and for a folder that gemlax quantised; else "dense".
+        calibration: texts that int4 shall suit, some thousand tokens; None: a page of ours.
+        implementation: of products with codes and attention: "xla", "cpu" (kernels); None: faster.
         adapters: a peft folder, or several by name; None: one beside the weights, if any; {}: none.
 
     Raises:
@@ -429,9 +435,10 @@ def load(
         source.check()
         tokenizer = _tokenizer(source)
         as_stored = placed is None and (native or source.keeps_codes)
+        rules = quantize or ("stored" if as_stored else "dense")
         decoder = build_decoder(
             source.config.text, source.read, dtype=dtype, layers=layers, progress=progress,
-            mesh=placed, codes=codes_of(source, quantize or ("stored" if as_stored else "dense")),
+            mesh=placed, codes=codes_of(source, rules, calibration),
         )  # fmt: skip
         decoder.base = lora.base_of(path_or_name, source.source, source.config)
         return Model(
@@ -497,7 +504,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizers.load_tokenizer(path)
 
 
-def quantize(model: Model, rules: Rules) -> Model:
+def quantize(model: Model, rules: Rules, *, calibration: Texts | None = None) -> Model:
     """Return a model whose matrices are codes, made of the weights of another, which stays.
 
     Matrices that are codes already are decoded first, so that their error and the new one add up.
@@ -506,6 +513,7 @@ def quantize(model: Model, rules: Rules) -> Model:
     Args:
         rules: as `load` takes them: "int8", "int4", "nf4", or a format by pattern of names;
             "dense" decodes.
+        calibration: as `load` takes it.
 
     Raises:
         RequestError: a format that cannot be made, a weight that is no matrix of whole groups or
@@ -523,9 +531,10 @@ def quantize(model: Model, rules: Rules) -> Model:
     def fill(name: str, out: np.ndarray) -> None:
         out[...] = read(name)
 
+    importance = importance_by_rules(rules, model.config, fill, model.tokenizer, calibration)
     decoder = build_decoder(
         model.config.text, fill, dtype=model.dtype, layers="scan" if old.scanned else "unroll",
-        codes=codes_by_rules(model.config.text, fill, rules),
+        codes=codes_by_rules(model.config.text, fill, rules, importance),
     )  # fmt: skip
     decoder.base = old.base
     return Model(

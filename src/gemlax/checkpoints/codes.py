@@ -2,8 +2,8 @@
 
 `quantization_config` holds the method, its version, and the format of each such matrix by
 canonical name. The codes of a matrix lie as `<name>.codes` and, where its format has scales, those
-as `<name>.scales` in bfloat16; a matrix that is held as bfloat16 lies plainly. Nothing else reads
-this layout.
+as `<name>.scales`, in bfloat16 or as the 16 bits of int4; a matrix that is held as bfloat16 lies
+plainly. Nothing else reads this layout.
 """
 
 import math
@@ -38,9 +38,11 @@ Formats = Mapping[str, Format]
 
 KEY = "quantization_config"
 # Another layout, or another meaning of a format's codes, is another version.
-METHOD, VERSION = "gemlax", 1
+METHOD, VERSION = "gemlax", 2
 CODES, SCALES = ".codes", ".scales"
-_DTYPES = {np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8", np.dtype(np.uint16): "BF16"}
+_DTYPES = {
+    np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8", np.dtype(np.uint16): "U16", BFLOAT16: "BF16",
+}  # fmt: skip
 _SHOWN = 5
 
 
@@ -126,14 +128,14 @@ def entries(name: str, shape: tuple[int, ...], format: Format | None) -> dict[st
     blocks = shape[-1] // form.block
     dtype = _DTYPES[np.dtype(form.dtype)]
     found = {name + CODES: Entry((*shape[:-1], blocks * form.elements), dtype)}
-    if form.scaled:
-        found[name + SCALES] = Entry((*shape[:-1], blocks), "BF16")
+    if form.scales is not None:
+        found[name + SCALES] = Entry((*shape[:-1], blocks), _DTYPES[np.dtype(form.scales)])
     return found
 
 
 def count_bytes(shape: tuple[int, ...], format: Format) -> int:
     """Return the bytes that a matrix takes as codes."""
-    sizes = {"I8": 1, "U8": 1, "BF16": 2}
+    sizes = {"I8": 1, "U8": 1, "U16": 2, "BF16": 2}
     return sum(
         math.prod(e.shape) * sizes[str(e.dtype)] for e in entries("", shape, format).values()
     )
@@ -159,7 +161,7 @@ def flatten(
         else:
             yield name + CODES, weight.codes
             if weight.scales is not None:
-                yield name + SCALES, weight.scales.view(BFLOAT16)
+                yield name + SCALES, weight.scales.view(FORMATS[weight.format].scales)
         del weight  # before the next one is made
 
 

@@ -73,7 +73,9 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLO
 # Floats that are read and not written.
 FLOATS = DTYPES | {"F64": np.dtype(np.float64)}
 # With those of codes.
-READ = DTYPES | {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
+READ = DTYPES | {
+    "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "U16": np.dtype(np.uint16),
+}  # fmt: skip
 # Bits of one element. Source: safetensors 0.8, tensor.rs, Dtype.
 BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8,
