@@ -50,9 +50,7 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 ESCAPES |= {char: char for char in "\"'\\/"}
 
 
-def read_calls(
-    parts: Sequence[str | None], *, closed: bool = True
-) -> list[dict[str, Any]] | None:
+def read_calls(parts: Sequence[str | None], *, closed: bool = True) -> list[dict[str, Any]] | None:
     """Read what stood between the call's two tokens; None if it is not one call or several.
 
     Args:
