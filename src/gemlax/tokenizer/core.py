@@ -50,6 +50,7 @@ class Tokenizer:
         self.num_tokens = len(vocabulary.pieces)
         self.special_ids = vocabulary.special_ids
         self.unused_ids = vocabulary.unused_ids
+        self.named_pieces: Mapping[str, str] = {}
         self._vocabulary = vocabulary
         self._encoder = encoder
         self._make_json = make_json

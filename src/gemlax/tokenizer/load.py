@@ -63,9 +63,11 @@ def read_tokenizer(files: Mapping[str, Path]) -> Tokenizer:
     beside = read_beside(files)
     if "tokenizer.json" in files:
         path = files["tokenizer.json"]
-        vocabulary, encoder = fast.read_json(path, beside)
-        return Tokenizer(vocabulary, encoder, path.read_text, files)
-    return read_model(files["tokenizer.model"], beside, files)
+        tokenizer = Tokenizer(*fast.read_json(path, beside), path.read_text, files)
+    else:
+        tokenizer = read_model(files["tokenizer.model"], beside, files)
+    tokenizer.named_pieces = beside.named_pieces
+    return tokenizer
 
 
 def read_model(path: Path, beside: Beside, files: Mapping[str, Path]) -> Tokenizer:
