@@ -221,7 +221,9 @@ def sample(
         return arg_max(logits)
 
     def from_all(logits: Array, sampling: Sampling, keys: Array) -> Array:
-        return _from_all(logits, sampling, keys, arg_max)
+        # A row that could do with a few draws from these, whatever the other rows ask for.
+        token = _from_all(logits, sampling, keys, arg_max)
+        return jnp.where(few, _from_few(logits, sampling, keys), token)
 
     return jax.lax.switch(way, (greedily, _from_few, from_all), logits, sampling, keys)
 

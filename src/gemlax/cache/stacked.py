@@ -26,6 +26,7 @@ __all__ = [
     "new_caches",
     "resume",
     "rollback",
+    "rollback_rows",
     "round_capacity",
     "snapshot",
 ]
@@ -158,6 +159,28 @@ def rollback(caches: Caches, kept: Int[Any, "B"]) -> Caches:
     def one(cache: Any) -> Any:
         known = cache.positions < jnp.asarray(kept)[:, None]
         return cache._replace(positions=jnp.where(known, cache.positions, ops.EMPTY))
+
+    return {kind: one(cache) for kind, cache in caches.items()}
+
+
+def rollback_rows(
+    caches: Caches,
+    kept: Int[Array, "b"],
+    rows: Int[Array, "b"] | None,
+    chosen: Bool[Array, "b"],
+) -> Caches:
+    """Forget position `kept` and all after it in the chosen ones of some rows.
+
+    `rows`: of the caches; None: all, in order.
+    """
+
+    def one(cache: Any) -> Any:
+        size = len(cache.positions)
+        where = jnp.arange(size, dtype=jnp.int32) if rows is None else rows
+        positions = cache.positions[where]
+        positions = jnp.where(positions < kept[:, None], positions, ops.EMPTY)
+        where = jnp.where(chosen, where, size)
+        return cache._replace(positions=cache.positions.at[where].set(positions, mode="drop"))
 
     return {kind: one(cache) for kind, cache in caches.items()}
 
