@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as T
 from safetensors.numpy import save_file
 
 from gemlax.checkpoints import Checkpoint, text_weights
+from gemlax.checkpoints.names import HEAD
 from gemlax.config import GemmaConfig
 from gemlax.presets import PRESETS, tiny
 
@@ -35,10 +36,14 @@ CONFIG = GemmaConfig.from_hf(
     }
 )
 
-# Where a block holds its float16 scales. Random bytes there would be infinities.
+# Where a block holds its float16 scales. Random bytes there would be infinities. Types whose
+# scales lie elsewhere have none.
 SCALES = {
     T.Q8_0: [0], T.Q4_0: [0], T.Q4_1: [0, 2], T.Q5_0: [0], T.Q5_1: [0, 2],
     T.Q4_K: [0, 2], T.Q5_K: [0, 2], T.Q6_K: [208], T.Q2_K: [80, 82],
+    T.Q3_K: [108], T.IQ1_S: [0], T.IQ1_M: [], T.IQ2_XXS: [0], T.IQ2_XS: [0], T.IQ2_S: [0],
+    T.IQ3_XXS: [0], T.IQ3_S: [0], T.IQ4_NL: [0], T.IQ4_XS: [0], T.TQ1_0: [52], T.TQ2_0: [64],
+    T.MXFP4: [], T.NVFP4: [], T.Q8_K: [],
 }  # fmt: skip
 # One layer whose rows are whole blocks of 256, and a table of several steps of `read`, the last
 # one shorter.
@@ -132,7 +137,8 @@ def write_hf(
     """Write a Hugging Face folder with the safetensors package."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG.to_hf() if config is None else config))
-    tensors = {prefix + name: array for name, array in weights.items()} | dict(others or {})
+    tensors = {n if n == HEAD else prefix + n: array for n, array in weights.items()}
+    tensors |= others or {}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -225,15 +231,18 @@ def write_gguf(
     vocabulary: bool = True,
     alignment: int | None = None,
     extra: Mapping[str, Any] | None = None,
+    split: int = 0,
 ) -> Path:
     """Write a GGUF file with the gguf package.
 
     Args:
         tensors: by GGUF name, an array, or bytes [rows, row bytes] and their quantised type.
-        extra: more metadata, by key, or other values of it: str, list, or an integer (uint32).
+        extra: more metadata, by key, or other values of it: str, list, float, bool, or an integer
+            (uint32).
+        split: the most tensors in one file; the first of several is returned.
     """
     kind = "gemma4" if config.text.v_norm else "gemma3"
-    writer = gguf.GGUFWriter(path, kind)
+    writer = gguf.GGUFWriter(path, kind, split_max_tensors=split)
     if alignment is not None:
         writer.add_custom_alignment(alignment)
     gguf_metadata(writer, config)
@@ -244,14 +253,15 @@ def write_gguf(
         if isinstance(value, list):
             writer.add_array(key, value)
         else:
-            (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+            add = {str: writer.add_string, float: writer.add_float32, bool: writer.add_bool}
+            add.get(type(value), writer.add_uint32)(key, value)
     for name, (array, dtype) in tensors.items():
         writer.add_tensor(name, array, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return path if path.exists() else min(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))
 
 
 def gguf_tensors(
@@ -287,7 +297,8 @@ def _gguf_name(names: gguf.TensorNameMap, name: str) -> str | None:
             return f"blk.{name.split('.')[1]}.{theirs}"
     if name.endswith("layer_scalar") or ".experts." in name:
         name += ".weight"
-    return names.get_name(f"model.{name}", try_suffixes=(".weight",))
+    name = name if name == HEAD else f"model.{name}"
+    return names.get_name(name, try_suffixes=(".weight",))
 
 
 def random_blocks(rng: np.random.Generator, shape: tuple[int, ...], kind: T) -> np.ndarray:
@@ -312,16 +323,20 @@ def wide_tensors(
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, 1)
     tensors, expected = {}, {}
     for name, shape in text_weights(WIDE.text).items():
-        array = rng.normal(size=shape).astype(np.float32)
-        other = names.get_name(f"model.{name}", try_suffixes=(".weight",))
+        array = rng.normal(size=shape).astype(np.float64 if kind == T.F64 else np.float32)
+        other = _gguf_name(names, name)
         if len(shape) == 1:
+            array = array.astype(np.float32)
             tensors[other], expected[name] = (array, None), array - np.float32(1)
             continue
         own = (others or {}).get(name, kind)
         if own in SCALES:
             data = random_blocks(rng, shape, own)
         else:
-            data = gguf.quants.quantize(array, own)
+            data = array if own == T.F64 else gguf.quants.quantize(array, own)
         tensors[other] = (data, own)
-        expected[name] = gguf.quants.dequantize(data, own)
+        if own not in (T.F64, T.Q8_K):
+            with np.errstate(all="ignore"):  # a random scale may be infinite
+                array = gguf.quants.dequantize(data, own)
+        expected[name] = array.astype(np.float32)
     return tensors, expected

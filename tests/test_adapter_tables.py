@@ -1,6 +1,9 @@
 """Several adapters on one model: chosen by row, in one program."""
 
+import dataclasses
 import functools
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -8,12 +11,13 @@ import pytest
 from adapters import build
 from golden.conditioned import conditioned_weights
 from lora import SMALL, trained
+from safetensors.numpy import load_file
 
 import gemlax
 from gemlax import adapters, cli
 from gemlax.adapters import Rule
 from gemlax.checkpoints import text_weights
-from gemlax.errors import RequestError
+from gemlax.errors import RequestError, UnsupportedError
 
 # Times std(logits).
 CLOSE = 1e-5
@@ -138,3 +142,86 @@ def state_of(decoder):
     from flax import nnx
 
     return nnx.state(decoder)
+
+
+# --- beside a model's weights, and what an adapter says of its base ----------------------------
+
+
+@pytest.fixture(scope="module")
+def together(folders, tmp_path_factory):
+    """A model's folder with an adapter in it."""
+    folder = tmp_path_factory.mktemp("together") / "model"
+    shutil.copytree(folders / "base", folder)
+    shutil.copytree(folders / "one", folder, dirs_exist_ok=True)
+    return folder
+
+
+def logits_of(folder, **how):
+    return np.asarray(gemlax.load(folder, layers="unroll", **how).logits(IDS))
+
+
+def test_an_adapter_beside_the_weights_is_applied_once(together, folders, caplog):
+    """transformers does so for a folder with config.json and adapter_config.json."""
+    caplog.set_level("INFO", "gemlax")
+    expected = alone(folders, "one")
+    for given in (None, together):
+        found = logits_of(together, adapters=given)
+        assert np.abs(found - expected).max() <= CLOSE * expected.std()
+    assert caplog.text.count("the adapter beside the weights is applied") == 1
+
+
+def test_adapters_that_are_given_take_the_place_of_the_one_beside(together, folders, caplog):
+    for given, name in (({}, None), (str(folders / "two"), "two")):
+        expected = alone(folders, name)
+        found = logits_of(together, adapters=given)
+        assert np.abs(found - expected).max() <= CLOSE * expected.std()
+    assert caplog.text.count("is left aside for those given") == 2
+
+
+def test_an_adapter_beside_the_weights_is_merged_by_convert(together, folders, tmp_path, capsys):
+    assert cli.main(["convert", str(together), str(tmp_path / "merged"), "--quiet"]) == 0
+    assert "merging the adapter beside the weights" in capsys.readouterr().err
+    expected = alone(folders, "one")
+    assert np.abs(logits_of(tmp_path / "merged") - expected).max() <= CLOSE * expected.std()
+
+
+def test_a_config_of_an_adapter_without_weights_is_passed_with_a_warning(
+    together, folders, tmp_path, caplog
+):
+    shutil.copytree(folders / "base", tmp_path / "model")
+    shutil.copy(together / "adapter_config.json", tmp_path / "model")
+    assert not gemlax.load(tmp_path / "model", layers="unroll").adapters
+    assert "there are no weights of an adapter" in caplog.text
+    (tmp_path / "model" / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(UnsupportedError, match="is a pickle"):
+        gemlax.load(tmp_path / "model", layers="unroll")
+
+
+def test_an_adapter_names_its_base_and_has_its_names(folders, tmp_path):
+    """A multimodal config alone makes the modules lie deeper, as transformers reads it."""
+    base = tmp_path / "multimodal"
+    shutil.copytree(folders / "base", base)
+    text = json.loads((base / "config.json").read_text())
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {}}
+    (base / "config.json").write_text(json.dumps(whole))
+    for folder, prefix in ((base, "model.language_model."), (folders / "base", "model.")):
+        decoder = gemlax.load(str(folder), layers="unroll").decoder
+        trained(decoder, {"*.q_proj": 2})
+        for multimodal, expected in ((None, prefix), (False, "model."), (True, PREFIX)):
+            adapters.save(decoder, tmp_path / "lora", multimodal=multimodal, overwrite=True)
+            names = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+            assert all(name.startswith(f"base_model.model.{expected}layers.") for name in names)
+        said = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+        assert said["base_model_name_or_path"] == str(folder)
+
+
+PREFIX = "model.language_model."
+
+
+@pytest.mark.parametrize(("rows", "multimodal"), [((), False), ((300,), True)])
+def test_a_base_without_a_config_is_multimodal_where_its_table_is(rows, multimodal, tmp_path):
+    config = dataclasses.replace(SMALL, placeholder_ids=rows)
+    found = adapters.base_of("model.gguf", tmp_path / "model.gguf", config)
+    assert found == adapters.Base("model.gguf", multimodal)
+    demo = adapters.base_of("demo", tmp_path / "model.gguf", config)
+    assert demo.name == "google/gemma-3-270m"

@@ -1,5 +1,7 @@
 """Prompts: what the built-in formats and a template write, which ids, and what is refused."""
 
+import json
+
 import pytest
 from vocabularies import chat_tokenizer, published_tokenizer, toy
 
@@ -262,7 +264,6 @@ ORDER = {
     "two users": ([HI, HI], "messages[1]: roles must alternate"),
     "model first": ([{"role": "model", "content": "a"}, HI], "messages[0]: roles must alternate"),
     "late system": ([HI, SYSTEM], "messages[1]: a system message must be the first"),
-    "model last": ([HI, {"role": "model", "content": "a"}], "the last message must be"),
     "system alone": ([SYSTEM], "the last message must be"),
     "nothing": ([], "no messages"),
     "a string": ("Hi", "messages must be a list"),
@@ -346,7 +347,8 @@ def test_a_vocabulary_without_turn_markers_cannot_chat_unless_a_template_says_ho
 
 def test_messages_are_left_as_they_were():
     messages = [HI, ASKED[1] | {"content": "<|channel>x<channel|>a"}, ASKED[2]]
-    copy = [dict(message) for message in messages]
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": "b"}]})
+    copy = json.loads(json.dumps(messages))
     rendered("gemma4", messages)
     assert messages == copy
     assert normalise(messages)[2]["name"] == "get_weather"

@@ -147,11 +147,11 @@ def test_a_template_sees_what_transformers_gives_it():
     )
     assert told == "<bos>['<bos>', '<eos>', True, False, 'f']"
     (answer,) = json.loads(rendered("{{ messages[2:3] | tojson }}", CONVERSATION)[5:])
-    assert answer["role"] == "assistant"
+    assert answer["role"] == "model"
     assert answer["reasoning"] == answer["reasoning_content"] == "r"
     assert answer["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
     (last,) = json.loads(rendered("{{ messages[3:] | tojson }}", CONVERSATION)[5:])
-    assert last == {"role": "tool", "name": "f", "content": '{"t": "<é>"}'}
+    assert last == {"role": "tool", "name": "f", "content": {"t": "<é>"}}
     native = "{# tool_responses #}{{ messages[2].tool_responses | tojson }}"
     assert json.loads(rendered(native, CONVERSATION)[5:]) == [
         {"name": "f", "response": {"t": "<é>"}}

@@ -1,6 +1,7 @@
 """Gemma 4's notation of tools, and the parser that takes a model's output apart."""
 
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,8 @@ from vocabularies import FIRST_CHAT_WORD, chat_tokenizer
 
 from gemlax import RequestError
 from gemlax.chat import ChatFormat, Delta, OutputParser
-from gemlax.chat.tools import MAX_DEPTH, declaration, read_call, write_call
+from gemlax.chat.calls import read_calls
+from gemlax.chat.tools import MAX_DEPTH, declaration, write_call
 
 TOKENIZER = chat_tokenizer("gemma4")
 # U+2581 is a space to the tokenizer, a lone surrogate has no UTF-8.
@@ -94,11 +96,72 @@ def test_calls_are_read(text, arguments):
     assert parser.content == ""
 
 
+NEARLY = {
+    'call:f{"a":1}': {"a": 1},
+    'call:f{ "a" : "b" , \'c\' : \'d\' }': {"a": "b", "c": "d"},
+    "call:f{opts:{'mode':1}, refs:['x',\"y\",<|\"|>z<|\"|>]}": {"opts": {"mode": 1},
+                                                           "refs": ["x", "y", "z"]},
+    "call:f{a:True,b:False,c:None,d:TRUE}": {"a": True, "b": False, "c": None, "d": True},
+    "call:f{city:New York,unit:celsius,day:2026-11-26,at:10:30}":
+        {"city": "New York", "unit": "celsius", "day": "2026-11-26", "at": "10:30"},
+    "call:f{u:https://github.com/c?d=e&f,t:Meeting at 10:30}":
+        {"u": "https://github.com/c?d=e&f", "t": "Meeting at 10:30"},
+    "call:f{a:1,}": {"a": 1},
+    "call:f{a:[1,2,],b:{c:1,},}": {"a": [1, 2], "b": {"c": 1}},
+    'call:f{a:"1",b:"true"}': {"a": "1", "b": "true"},
+    'call:f{\n  a: 1\n  b: two\n}': {"a": 1, "b": "two"},
+    "call:f{save_as='r.docx',n=3}": {"save_as": "r.docx", "n": 3},
+    "call:f(a=1, b='x')": {"a": 1, "b": "x"},
+    "call:f({a:1})": {"a": 1},
+    "call:f()": {},
+    "call:f: {a:1}": {"a": 1},
+    'call:"f"{a:1}': {"a": 1},
+    'call:f{command:<|"|>look<|"|>angle:90}': {"command": "look", "angle": 90},
+    "call:f{Basic LLM Chain:{a:1},b c:[]}": {"Basic LLM Chain": {"a": 1}, "b c": []},
+    'call:f{a:<|"|>say "hi", {x: 1}<|"|>,b:1}': {"a": 'say "hi", {x: 1}', "b": 1},
+    r'call:f{a:"say \"hi\", {x: 1}",b:"C:\\d\n\u00e9\/\q"}':
+        {"a": 'say "hi", {x: 1}', "b": "C:\\d\né/\\q"},
+    r"call:f{a:'it\'s',b:'it's',c:''}": {"a": "it's", "b": "it's", "c": ""},
+    'call:f{a:"say "hi" now"}': {"a": 'say "hi" now'},
+    r'call:f{a:"\ud83d\ude00 \ud83d"}': {"a": "\U0001f600 \\ud83d"},
+    '{"name":"f","arguments":{"a":1}}': {"a": 1},
+    '{"name": "f", "parameters": {"a": [true, null]}}': {"a": [True, None]},
+    '{"type":"function","function":{"name":"f","arguments":"{\\"a\\": 1}"}}': {"a": 1},
+    'call:{"name":"f","arguments":{}}': {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NEARLY)
+def test_a_call_in_nearly_the_right_notation_is_read_as_a_person_would(text):
+    parser, _ = parsed(ids(f"<|tool_call>{text}<tool_call|>"))
+    assert parser.tool_calls == [{"name": "f", "arguments": NEARLY[text]}]
+    assert parser.content == ""
+
+
+def test_several_calls_may_stand_between_one_pair_of_tokens():
+    for text in ("call:f{}call:g{a:1}", "call:f{},\ncall:g{a:1}",
+                 '[{"name":"f"},{"name":"g","arguments":{"a":1}}]'):  # fmt: skip
+        parser, deltas = parsed(ids(f"<|tool_call>{text}<tool_call|>"))
+        assert parser.tool_calls == [
+            {"name": "f", "arguments": {}},
+            {"name": "g", "arguments": {"a": 1}},
+        ]
+        assert [delta.kind for delta in deltas] == ["tool_calls"] * 2
+
+
 MALFORMED = [
     "", "f{}", "call:{}", "call:f", "call:f{", "call:f{}x", "call:f{a}", "call:f{a:}",
-    "call:f{a:1,}", "call:f{,}", "call:f{a:b}", "call:f{a:1 b:2}", "call:f{a:[1,]}",
+    "call:f{,}", "call:f{a:1 b:2}",
     "call:f{a:1,a:2}", "call:f{a:01}", "call:f{a:1e999}", "call:f{a:NaN}", "call:f{a:+1}",
-    'call:f{a:<|"|>x}', 'call:f{a:<|"|>x<|"|>y}', "call:f(){a:1}", "call:f{a:٣}",
+    'call:f{a:<|"|>x}', 'call:f{a:<|"|>x<|"|>y}', "call:f(){a:1}",
+    "call:f{a:٣}",
+    'call:f{a:"x" b:"y"}', "call:f{a:1}}", 'call:f{a:"x', "call:f{a:'x,b:1}",
+    'call:f{"a:1}',
+    'call:f{a:"""x"""}', "call:f{a:(1,2)}", "call:f{a:f'x'}", "call:f{a:[1 2]}",
+    "call:f{a:undefined}", 'call:f{a":1}', 'call:f{a:["x" "y"]}', 'call:f{a:"x<|"|>y"}',
+    "call:f{a:b c:d}", '{"name":"f{"}',
+    '{"name":"f","arguments":3}', '{"name":"f","a":1}', "[]", "{}", '{"name":"f","arguments":"x"}',
+    "call:f{}call:g", "call:f{:1}", "call:f{a::1,a:2}", "call:f{a:1;b:2}{}",
     "call:f{a:__import__('os')}", f"call:f{{a:{'9' * 5000}}}", f"call:f{{a:{'[' * 5000}}}",
 ]  # fmt: skip
 
@@ -118,11 +181,25 @@ def test_a_call_that_is_cut_off_stays_in_the_content():
     assert parser.content == "<|tool_call>call:f{"
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['"' + '" ' * 50000, '"' + "\\" * 100000 + '"', "[" * 100000, " " * 100000, "x " * 50000 + ":",
+     '"' + ' "a:' * 50000, "1," * 50000, "x" * 100000, '"a" b' * 30000, "\ue000" * 100000,
+     "".join(map(chr, range(0xE000, 0xF8FF))) * 15],
+    ids=lambda text: ascii(text[:6]),
+)  # fmt: skip
+def test_reading_takes_time_by_length_alone(text):
+    begin = time.process_time()
+    for end in ("", "}"):
+        read_calls([f"call:f{{a:{text}{end}"])
+    assert time.process_time() - begin < 5
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.lists(TEXT | st.none(), max_size=8))
+@given(st.lists(TEXT | st.none() | st.sampled_from([*NEARLY, *"{}[]()\"',:=\\"]), max_size=8))
 def test_reading_any_text_gives_a_call_or_none(parts):
-    assert read_call(["call:f{", *parts]) is None or parts
-    found = read_call(parts)
+    assert read_calls(["call:f{", *parts]) is None or parts
+    found = read_calls(parts)
     assert found is None or json.dumps(found)
 
 
@@ -131,10 +208,10 @@ def test_nesting_is_bounded_where_it_is_written_and_where_it_is_read():
     for _ in range(MAX_DEPTH - 1):
         deep = {"a": deep}
     text = write_call("f", deep)
-    assert read_call([text]) == {"name": "f", "arguments": deep}
+    assert read_calls([text]) == [{"name": "f", "arguments": deep}]
     with pytest.raises(RequestError, match="nested more than"):
         write_call("f", {"a": deep})
-    assert read_call([text.replace("{}", "{a:{}}")]) is None
+    assert read_calls([text.replace("{}", "{a:{}}")]) is None
 
 
 def test_declarations_keep_what_the_template_keeps():

@@ -21,6 +21,7 @@ from vocabularies import SPECIAL, toy
 
 import gemlax
 from gemlax import cli, cost
+from gemlax.arguments import make_parser
 from gemlax.checkpoints import Checkpoint, text_weights
 from gemlax.ops import cpu
 
@@ -43,6 +44,9 @@ GOOD = {
     "plain": [*GENERATE, PROMPT],
     "nothing": ["generate", "--model", "{model}", "--max-new-tokens", "0", "--json", PROMPT],
     "stop": [*GENERATE, "--json", "--stop", "g", PROMPT],
+    "marker": [*GENERATE, "--json", "<bos>" + PROMPT],
+    "parsed": [*GENERATE, "--json", "--parse-special", "<bos>" + PROMPT],
+    "ngrams": [*GENERATE, "--json", "--no-repeat-ngram-size", "1", PROMPT],
     "drafts": [*GENERATE, "--json", "--speculate", "3", PROMPT],
     "seed 1": [*GENERATE, "--json", "--temperature", "1.5", "--seed", "1", PROMPT],
     "seed 1 again": [*GENERATE, "--json", "--temperature", "1.5", "--seed", "1", PROMPT],
@@ -77,7 +81,11 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "infinite temperature": ([*GENERATE, "--temperature", "inf", PROMPT], 1, "temperature"),
     "nan top-p": ([*GENERATE, "--top-p", "nan", PROMPT], 1, "top_p"),
     "large top-p": ([*GENERATE, "--top-p", "1.5", PROMPT], 1, "top_p"),
-    "zero top-p": ([*GENERATE, "--top-p", "0", PROMPT], 1, "top_p"),
+    "negative top-p": ([*GENERATE, "--top-p", "-0.1", PROMPT], 1, "top_p"),
+    "marker in a stop": ([*GENERATE, "--stop", r"<eos>\n", PROMPT], 1, "holds a control token"),
+    "negative ngrams": ([*GENERATE, "--no-repeat-ngram-size", "-1", PROMPT], 1,
+                        "no_repeat_ngram_size"),
+    "negative least": ([*GENERATE, "--min-new-tokens", "-1", PROMPT], 1, "min_new_tokens"),
     "negative top-k": ([*GENERATE, "--top-k", "-3", PROMPT], 1, "top_k"),
     "nan min-p": ([*GENERATE, "--min-p", "nan", PROMPT], 1, "min_p"),
     "zero repetition": ([*GENERATE, "--repetition-penalty", "0", PROMPT], 1, "repetition_penalty"),
@@ -297,6 +305,42 @@ def test_settings_reach_the_model(outcomes):
     assert stopped["finish_reason"] == "stop"
     texts = [outcomes[name].report["text"] for name in ("seed 1", "seed 1 again", "seed 2")]
     assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (r"\n\n", "\n\n"),
+        (r"a\tb", "a\tb"),
+        (r"\\n", r"\n"),
+        (r"\\", "\\"),
+        (r"\begin", r"\begin"),
+        ("\\", "\\"),
+        ("###", "###"),
+        ("\n", "\n"),
+    ],
+)
+def test_a_stop_string_may_hold_escapes(given, meant):
+    for command in ("generate", "chat"):
+        args = make_parser().parse_args([command, "--stop", given, "--stop", "x"])
+        assert args.stop == [meant, "x"]
+
+
+def test_markers_of_a_prompt_are_read_where_asked_and_told_where_not(outcomes):
+    assert "'<bos>', which is read as plain text" in outcomes["marker"].error
+    assert "--parse-special" in outcomes["marker"].error
+    assert outcomes["parsed"].error == ""
+    assert outcomes["parsed"].report["tokens"] == outcomes["argument"].report["tokens"]
+    assert outcomes["marker"].report["prompt_tokens"] > outcomes["parsed"].report["prompt_tokens"]
+
+
+def test_no_token_comes_twice_where_that_is_asked(outcomes):
+    tokens = outcomes["ngrams"].report["tokens"]
+    assert len(set(tokens)) == len(tokens)
+
+
+def test_a_prompt_holds_no_escapes():
+    assert make_parser().parse_args(["generate", r"a\nb"]).prompt == r"a\nb"
 
 
 def test_help_shows_an_example_of_each_command(outcomes):

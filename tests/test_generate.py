@@ -248,6 +248,110 @@ def test_text_in_gives_text_out(model):
     assert model.generate([model.tokenizer.encode("abc")], max_new_tokens=5) == [one]
 
 
+# --- what may not come, and markers in texts ---------------------------------------------------
+
+
+def test_no_pair_of_tokens_comes_twice(ids_model):
+    (prompt,) = prompts(20)
+    tokens = ids_model.generate([prompt], max_new_tokens=40, no_repeat_ngram_size=1)[0].tokens
+    whole = [*prompt, *tokens]
+    assert len(set(tokens)) == len(tokens) and not set(tokens) & set(prompt)
+    settings = {"max_new_tokens": 40, "no_repeat_ngram_size": 2, "temperature": 0.3}
+    for speculate in (None, 3):
+        (out,) = ids_model.generate([prompt], speculate=speculate, **settings)
+        whole = [*prompt, *out.tokens]
+        pairs = list(itertools.pairwise(whole))
+        assert not set(pairs[len(prompt) - 1 :]) & set(pairs[: len(prompt) - 1])
+        assert len(set(pairs[len(prompt) - 1 :])) == len(out.tokens)
+
+
+def test_drafts_change_nothing_of_what_is_forbidden(ids_model):
+    prompt = [2, *([300, 310, 320] * 8)]
+    (free,) = ids_model.generate([prompt], max_new_tokens=16)
+    bad = [free.tokens[:2], [free.tokens[2]]]
+    settings = {"max_new_tokens": 16, "no_repeat_ngram_size": 4, "bad_words": bad,
+                "stop_ids": [free.tokens[1]], "min_new_tokens": 5}  # fmt: skip
+    (plain,) = ids_model.generate([prompt], **settings)
+    (drafted,) = ids_model.generate([prompt], speculate=3, **settings)
+    assert drafted.tokens == plain.tokens
+    assert free.tokens[2] not in plain.tokens and len(plain.tokens) >= 5
+
+
+def test_bad_words_do_not_come_with_or_without_a_space(model):
+    free = model.generate("hello", max_new_tokens=1, logit_bias={model.tokenizer.id_of("dq"): 90})
+    assert free.text == "dq"
+    settings = {"max_new_tokens": 3, "logit_bias": {model.tokenizer.id_of("dq"): 90}}
+    assert "dq" not in model.generate("hello", bad_words=["dq"], **settings).text
+    assert model.generate("hello", bad_words=[], **settings).text == "dqdqdq"
+    eos = model.tokenizer.eos_id
+    ended = model.generate("hello", bad_words=["<eos>", [eos]], logit_bias={eos: 1e4})
+    assert ended.finish_reason == "stop"  # as in transformers
+
+
+def test_no_stop_id_comes_before_min_new_tokens(ids_model):
+    some = prompts(10, 12)
+    bias = {"logit_bias": {1: 1e4}, "max_new_tokens": 9}
+    lengths = [len(out.tokens) for out in ids_model.generate(some, min_new_tokens=4, **bias)]
+    assert lengths == [5, 5]
+    whole = variant(ids_model, generation_config={"min_length": 13})
+    assert [len(out.tokens) for out in whole.generate(some, **bias)] == [4, 2]
+    assert [len(out.tokens) for out in whole.generate(some, min_new_tokens=0, **bias)] == [1, 1]
+
+
+def test_lengths_come_from_generation_config(ids_model):
+    (prompt,) = prompts(20)
+    for said, count in (({"max_new_tokens": 3}, 3), ({"max_length": 24}, 4),
+                        ({"max_length": 10, "max_new_tokens": 2}, 2)):  # fmt: skip
+        configured = variant(ids_model, generation_config=said)
+        assert len(configured.generate([prompt])[0].tokens) == count
+        assert len(configured.generate([prompt], max_new_tokens=5)[0].tokens) == 5
+    with pytest.raises(RequestError, match=r"has 20 tokens, and the .*_config has max_length 20"):
+        variant(ids_model, generation_config={"max_length": 20}).generate([prompt])
+
+
+def test_stop_strings_of_generation_config_end_the_text(model):
+    free = model.generate("hello", max_new_tokens=12)
+    stop = free.text[4:7]
+    configured = variant(model, generation_config={"stop_strings": stop})
+    assert configured.generate("hello", max_new_tokens=12).text == free.text[: free.text.find(stop)]
+
+
+@pytest.mark.parametrize("stop", ["<bos>", ["<bos>"], ["###", "<bos>", "\n"]], ids=str)
+def test_a_stop_string_that_spells_a_control_token_stops_at_it(model, stop):
+    bos = model.tokenizer.bos_id
+    for way in (model.generate, lambda *a, **k: list(s := model.stream(*a, **k)) and s.completion):
+        bias = {bos: 500.0, model.tokenizer.id_of("dq"): 501.0}
+        out = way("hello", max_new_tokens=6, presence_penalty=5.0, logit_bias=bias, stop=stop)
+        assert (out.text, out.tokens[-1], out.finish_reason) == ("dq", bos, "stop")
+
+
+def test_markers_in_a_text_are_read_where_asked_and_told_once(model, caplog):
+    other = variant(model)
+    text = "<bos>hello<eos>"
+    want = [2, *model.tokenizer.encode("hello", add_bos=False), 1]
+    parsed = other.generate(text, max_new_tokens=2, parse_special=True)
+    assert parsed == other.generate([want], max_new_tokens=2)[0]
+    assert other.score(text, parse_special=True) == other.score([want])[0]
+    assert not caplog.records
+    plain = other.generate(text, max_new_tokens=2)
+    assert plain == other.generate([model.tokenizer.encode(text)], max_new_tokens=2)[0]
+    other.generate([text, "hello"], max_new_tokens=2)
+    other.score(text)
+    (record,) = caplog.records
+    assert "'<bos>', which is read as plain text" in record.getMessage()
+    assert "parse_special=True" in record.getMessage() and record.levelname == "WARNING"
+
+
+def test_numpy_numbers_are_as_good_as_pythons(ids_model):
+    (prompt,) = prompts(20)
+    settings = {"max_new_tokens": 4, "stop_ids": [300], "logit_bias": {301: 1.0}, "context": 64}
+    want = ids_model.generate([prompt], **settings)
+    settings |= {"max_new_tokens": np.int64(4), "stop_ids": np.asarray([300, 1], np.uint16)}
+    settings |= {"logit_bias": {np.int32(301): np.float32(1)}, "context": np.int16(64)}
+    assert ids_model.generate(np.asarray([prompt]), **settings) == want
+    assert ids_model.generate(iter([np.asarray(prompt)]), **settings) == want
+
+
 # --- scores ------------------------------------------------------------------------------------
 
 
@@ -296,7 +400,33 @@ def test_a_text_of_one_token_has_nothing_to_score(ids_model):
         ([[2, -1]], {}, "token id -1 is outside [0, 512)"),
         ("abc", {"max_new_tokens": -1}, "max_new_tokens must be an integer >= 0, got -1"),
         ("abc", {"max_new_tokens": 2.5}, "max_new_tokens must be an integer >= 0, got 2.5"),
+        ([[2.0, 3.5]], {}, "a prompt must be integer token ids, got 2.0 (float)"),
+        ([[2, True]], {}, "a prompt must be integer token ids, got True (bool)"),
+        ([[2, "3"]], {}, "a prompt must be integer token ids, got '3' (str)"),
+        (np.asarray([[2.0, 3.0]]), {}, "a prompt must be integer token ids"),
+        ("abc", {"stop_ids": [2.0]}, "stop_ids must be integer token ids, got 2.0 (float)"),
+        ("abc", {"stop_ids": 5}, "stop_ids must be a list of token ids, got 5"),
+        ("abc", {"stop_ids": [True]}, "stop_ids must be integer token ids"),
+        ("abc", {"stop_ids": [999999]}, "stop_ids: id 999999 is outside [0, 512)"),
+        ("abc", {"stop_ids": [-1]}, "stop_ids: id -1 is outside [0, 512)"),
+        ("abc", {"logit_bias": {2.0: 1}}, "logit_bias: id 2.0 is outside [0, 512)"),
+        ("abc", {"stop": "<eos>\n"}, "'<eos>\\n' cannot occur: it holds a control token"),
+        ("abc", {"stop": ["a", "x<bos>"]}, "'x<bos>' cannot occur"),
+        ("abc", {"bad_words": "dq"}, "bad_words must be a list of words or of ids, got 'dq'"),
+        ("abc", {"bad_words": ["a", ""]}, "bad_words must be words or lists of ids, got ''"),
+        ("abc", {"bad_words": [5]}, "bad_words must be words or lists of ids, got 5"),
+        ("abc", {"bad_words": [[5, 1.5]]}, "bad_words must be integer token ids, got 1.5"),
+        ("abc", {"bad_words": [[512]]}, "bad_words: id 512 is outside [0, 512)"),
+        ("abc", {"min_new_tokens": -1}, "min_new_tokens must be an integer >= 0, got -1"),
+        ("abc", {"no_repeat_ngram_size": 1.5}, "no_repeat_ngram_size must be an integer >= 0"),
+        ("abc", {"logit_bias": dict.fromkeys(range(512), -np.inf)}, "all 512 tokens are forbidden"),
         ("abcdefgh", {"context": 3}, "the prompt has 5 tokens, more than the context of 3"),
+        (
+            ["ab", "abcdefgh", "abcdef"],
+            {"context": 3},
+            "2 of 3 prompts, counted from 0, are longer than the context of 3: 1 (5 tokens), 2 (4",
+        ),
+        ([[2] * 9] * 8, {"context": 8}, "4 (9 tokens) and 3 more; shorten them"),
         ("abc", {"context": 0}, "context must be in [1, 32768] tokens, got 0"),
         ("abc", {"context": 10**6}, "context must be in [1, 32768] tokens, got 1000000"),
         ("abc", {"temperature": -1.0}, "temperature must be a finite number"),

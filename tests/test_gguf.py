@@ -26,11 +26,13 @@ from gguf import GGMLQuantizationType as T
 
 from gemlax.checkpoints import open_checkpoint, text_weights
 from gemlax.checkpoints.gguf import load_tokenizer, parse_header
+from gemlax.checkpoints.gguf_types import KEPT, QUANTISED
 from gemlax.errors import CheckpointError, Error, UnsupportedError
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "gemma-3-270m-gguf.json"
 TABLE, NORM = "embed_tokens.weight", "norm.weight"
-TYPES = [T.F32, T.F16, T.BF16, T.Q8_0, T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q4_K, T.Q5_K, T.Q6_K]
+# All that gguf itself decodes; a release of it that decodes more adds a case that fails.
+TYPES = [T.F32, T.F16, T.F64, *gguf.quants._type_traits]
 
 
 def write_plain(path: Path, weights=None, **options) -> Path:
@@ -63,6 +65,74 @@ def test_every_type_is_dequantised_as_gguf_does(tmp_path, kind):
         assert_same_bits(read_all(checkpoint), expected)
         found = read_all(checkpoint, BFLOAT16)
     assert_same_bits(found, {name: array.astype(BFLOAT16) for name, array in expected.items()})
+
+
+@pytest.mark.parametrize("kind", [T.Q4_K, *QUANTISED - KEPT.keys()], ids=lambda kind: kind.name)
+def test_blocks_full_of_ones_are_what_gguf_makes_of_them(tmp_path, kind):
+    # Each scale is NaN, where a scale can be.
+    tensors, _ = wide_tensors(kind)
+    blocks, _ = tensors["blk.0.attn_k.weight"]
+    blocks[...] = 0xFF
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(blocks, kind)
+    found = np.empty(expected.shape, np.float32)
+    with open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors, WIDE)) as checkpoint:
+        checkpoint.read("layers.0.self_attn.k_proj.weight", found)
+    assert found.tobytes() == expected.tobytes()
+
+
+def test_a_type_that_is_slow_to_decode_needs_little_memory(tmp_path):
+    tensors, _ = wide_tensors(T.IQ2_XXS)
+    table = np.zeros((2**17, 66), np.uint8)
+    extra = {"gemma3.vocab_size": 2**17, "tokenizer.ggml.model": "none"}
+    tensors["token_embd.weight"] = (table, T.IQ2_XXS)
+    path = write_gguf(tmp_path / "m.gguf", tensors, WIDE, vocabulary=False, extra=extra)
+    out = np.zeros((2**17, 256), np.float32)
+    with open_checkpoint(path) as checkpoint:
+        tracemalloc.start()
+        checkpoint.read(TABLE, out)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 32 * 2**20  # decoded at once it takes more than 128 MiB
+
+
+@pytest.mark.parametrize("kind", [T.I8, T.I32, T.I64], ids=lambda kind: kind.name)
+def test_integers_beside_the_weights_are_left_aside_and_as_weights_refused(tmp_path, kind, caplog):
+    tensors = gguf_tensors(random_weights())
+    array = np.zeros(64, {T.I8: np.int8, T.I32: np.int32, T.I64: np.int64}[kind])
+    tensors["other.counts"] = (array, None)
+    with (
+        caplog.at_level("INFO", "gemlax"),
+        open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors)) as checkpoint,
+    ):
+        checkpoint.check()
+    assert "left aside 1 tensors of integers" in caplog.text
+    tensors["output_norm.weight"] = (array, None)
+    with (
+        open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors)) as checkpoint,
+        pytest.raises(UnsupportedError, match=rf"{kind.name} \(1, such as output_norm.weight\)"),
+    ):
+        checkpoint.check()
+
+
+def test_a_weight_is_multiplied_by_the_scale_beside_it(tmp_path):
+    # llama.cpp's NVFP4 has a second scale for each matrix; those of inputs say nothing of weights.
+    tensors, expected = wide_tensors(T.NVFP4, {"layers.0.mlp.up_proj.weight": T.Q8_0})
+    factors = {"attn_q": ("self_attn.q_proj", 0.25), "ffn_up": ("mlp.up_proj", 3.0)}
+    for theirs, (ours, factor) in factors.items():
+        tensors[f"blk.0.{theirs}.scale"] = (np.full(1, factor, np.float32), None)
+        tensors[f"blk.0.{theirs}.input_scale"] = (np.full(1, 7, np.float32), None)
+        expected[f"layers.0.{ours}.weight"] *= np.float32(factor)
+    with open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors, WIDE)) as checkpoint:
+        checkpoint.check()
+        assert_same_bits(read_all(checkpoint), expected)
+        assert checkpoint.stored("layers.0.mlp.up_proj.weight") is None  # not its codes alone
+    tensors["blk.0.ffn_up.scale"] = (np.ones(2, np.float32), None)
+    with (
+        open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors, WIDE)) as checkpoint,
+        pytest.raises(CheckpointError, match=r"ffn_up.scale is F32 \[2\]; expected F32, one num"),
+    ):
+        checkpoint.read("layers.0.mlp.up_proj.weight", np.empty((512, 256), np.float32))
 
 
 def test_names_are_those_of_the_gguf_package():
@@ -102,21 +172,17 @@ def test_a_tied_head_is_accepted_and_rope_frequencies_are_left_aside(tmp_path):
     tensors["rope_freqs.weight"] = (np.full(16, 3, np.float32), None)
     with open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors)) as checkpoint:
         checkpoint.check()
-    tensors["output.weight"][0][-1, -1] += 1
-    with (
-        open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors)) as checkpoint,
-        pytest.raises(UnsupportedError, match=r"output.weight differs from token_embd.weight"),
-    ):
-        checkpoint.check()
+        assert checkpoint.config.text == CONFIG.text
 
 
 def test_a_type_that_is_not_read_is_named(tmp_path):
-    tensors, _ = wide_tensors(T.Q2_K)
+    tensors, _ = wide_tensors(T.Q8_K)
     with open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors, WIDE)) as checkpoint:
-        with pytest.raises(UnsupportedError, match=r"not read: token_embd.weight \(Q2_K\), blk.0"):
+        with pytest.raises(UnsupportedError) as caught:
             checkpoint.check()
-        with pytest.raises(UnsupportedError, match=r"token_embd.weight is Q2_K"):
+        with pytest.raises(UnsupportedError, match=r"token_embd.weight is Q8_K"):
             checkpoint.read(TABLE, np.empty((1300, 256), np.float32))
+    assert str(caught.value).endswith("not read: Q8_K (8, such as token_embd.weight)")
 
 
 def test_one_error_lists_everything_that_is_wrong(tmp_path):
@@ -140,8 +206,6 @@ def test_one_error_lists_everything_that_is_wrong(tmp_path):
 
 def test_files_that_are_not_a_whole_gemma_are_refused(tmp_path):
     path = tmp_path / "m.gguf"
-    with pytest.raises(UnsupportedError, match="one of several parts"):
-        open_checkpoint(write_plain(path, extra={"split.count": 2}))
     writer = gguf.GGUFWriter(path, "llama")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -288,8 +352,11 @@ HOSTILE = {
     "overflow": (packed(tensors=[tensor("t", (2**32, 2**32))]), "truncated"),
     "overflow to zero": (packed(tensors=[tensor("t", (BIG, BIG, 4, 4))]), "truncated"),
     "half a block": (packed(tensors=[tensor("t", (33,), 8)]), r"\[33\] is not made of Q8_0 blocks"),
-    "type": (packed(tensors=[tensor("t", kind=4)]), "t has ggml type 4, which is not known"),
-    "type 2^31": (packed(tensors=[tensor("t", kind=2**31)]), "which is not known"),
+    "type": (packed(tensors=[tensor("t", kind=4)]), r"not known: 4 \(1, such as t\)"),
+    "type 2^31": (packed(tensors=[tensor("t", kind=2**31)]), "not known: 2147483648"),
+    "two types": (packed(tensors=[tensor("t", kind=139), tensor("u", kind=5),
+                                  tensor("v", kind=139)]),
+                  r"not known: 139 \(2, such as t\), 5 \(1, such as u\)"),
     "not aligned": (packed(tensors=[tensor("t", offset=8)]), "starts at 8, not a multiple of 32"),
     "beyond the end": (packed(tensors=[tensor("t", offset=96)]), "truncated: t ends at byte"),
     "far beyond the end": (packed(tensors=[tensor("t", offset=2**64 - 32)]), "truncated"),
@@ -307,7 +374,7 @@ def test_a_hostile_header_is_an_error_of_gemlax(tmp_path, case):
     path.write_bytes(data)
     tracemalloc.start()
     try:
-        with pytest.raises(CheckpointError, match=message) as caught:
+        with pytest.raises(Error, match=message) as caught:
             open_checkpoint(path)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:

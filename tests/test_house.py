@@ -40,6 +40,7 @@ HOSTS = {
     "arxiv.org",
     "docs.jax.dev",
     "flax.readthedocs.io",
+    "git-lfs.github.com",  # the first line of every pointer of Git LFS
     "github.com",
     "huggingface.co",
     "keepachangelog.com",

@@ -191,6 +191,10 @@ def test_a_config_beside_the_arrays_decides(tmp_path):
     (folder / "config.json").write_text('{"model_type": "gemma3_text", "num_hidden_layers": 99999}')
     with pytest.raises(CheckpointError, match=r"99999 layers, but only 79 tensors"):
         open_checkpoint(folder)
+    untied = CONFIG.to_hf() | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(untied))
+    with pytest.raises(UnsupportedError, match="tie_word_embeddings false, but Google's layout"):
+        open_checkpoint(folder)
     (folder / "config.json").write_text(json.dumps(CONFIG.to_hf()))
     with open_checkpoint(folder) as checkpoint:
         checkpoint.check()

@@ -396,7 +396,7 @@ CODES, SCALES = f"model.{DOWN}.codes", f"model.{DOWN}.scales"
         ({SCALES: np.zeros((64, 3), np.float32)}, rf"mistyped: {SCALES} is F32, expected BF16"),
         ({CODES: np.zeros((64, 96), np.uint8)}, rf"mistyped: {CODES} is U8, expected I8"),
         ({f"model.{DOWN}": np.zeros((64, 96), np.float32)}, rf"unexpected: model.{DOWN} \[64, 96"),
-        ({"lm_head.weight": np.zeros((512, 64), np.float32)}, r"lm_head.weight differs from model"),
+        ({"lm_head.weight": np.zeros((512, 32), np.float32)}, r"misshapen: lm_head.weight is"),
         ({"model.extra.codes": np.zeros((2, 2), np.uint8)}, r"unexpected: model.extra.codes"),
     ],
 )  # fmt: skip

@@ -42,6 +42,7 @@ def exact(logits, *, temperature, top_k, top_p, min_p):
     p /= p.sum()
     before = np.cumsum(p[order]) - p[order]
     keep[order] &= before < top_p
+    keep[order[0]] = True
     keep &= p >= min_p * p.max()
     p = np.where(keep, p, 0)
     return p / p.sum()
@@ -90,6 +91,59 @@ def p_value(counts, p):
     return stats.chi2.sf(((seen - wanted) ** 2 / wanted).sum(), len(seen) - 1)
 
 
+EDGES = [
+    {"top_p": 0.0},
+    {"top_p": 1e-30},
+    {"top_p": 1e-6},
+    {"top_p": 0.3},
+    {"top_p": 0.999},
+    {"min_p": 1.0},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": VOCAB},
+    {"top_k": 10 * VOCAB},
+    {"top_k": 70, "top_p": 1e-6},
+    {"temperature": 1e-8},
+    {"temperature": 1e-30, "top_p": 0.9},
+    {"temperature": 1e30, "top_p": 0.9},
+]
+
+
+@pytest.mark.parametrize("chosen", EDGES, ids=str)
+@pytest.mark.parametrize("logits", [LOGITS, np.round(LOGITS)], ids=["all differ", "ties"])
+def test_what_is_kept_at_the_edges_is_what_numpy_keeps(logits, chosen):
+    chosen = OFF | chosen
+    want = exact(logits, **chosen) > 0
+    made = settings(1, **chosen)
+    kept = np.isfinite(sampling._narrow(sampling._scale(jnp.asarray(logits)[None], made), made))[0]
+    np.testing.assert_array_equal(np.flatnonzero(kept & (want | ~tiny_mass(logits, chosen))),
+                                  np.flatnonzero(want))  # fmt: skip
+    draws = sample(jnp.tile(jnp.asarray(logits), (64, 1)), settings(64, **chosen),
+                   jnp.zeros(64, jnp.int32))  # fmt: skip
+    assert want[np.asarray(draws)].all()
+
+
+def tiny_mass(logits, chosen):
+    """Where float64 has a probability that is 0 in float32: nothing can be drawn there."""
+    return (logits - logits.max()).astype(np.float64) / chosen["temperature"] < -80
+
+
+def test_the_first_of_equal_logits_comes_where_little_is_kept():
+    logits = np.zeros(VOCAB, np.float32)
+    logits[[30, 31, 90]] = 4.0
+    for chosen in ({"top_p": 0.0}, {"top_p": 1e-6}, {"top_k": 1}, {"top_k": 1, "min_p": 1.0}):
+        drawn = sample(jnp.tile(jnp.asarray(logits), (64, 1)), settings(64, **OFF | chosen),
+                       jnp.zeros(64, jnp.int32))  # fmt: skip
+        np.testing.assert_array_equal(drawn, 30)
+
+
+def test_a_temperature_that_a_cpu_counts_as_zero_takes_the_likeliest():
+    logits = jnp.tile(jnp.asarray(LOGITS), (64, 1))
+    for chosen in ({"temperature": 1e-40}, {"temperature": 1e-40, "top_k": 9}):
+        drawn = sample(logits, settings(64, **OFF | chosen), jnp.zeros(64, jnp.int32))
+        np.testing.assert_array_equal(drawn, int(LOGITS.argmax()))
+
+
 def test_temperature_zero_takes_the_likeliest_and_a_tiny_one_agrees():
     logits = jnp.tile(jnp.asarray(LOGITS), (64, 1))
     step = jnp.zeros(64, jnp.int32)
@@ -132,18 +186,18 @@ def test_draws_differ_from_step_to_step_and_seed_to_seed():
     assert len(set(np.asarray(at_zero).tolist())) == 1
 
 
-def penalised(history, is_output, **chosen):
-    logits = jnp.asarray(LOGITS)[None]
-    out = adjust(
-        logits, settings(1, **chosen), jnp.asarray([history], jnp.int32), jnp.asarray([is_output])
-    )
+def penalised(history, prompt, length, logits=LOGITS, **chosen):
+    """The adjusted logits of one row: `prompt` tokens and then output, up to `length`."""
+    ends = (jnp.asarray([n], jnp.int32) for n in (prompt, length))
+    made = settings(1, len(logits), **chosen)
+    out = adjust(jnp.asarray(logits)[None], made, jnp.asarray([history], jnp.int32), *ends)
     return np.asarray(out)[0]
 
 
 def test_repetition_penalty_divides_or_multiplies_once_in_prompt_and_output():
     up, down = int(LOGITS.argmax()), int(LOGITS.argmin())  # one is divided, one multiplied
     history = [up, down, up, VOCAB]
-    out = penalised(history, [False, True, True, False], repetition_penalty=1.5)
+    out = penalised(history, 1, 3, repetition_penalty=1.5)
     want = LOGITS.copy()
     assert want[up] > 0 > want[down]
     for token in (up, down):
@@ -152,8 +206,8 @@ def test_repetition_penalty_divides_or_multiplies_once_in_prompt_and_output():
 
 
 def test_presence_counts_once_and_frequency_each_time_in_the_output_alone():
-    history, is_output = [4, 9, 9, 11, VOCAB], [False, True, True, True, False]
-    out = penalised(history, is_output, presence_penalty=0.5, frequency_penalty=0.25)
+    history = [4, 9, 9, 11, VOCAB]
+    out = penalised(history, 1, 4, presence_penalty=0.5, frequency_penalty=0.25)
     want = LOGITS.copy()
     want[9] -= 0.5 + 2 * 0.25
     want[11] -= 0.5 + 0.25
@@ -161,7 +215,7 @@ def test_presence_counts_once_and_frequency_each_time_in_the_output_alone():
 
 
 def test_bias_adds_and_minus_infinity_forbids():
-    out = penalised([4], [False], logit_bias={3: 2.5, 8: -np.inf})
+    out = penalised([4], 1, 1, logit_bias={3: 2.5, 8: -np.inf})
     want = LOGITS.copy()
     want[3] += 2.5
     want[8] = -np.inf
@@ -171,8 +225,72 @@ def test_bias_adds_and_minus_infinity_forbids():
 def test_more_bias_than_one_bucket_is_kept():
     bias = {i: float(i) for i in range(60)}
     np.testing.assert_allclose(
-        penalised([4], [False], logit_bias=bias)[:60], LOGITS[:60] + np.arange(60), rtol=1e-5
+        penalised([4], 1, 1, logit_bias=bias)[:60], LOGITS[:60] + np.arange(60), rtol=1e-5
     )
+
+
+def test_no_n_tokens_come_twice_whatever_their_number():
+    history = [5, 9, 7, 5, 9, 8, 5, 9, VOCAB, VOCAB]
+    follow = {1: {5, 9, 7, 8}, 2: {7, 8}, 3: {7, 8}, 4: set(), 8: set(), 20: set()}
+    for size, forbidden in follow.items():
+        out = penalised(history, 4, 8, no_repeat_ngram_size=size)
+        assert set(np.flatnonzero(np.isinf(out)).tolist()) == forbidden, size
+    assert np.isfinite(penalised([5, VOCAB], 1, 1, no_repeat_ngram_size=3)).all()
+
+
+def test_a_sequence_is_biased_where_its_beginning_comes_last():
+    history = [4, 9, 8, 11, VOCAB, VOCAB]
+    bias = {(8, 11, 3): 2.0, (11, 5): -np.inf, (9, 11, 6): 3.0, (7,): 0.5, (1, 4, 9, 8, 11, 2): 9.0}
+    out = penalised(history, 2, 4, sequence_bias=bias)
+    want = LOGITS.copy()
+    want[3] += 2
+    want[5] = -np.inf
+    want[7] += 0.5
+    np.testing.assert_allclose(out, want, rtol=1e-6)
+
+
+def test_more_and_longer_sequences_than_a_bucket_are_kept():
+    bias = {(9, i): float(i + 1) for i in range(40)} | {(*range(12, 30), 50): 5.0}
+    out = penalised([*range(12, 30), VOCAB], 2, 18, sequence_bias=bias)
+    np.testing.assert_allclose(out[50], LOGITS[50] + 5, rtol=1e-6)
+    out = penalised([9, VOCAB], 1, 1, sequence_bias=bias)
+    np.testing.assert_allclose(out[:40], LOGITS[:40] + np.arange(1, 41), rtol=1e-5)
+
+
+def test_a_held_id_comes_when_the_output_is_long_enough():
+    history = [4, 9, 8, VOCAB]
+    for length, forbidden in ((1, {3, 8}), (2, {3}), (3, set())):
+        out = penalised(history, 1, length, held={3: 2, 8: 1})
+        assert set(np.flatnonzero(np.isinf(out)).tolist()) == forbidden
+
+
+def test_each_row_holds_back_as_long_as_it_is_told():
+    made = make_sampling(2, VOCAB, [0, 1], held={3: [0, 5]})
+    ends = jnp.asarray([1, 1], jnp.int32)
+    out = adjust(jnp.tile(jnp.asarray(LOGITS), (2, 1)), made, jnp.full((2, 4), 7, jnp.int32), ends,
+                 ends)  # fmt: skip
+    np.testing.assert_array_equal(np.isinf(out).sum(axis=-1), [0, 1])
+
+
+@pytest.mark.parametrize("chosen", [
+    {"no_repeat_ngram_size": 1}, {"sequence_bias": {(i,): -np.inf for i in range(4)}},
+    {"held": dict.fromkeys(range(4), 9)},
+    {"no_repeat_ngram_size": 1, "logit_bias": {2: -np.inf}},
+], ids=str)  # fmt: skip
+def test_where_nothing_is_left_the_row_is_free_for_a_token(chosen):
+    logits = np.asarray([1.0, 3.0, 5.0, 2.0], np.float32)
+    out = penalised([0, 1, 2, 3, 4], 2, 4, logits=logits, **chosen)
+    best = 1 if "logit_bias" in chosen else 2
+    assert int(np.argmax(out)) == best and not np.isnan(out).any()
+    drawn = sample(jnp.asarray(out)[None], settings(1, 4), jnp.zeros(1, jnp.int32))
+    assert int(drawn[0]) < 4
+
+
+def test_a_bias_that_forbids_every_token_is_refused():
+    with pytest.raises(RequestError, match="all 4 tokens are forbidden"):
+        make_sampling(1, 4, [0], logit_bias=dict.fromkeys(range(4), -np.inf))
+    everywhere = penalised([4], 1, 1, logit_bias=dict.fromkeys(range(VOCAB), 1e300))
+    assert np.isfinite(everywhere).all()
 
 
 def test_top_logprobs_are_those_of_the_softmax():
@@ -241,14 +359,20 @@ def test_nothing_sorts_the_vocabulary():
         ({"temperature": float("nan")}, "temperature must be a finite number"),
         ({"temperature": float("inf")}, "temperature must be a finite number"),
         ({"temperature": 1e300}, "temperature must be a finite number"),
-        ({"top_p": 0.0}, "top_p must be a finite number in (0, 1], got 0.0"),
+        ({"top_p": -0.1}, "top_p must be a finite number in [0, 1], got -0.1"),
         ({"top_p": 1.1}, "top_p"),
         ({"top_p": float("nan")}, "top_p"),
         ({"min_p": -1}, "min_p"),
         ({"min_p": "much"}, "min_p"),
-        ({"top_k": -1}, "top_k must be an integer >= 0"),
+        ({"top_k": -2}, "top_k must be an integer >= -1 (0 or -1 turns it off), got -2"),
         ({"top_k": 2.5}, "top_k"),
         ({"top_k": True}, "top_k"),
+        ({"temperature": True}, "temperature"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be an integer >= 0"),
+        ({"no_repeat_ngram_size": 2.0}, "no_repeat_ngram_size"),
+        ({"sequence_bias": {(3,): float("nan")}}, "sequence_bias[(3,)] must be a number"),
+        ({"logit_bias": {True: 1.0}}, "logit_bias: id True"),
+        ({"logit_bias": {3.0: 1.0}}, "logit_bias: id 3.0"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"presence_penalty": float("inf")}, "presence_penalty"),
         ({"frequency_penalty": float("nan")}, "frequency_penalty"),

@@ -251,6 +251,45 @@ def test_a_reply_that_is_left_alone_leaves_the_session_as_it_was(model):
     assert answer == model.chat(session.messages[:-1], max_new_tokens=12)
 
 
+def test_a_reply_that_is_read_late_changes_nothing(model):
+    session = model.session(max_new_tokens=12)
+    early = session.send("hello there")
+    next(early)
+    answer, _ = turn(session, "more")
+    messages = list(session.messages)
+    list(early)
+    assert early.message is not None
+    assert session.messages == messages
+    late = session.send("and then")
+    session.reset()
+    list(late)
+    assert session.messages == []
+    again, _ = turn(session, "more")
+    assert again == answer
+
+
+def test_an_answer_goes_on_from_what_was_begun(model):
+    session = model.session(max_new_tokens=8)
+    turn(session, "hello there")
+    session.messages.append({"role": "user", "content": "more"})
+    reply = session.send("well", role="assistant")
+    list(reply)
+    begun = [*session.messages[:-1], {"role": "assistant", "content": "well"}]
+    assert reply.message == model.chat(begun, max_new_tokens=8)
+    assert session.messages[-1].content == "well" + reply.message.content
+    assert reply.num_prompt_tokens == len(model.chat_format.encode(begun))
+    assert turn(session, "go on")[0].content
+
+
+def test_variables_of_a_template_reach_it_from_a_chat_and_a_session(model):
+    source = "{{ bos_token }}{{ messages[-1].content }}{{ word }}"
+    other = Model(CONFIG, model.decoder, model.tokenizer, chat_template=source)
+    expected = len(model.tokenizer.encode("hello there and"))
+    words = {"template_args": {"word": " and"}, "max_new_tokens": 1}
+    assert other.chat(USER, stream=True, **words).num_prompt_tokens == expected
+    assert other.session(**words).send("hello there").num_prompt_tokens == expected
+
+
 def test_a_full_context_is_said_and_reset_makes_room(model):
     session = model.session(max_new_tokens=12, context=30)
     answer, size = turn(session, "hello there")
@@ -302,22 +341,24 @@ def test_a_template_is_saved_and_loaded_and_used(model, tmp_path):
     ("found", "expected"),
     [
         ("a", "a"),
-        ([{"name": "tool_use", "template": "b"}, {"name": "default", "template": "a"}], "a"),
-        ([{"name": "tool_use", "template": "b"}], None),
+        (
+            [{"name": "rag", "template": "b"}, {"name": "default", "template": "a"}],
+            {"rag": "b", "default": "a"},
+        ),
+        ([{"name": "tool_use", "template": "b"}], "b"),
         (None, None),
     ],
 )
 def test_a_template_may_be_in_the_tokenizer_config(tmp_path, found, expected):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": found}))
     assert find_chat_template(tmp_path) == expected
-    (tmp_path / "chat_template.jinja").write_text("é", "utf-8")
-    assert find_chat_template(tmp_path) == "é"
 
 
 def test_a_damaged_template_is_named(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": 3}')
     with pytest.raises(CheckpointError, match="chat_template must be a string"):
         find_chat_template(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match="is not UTF-8"):
         find_chat_template(tmp_path)

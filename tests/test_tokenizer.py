@@ -24,7 +24,7 @@ from vocabularies import (
 )
 
 from gemlax.errors import RequestError
-from gemlax.tokenizer import Tokenizer, load_tokenizer
+from gemlax.tokenizer import Tokenizer, load_tokenizer, vocabulary
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "llama_tokens.json").read_text("utf-8"))
 TEXTS = [case["text"] for case in GOLDEN["encode"]]
@@ -185,6 +185,54 @@ def test_named_pieces_and_stray_unknown_pieces_are_special_whatever_their_type()
     tokenizer = toy(token_types=[1, 1, 1, 1, 4, 4, 2, *TOY_TYPES[7:]])
     assert tokenizer.special_ids == toy().special_ids
     assert tokenizer.encode("<bos>", add_bos=False) == toy().encode("<bos>", add_bos=False)
+
+
+@pytest.mark.parametrize("merges", [None, TOY_MERGES], ids=["scores", "merges"])
+@pytest.mark.parametrize("kind", [1, 5], ids=["normal", "unused"])
+def test_markers_are_control_tokens_whatever_their_label(merges, kind, caplog):
+    types = [kind if 4 <= id <= 6 else own for id, own in enumerate(TOY_TYPES)]
+    tokenizer = toy(token_types=types, merges=merges)
+    assert tokenizer.special_ids == toy().special_ids and not tokenizer.unused_ids
+    for parse_special in (False, True):
+        text = "<start_of_turn>he<end_of_turn>"
+        expected = toy().encode(text, parse_special=parse_special)
+        assert tokenizer.encode(text, parse_special=parse_special) == expected
+    (record,) = caplog.records
+    assert "3 markers ordinary text (<start_of_turn>, <end_of_turn>, " in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+def test_no_ordinary_piece_of_a_published_vocabulary_is_taken_for_a_marker(name, caplog):
+    from gemlax.tokenizer.spm import read_model
+
+    pieces, _, types, _ = read_model(sentencepiece_model(name).read_bytes(), name)
+    settled = vocabulary.settle(pieces, types)
+    changed = [pieces[i] for i, kind in enumerate(types) if kind == 1 and settled[i] != 1]
+    assert changed == [] and caplog.records == []
+
+
+@pytest.mark.parametrize("merges", [None, TOY_MERGES], ids=["scores", "merges"])
+def test_no_text_is_split_into_unused_pieces(merges, tmp_path):
+    types = [5 if piece in ("hello", "中") else kind
+             for piece, kind in zip(TOY_PIECES, TOY_TYPES, strict=True)]  # fmt: skip
+    fill = [f"[PAD{len(TOY_PIECES) + i}]" for i in range(3)]
+    tokenizer = toy(
+        pieces=TOY_PIECES + fill, scores=[*TOY_SCORES, 0.0, -1e4, -1e4],
+        token_types=[*types, 5, 1, 5], merges=merges,
+    )  # fmt: skip
+    size = len(TOY_PIECES)
+    assert tokenizer.unused_ids == {TOY_PIECES.index("hello"), size - 1, size, size + 1, size + 2}
+    ids = tokenizer.encode(f"hello中{fill[0]}", add_bos=False)
+    assert [tokenizer.piece(i) for i in ids[:5]] == ["hell", "o", "<0xE4>", "<0xB8>", "<0xAD>"]
+    assert tokenizer.unused_ids.isdisjoint(ids)
+    assert tokenizer.decode(ids) == f"hello中{fill[0]}"
+    assert tokenizer.decode([size]) == fill[0]
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).unused_ids == {size, size + 1, size + 2}
+
+
+def test_empty_merges_leave_it_to_the_scores():
+    assert toy(merges=[]).encode("hello world") == toy().encode("hello world")
 
 
 def test_skipping_special_pieces_is_a_choice():

@@ -16,7 +16,7 @@ from vocabularies import (
 )
 
 from gemlax.errors import CheckpointError, UnsupportedError
-from gemlax.tokenizer import find_tokenizer, load_tokenizer
+from gemlax.tokenizer import find_chat_template, find_tokenizer, load_tokenizer
 from gemlax.tokenizer.spm import read_model, write_model
 from gemlax.tokenizer.vocabulary import Vocabulary
 
@@ -188,6 +188,126 @@ def test_truncation_and_padding_of_the_file_are_ignored(folder):
     check_like_toy(load_tokenizer(folder))
 
 
+def test_a_marker_that_is_no_added_token_is_one_all_the_same(folder, caplog):
+    names = ("<start_of_turn>", "<end_of_turn>", "<unused0>")
+
+    def change(content):
+        content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in names]
+
+    edit(folder / "tokenizer.json", change)
+    check_like_toy(load_tokenizer(folder))
+    (record,) = caplog.records
+    assert "3 markers" in record.getMessage() and "<start_of_turn>" in record.getMessage()
+
+
+# Tokens that other files add.
+
+MORE = len(TOY_PIECES)
+HOMES = {
+    "added_tokens.json": {"<tool>": MORE, "<image_soft_token>": MORE + 1, "plus": MORE + 2},
+    "tokenizer_config.json": {
+        "added_tokens_decoder": {
+            str(MORE + 2): {"content": "plus", "special": False},
+            str(MORE): {"content": "<tool>", "special": True},
+            str(MORE + 1): {"content": "<image_soft_token>", "special": False},
+            "0": {"content": "<pad>", "special": True},
+        }
+    },
+}
+
+
+def vocabulary_folder(path, kind: str):
+    """A folder with the toy's tokenizer.model or tokenizer.json alone."""
+    path.mkdir()
+    if kind == "tokenizer.json":
+        toy().save(path)
+        (path / "tokenizer_config.json").unlink()
+    else:
+        (path / kind).write_bytes(toy_model())
+    return path
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize("home", HOMES)
+def test_tokens_that_other_files_add_are_read_and_saved(tmp_path, kind, home):
+    folder = vocabulary_folder(tmp_path / "folder", kind)
+    (folder / home).write_text(json.dumps(HOMES[home]))
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps({"additional_special_tokens": ["<tool>"], "pad_token": {"content": "<tool>"}})
+    )
+    load_tokenizer(folder).save(tmp_path / "copy")
+    for tokenizer in (load_tokenizer(folder), load_tokenizer(tmp_path / "copy")):
+        assert (tokenizer.num_tokens, tokenizer.id_of("plus")) == (MORE + 3, MORE + 2)
+        assert tokenizer.special_ids == toy().special_ids | {MORE, MORE + 1}
+        assert tokenizer.pad_id == MORE
+        text = "hello<tool>plus"
+        ids = tokenizer.encode(text, add_bos=False, parse_special=True)
+        assert ids == [tokenizer.id_of("hello"), MORE, MORE + 2]
+        assert tokenizer.decode(ids) == "helloplus"
+        ordinary = tokenizer.encode(text, add_bos=False)
+        assert ordinary[-1] == MORE + 2 and MORE not in ordinary
+        assert tokenizer.decode(ordinary) == text
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"added_tokens.json": {"<tool>": MORE + 1}}, f"'<tool>' has id {MORE + 1}.*{MORE}$"),
+        ({"added_tokens.json": {"<tool>": 6}}, "id 6 is '<tool>', in the vocabulary.*<unused0>"),
+        ({"added_tokens.json": {"<tool>": "7"}}, "the id of '<tool>' is '7'"),
+        ({"added_tokens.json": {"<tool>": True}}, "the id of '<tool>' is True"),
+        ({"added_tokens.json": {"": MORE}}, "the id of ''"),
+        ({"added_tokens.json": {"a1": MORE, "a2": MORE}}, "id 298 is 'a2'.*'a1'"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": []}}, None),
+        ({"tokenizer_config.json": {"added_tokens_decoder": [1]}}, "must be an object"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"x": {"content": "a"}}}}, "'x'"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"5": "a"}}}, "not a token"),
+        ({"added_tokens.json": {"<tool>": MORE}, "tokenizer_config.json":
+          {"added_tokens_decoder": {str(MORE): {"content": "other"}}}}, "in tokenizer_config.json"),
+        ({"added_tokens.json": {"<tool>": MORE}, "tokenizer_config.json":
+          {"added_tokens_decoder": {str(MORE + 1): {"content": "<tool>"}}}}, "is added twice"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_added_tokens_that_do_not_fit_are_named(tmp_path, kind, files, message):
+    folder = vocabulary_folder(tmp_path / "folder", kind)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    if message is None:
+        check_like_toy(load_tokenizer(folder))
+        return
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(folder)
+
+
+def test_an_added_token_that_strips_is_refused_by_name(tmp_path):
+    folder = vocabulary_folder(tmp_path / "folder", "tokenizer.model")
+    said = {str(MORE): {"content": "<tool>", "special": True, "lstrip": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": said}))
+    with pytest.raises(UnsupportedError, match="'<tool>' strips its sides"):
+        load_tokenizer(folder)
+
+
+def test_a_token_that_the_vocabulary_has_keeps_its_id(tmp_path, caplog):
+    folder = vocabulary_folder(tmp_path / "folder", "tokenizer.model")
+    (folder / "added_tokens.json").write_text('{"<unused0>": 9}')
+    check_like_toy(load_tokenizer(folder))
+    assert "other ids than the vocabulary ('<unused0>': 9)" in caplog.text
+
+
+def test_names_that_no_file_gives_are_gemmas(tmp_path):
+    folder = vocabulary_folder(tmp_path / "folder", "tokenizer.model")
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<end_of_turn>"}')
+    (folder / "tokenizer_config.json").write_text('{"bos_token": null}')
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.piece(tokenizer.eos_id) == "<end_of_turn>"
+    assert (tokenizer.bos_id, tokenizer.pad_id) == (2, 0)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<none>"}')
+    with pytest.raises(CheckpointError, match="'<none>', which should be its eos token"):
+        load_tokenizer(folder)
+
+
 # Bad files.
 
 
@@ -196,6 +316,61 @@ def test_a_damaged_tokenizer_json_is_refused(folder, content):
     (folder / "tokenizer.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged"):
         load_tokenizer(folder)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(folder):
+    (folder / "added_tokens.json").write_text(json.dumps({"<more>": len(TOY_PIECES)}))
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<eos>"}')
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}")
+    for path in folder.iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode(TEXT) == toy().encode(TEXT)
+    assert tokenizer.id_of("<more>") == len(TOY_PIECES)
+    assert find_chat_template(folder) == "{{ bos_token }}"
+
+
+def test_a_tokenizer_json_without_merges_is_refused(folder):
+    edit(folder / "tokenizer.json", lambda c: c["model"].update(merges=[]))
+    with pytest.raises(CheckpointError, match="has no merges"):
+        load_tokenizer(folder)
+
+
+SHAPES = {
+    "no type": lambda c: c["model"].pop("type"),
+    "merges as strings": lambda c: c["model"].update(
+        merges=[" ".join(pair) for pair in c["model"]["merges"]]
+    ),
+    "ignore_merges": lambda c: c["model"].update(ignore_merges=True),
+    "Split": lambda c: c.update(
+        pre_tokenizer={"type": "Split", "pattern": {"String": " "},
+                       "behavior": "MergedWithPrevious", "invert": False}
+    ),
+    "Metaspace": lambda c: c.update(
+        normalizer=None,
+        pre_tokenizer={"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never",
+                       "split": False},
+    ),
+    "no decoder": lambda c: c.update(decoder=None, post_processor=None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_other_shapes_of_the_file_give_the_ids_of_the_tokenizers_package(folder, case):
+    edit(folder / "tokenizer.json", SHAPES[case])
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.encode_special_tokens = True
+    for text in ("hello world", "<b>hell</b>  \n\n éß中", "a <bo", ""):
+        expected = backend.encode(text, add_special_tokens=False).ids
+        assert load_tokenizer(folder).encode(text, add_bos=False) == expected
+
+
+def test_no_text_makes_a_marker_where_merges_are_ignored(folder):
+    edit(folder / "tokenizer.json", SHAPES["ignore_merges"])
+    tokenizer = load_tokenizer(folder)
+    for text in ("<bos>", "<start_of_turn>", "<b><bos>"):
+        ids = tokenizer.encode(text, add_bos=False)
+        assert tokenizer.special_ids.isdisjoint(ids) and tokenizer.decode(ids) == text
 
 
 @pytest.mark.parametrize("content", ["{", "[]", ""])
@@ -294,6 +469,8 @@ BAD_LISTS = {
     "an empty piece": ({"pieces": [*TOY_PIECES[:-1], ""]}, f"the piece of id {LAST} is empty"),
     "no byte": ({"token_types": [*TOY_TYPES[:-1], 6]}, f"'中' of id {LAST} is typed as a byte"),
     "equal scores": ({"scores": [-1000.0] * (LAST + 1)}, "no merges, and all scores are equal"),
+    "nothing to rank by": ({"scores": [], "merges": []}, "neither merges nor scores"),
+    "no finite scores": ({"scores": [float("nan")] * (LAST + 1)}, "scores that are not finite"),
     "half a merge": ({"merges": ["he"]}, "the merge 'he' is not two pieces"),
     "three in a merge": ({"merges": ["h e l"]}, "the merge 'h e l' is not two pieces"),
     "a foreign merge": ({"merges": ["x y"]}, "tokenizers refuses the vocabulary.*`x`"),
@@ -307,7 +484,7 @@ def test_lists_that_do_not_fit_are_refused(case):
         toy(**changes)
 
 
-def test_unused_pieces_are_refused():
-    for kind in (0, 5, 7):
+def test_kinds_that_nobody_knows_are_refused():
+    for kind in (0, 7):
         with pytest.raises(UnsupportedError, match=f"id {LAST} is of type {kind}"):
             toy(token_types=[*TOY_TYPES[:-1], kind])

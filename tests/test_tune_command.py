@@ -52,6 +52,21 @@ def test_all_weights_and_preferences_are_tuned(folder, capsys):
     assert json.loads(line)["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
+def test_a_file_of_another_kind_is_told_before_a_model_is_loaded(folder, capsys, monkeypatch):
+    monkeypatch.setattr(gemlax, "load", None)
+    (folder / "table.csv").write_text("text\na\n")
+    assert tune(folder, data="table.csv", output="none") == 1
+    assert "is a table: expected one JSON object per line" in capsys.readouterr().err
+    assert tune(folder, "--eval-data", str(folder / "no.jsonl"), output="none") == 1
+    assert "there is no file" in capsys.readouterr().err
+
+
+def test_markers_in_texts_are_an_option():
+    given = make_parser().parse_args(["tune", "d", "--output", "o", "--no-parse-special"])
+    assert not settings_of(given).parse_special
+    assert settings_of(make_parser().parse_args(["tune", "d", "--output", "o"])).parse_special
+
+
 def test_a_broken_line_is_one_line_of_error(folder, capsys):
     assert tune(folder, data="bad.jsonl", output="none") == 1
     told = capsys.readouterr().err

@@ -21,8 +21,9 @@ import gemlax
 from gemlax import adapters
 from gemlax.errors import CheckpointError, Error, RequestError
 from gemlax.sharding import make_mesh
-from gemlax.tune import Settings, train
+from gemlax.tune import Settings, run, state, train
 from gemlax.tune.state import Checkpoints
+from gemlax.tune.train import Trainer
 
 # The same code in this process and in those that are killed.
 pytestmark = pytest.mark.optimised
@@ -238,9 +239,103 @@ def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(tmp_path):
         assert held == ["1"] and same
 
 
-def test_too_little_room_is_seen_before_anything_is_written(tmp_path, monkeypatch):
-    from gemlax.tune import state
+# --- what is looked for before the first step --------------------------------------------------
 
+
+class _Stepped(Exception):
+    pass
+
+
+@pytest.fixture
+def no_step(monkeypatch):
+    """Nothing may be trained."""
+
+    def step(*_):
+        raise _Stepped
+
+    monkeypatch.setattr(Trainer, "step", step)
+
+
+def test_without_matplotlib_a_run_warns_first_and_ends_well(tmp_path, data, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    seen = []
+    train(model(), data, tmp_path / "out", HOW, steps=1,
+          progress=lambda line, _: seen.append(caplog.text))  # fmt: skip
+    assert "no loss.png will be drawn" in seen[0]
+    held = {path.name for path in (tmp_path / "out").iterdir()}
+    assert held == {"adapter", "checkpoints", "log.jsonl", "run.json"}
+
+
+def test_a_plot_that_fails_is_a_warning_after_the_adapter(tmp_path, data, monkeypatch, caplog):
+    def fail(lines, path):
+        assert (path.parent / "adapter" / "adapter_model.safetensors").exists()
+        raise RuntimeError("no font\nat all")
+
+    monkeypatch.setattr(run, "plot", fail)
+    result = train(model(), data, tmp_path / "out", HOW, steps=1)
+    assert result.steps == 1 and "was not drawn: no font" in caplog.text
+
+
+def test_an_evaluation_that_fails_at_the_end_costs_no_adapter(tmp_path, data, monkeypatch):
+    evaluate = run._Run._evaluate
+
+    def fail(self, log, step):
+        if step:
+            raise Error("out of memory")
+        evaluate(self, log, step)
+
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(run._Run, "_evaluate", fail)
+        with pytest.raises(Error, match="out of memory"):
+            train(model(), data, output, HOW, steps=1, eval_data=data)
+    assert (output / "adapter" / "adapter_model.safetensors").exists()
+    result = train(model(), data, output, HOW, steps=1, eval_data=data, resume=True)
+    assert result.eval_after is not None
+
+
+@pytest.mark.parametrize("name", ["adapter", "log.jsonl", "checkpoints"])
+def test_what_is_in_the_way_is_seen_first(tmp_path, data, name, no_step):
+    (tmp_path / name).mkdir()
+    with pytest.raises(Error, match=f"{name} is there already, of no run that is known"):
+        train(model(), data, tmp_path, HOW)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_place_that_cannot_be_written_is_seen_first(tmp_path, data, monkeypatch, no_step):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Error, match=r"file cannot be a folder: it is a file"):
+        train(model(), data, tmp_path / "file" / "out", HOW)
+    monkeypatch.setattr(run.os, "access", lambda path, mode: False)
+    with pytest.raises(Error, match=r"out cannot be made: .* cannot be written to"):
+        train(model(), data, tmp_path / "out", HOW)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_is_seen_first(tmp_path, data, monkeypatch, no_step):
+    usage = state.shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(state.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(Error, match=r"cannot write in .*out: the disk is full"):
+        train(model(), data, tmp_path / "out", HOW)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("missing", ["optax", "orbax.checkpoint"])
+def test_what_training_needs_is_looked_for_first(tmp_path, data, monkeypatch, missing, no_step):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(Error, match=r'install it with: pip install "gemlax\[tune\]"'):
+        train(model(), data, tmp_path / "out", HOW)
+    assert not (tmp_path / "out").exists()
+
+
+def test_held_out_data_are_read_first(tmp_path, data, no_step):
+    (tmp_path / "bad.jsonl").write_text("[]")
+    with pytest.raises(Error, match="is a JSON array"):
+        train(model(), data, tmp_path / "out", HOW, eval_data=tmp_path / "bad.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_room_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     usage = state.shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(state.shutil, "disk_usage", lambda path: usage)
     training = trainer(decoder_of(ONE))

@@ -1,11 +1,15 @@
 """The arguments of the command line, and what its help says. Nothing is run here."""
 
 import argparse
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["make_parser"]
+__all__ = ["CHAT_TOKENS", "make_parser"]
+
+# The most tokens of an answer, where neither the user nor the checkpoint says how many.
+CHAT_TOKENS = 1024
 
 _EXAMPLES = {
     "generate": """examples:
@@ -47,8 +51,10 @@ gemlax convert makes floats of it again. A source that is quantised already is d
   gemlax tune train.jsonl --model gemma-3-1b-it/ --quantize nf4 --rank 16 --output tuned
   gemlax tune pairs.jsonl --dpo --beta 0.1 --output preferred
 
-A line of the data is {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}, and
-for --dpo {"prompt": ..., "chosen": ..., "rejected": ...}. What the model says is learnt, no prompt.
+A line of the data is an object with "messages" (or ShareGPT's "conversations"), "prompt" and
+"completion", "instruction" and "output", or "text"; for --dpo with "prompt", "chosen" and
+"rejected" (docs/tune.md has all forms). What the model says is learnt, no prompt. Markers such as
+<end_of_turn> in texts are read as such, in messages never.
 The folder gets the adapter as peft writes it (with --full a model), log.jsonl, loss.png and
 checkpoints, from the last of which --resume goes on to the same losses.
 """,
@@ -141,11 +147,26 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="the text; '-' or nothing: read stdin")
     parser.add_argument("--file", type=Path, metavar="F", help="read the prompt from a file")
     _add_model(parser)
-    _add_sampling(parser, max_new_tokens=256)
+    _add_sampling(parser, new_tokens=256)
+    _add_parse_special(parser)
 
 
-def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
+def _add_parse_special(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--parse-special",
+        action="store_true",
+        help="read markers in the text, as <start_of_turn>, as control tokens",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser, new_tokens: int) -> None:
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"default: as the checkpoint says, else {new_tokens}",
+    )
+    parser.add_argument("--min-new-tokens", type=int, metavar="N", help="no end before so many")
     parser.add_argument("--context", type=int, metavar="N", help="most tokens, prompt included")
     parser.add_argument("--temperature", type=float, metavar="T", help="0: take the likeliest")
     parser.add_argument("--top-k", type=int, metavar="K")
@@ -154,8 +175,18 @@ def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument("--repetition-penalty", type=float, metavar="X")
     parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="X")
     parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
+    parser.add_argument(
+        "--no-repeat-ngram-size", type=int, metavar="N", help="N tokens in a row come once"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may repeat")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        type=_unescaped,
+        default=[],
+        metavar="TEXT",
+        help=r"end before this text; may repeat; \n, \t and \\ stand for newline, tab, backslash",
+    )
     parser.add_argument(
         "--speculate",
         type=int,
@@ -164,11 +195,17 @@ def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     )
 
 
+def _unescaped(text: str) -> str:
+    """Read the escapes of newline, tab and backslash; any other backslash is one."""
+    meant = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+    return re.sub(r"\\[nt\\]", lambda escape: meant[escape[0]], text)
+
+
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
     parser.add_argument("--thinking", action="store_true", help="let it reason first (Gemma 4)")
-    _add_sampling(parser, max_new_tokens=1024)
+    _add_sampling(parser, new_tokens=CHAT_TOKENS)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +226,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("data", type=Path, help="a JSONL file of examples")
+    add("data", type=Path, help="JSONL: messages, conversations, prompts, instructions or texts")
     add("--output", type=Path, required=True, metavar="FOLDER", help="what is made goes there")
     add("--eval-data", type=Path, metavar="F", help="a held-out file, whose loss is told")
     add("--resume", action="store_true", help="go on from the last checkpoint in the folder")
@@ -209,6 +246,8 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     add("--max-length", type=int, default=512, metavar="N", help="tokens of a row; default: 512")
     add("--truncate", action="store_true", help="cut longer examples, where they are an error")
     add("--no-packing", dest="pack", action="store_false", help="one example a row")
+    add("--no-parse-special", dest="parse_special", action="store_false",
+        help="markers such as <end_of_turn> in texts are plain text")  # fmt: skip
     add("--learning-rate", type=float, metavar="X", help="default: 2e-4, 2e-5 with --full")
     add("--weight-decay", type=float, default=0.0, metavar="X")
     add("--clip", type=float, default=1.0, metavar="X", help="most norm of the gradients")
@@ -238,6 +277,7 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a UTF-8 text file; '-': stdin")
     _add_model(parser)
     parser.add_argument("--window", type=int, default=2048, metavar="N", help="tokens at a time")
+    _add_parse_special(parser)
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:

@@ -212,6 +212,7 @@ class Case:
         tokens = jax.ShapeDtypeStruct((self.batch, width), jnp.int32)
         number = jax.ShapeDtypeStruct((), jnp.int32)
         args = (self.weights, tokens, jax.eval_shape(self._new_caches), number, number)
+        ops.check_compiles("a benchmark")
         begin = time.perf_counter()
         lowered = jax.jit(function, donate_argnums=2).lower(*args)
         traced = time.perf_counter()

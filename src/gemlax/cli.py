@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gemlax.arguments import make_parser
+from gemlax.arguments import CHAT_TOKENS, make_parser
 from gemlax.errors import Error
 
 __all__ = ["main"]
@@ -145,6 +145,8 @@ def _chat(args: argparse.Namespace) -> int:
         raise Error("standard input is closed")
     model = _load(args)
     settings = {k: v for k, v in vars(args).items() if k in DEFAULTS}
+    if args.max_new_tokens is None and model.generation_config.get("max_new_tokens") is None:
+        settings["max_new_tokens"] = CHAT_TOKENS
     session = model.session(system=args.system, thinking=args.thinking or None, **settings)
     terminal = Terminal(session, model.engine.counters, _write, _dim if _on_terminal() else _note)
     if sys.stdin.isatty():
@@ -242,20 +244,23 @@ def _rewrite(
         try:
             done = checkpoints.convert(
                 source, args.target, overwrite=args.overwrite, progress=progress,
-                change=_merging(args, source.config), **how,
+                change=_merging(args, source), **how,
             )  # fmt: skip
         except FileExistsError as error:
             raise Error(str(error).replace("pass overwrite=True", "pass --overwrite")) from error
     return done, round(time.perf_counter() - begin, 3)
 
 
-def _merging(args: argparse.Namespace, config: Any) -> Callable[[str], Any] | None:
-    """Return what gives the update of each weight by the adapter that was asked for."""
-    if args.adapter is None:
-        return None
+def _merging(args: argparse.Namespace, source: Any) -> Callable[[str], Any] | None:
+    """Return what gives the update of each weight by the adapter to be merged, given or beside."""
     from gemlax import adapters
 
-    return adapters.updates(adapters.read_folder(args.adapter, config.text))
+    folder = args.adapter or adapters.beside(source.source)
+    if folder is None:
+        return None
+    if not args.adapter:
+        _note(f"merging the adapter beside the weights of {source.source}")
+    return adapters.updates(adapters.read_folder(folder, source.config.text))
 
 
 def _write_rewritten(args: argparse.Namespace, done: Any, seconds: float, **more: Any) -> None:
@@ -269,7 +274,7 @@ def _write_rewritten(args: argparse.Namespace, done: Any, seconds: float, **more
 def _tune(args: argparse.Namespace) -> int:
     from gemlax.tune import command
 
-    command.settings_of(args)  # what is wrong is said before anything is loaded
+    command.check(args)  # what is wrong is said before anything is loaded
     args.quantize = args.quantize or "dense"
     found = command.run(args, _load(args), shown=_shows_progress(args))
     if args.json:
@@ -340,6 +345,8 @@ def _describe_model(args: argparse.Namespace) -> dict[str, Any]:
         from gemlax import checkpoints
 
         with checkpoints.open_checkpoint(checkpoints.find(_model_name(args))) as source:
+            source.check()
+            source.tokenizer()  # what `load` would refuse is refused here
             name, config, stored = str(source.source), source.config, source.stored_dtype
     text = config.text
     context = text.max_position_embeddings if args.context is None else args.context
@@ -402,7 +409,7 @@ def _perplexity(args: argparse.Namespace) -> int:
         raise Error("this model has no tokenizer; use the Python API with ids")
     begin = time.perf_counter()
     with _status(args, "scoring"):
-        score = model.score(text, window=args.window)
+        score = model.score(text, window=args.window, parse_special=args.parse_special)
     if not score.num_tokens:
         raise Error(f"{args.file}: nothing to score, the text is empty")
     seconds = time.perf_counter() - begin

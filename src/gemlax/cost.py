@@ -47,12 +47,13 @@ def layer_parameters(config: TextConfig, spec: LayerSpec) -> int:
 
 
 def parameters(config: TextConfig) -> int:
-    """Count the weights of the text model. The table is tied: it counts once."""
+    """Count the weights of the text model. A table that is tied counts once."""
     layers = sum(layer_parameters(config, spec) for spec in config.layers)
     width = config.hidden_size_per_layer_input
     packed = config.num_hidden_layers * width
     per_layer = packed * (config.vocab_size_per_layer_input + config.hidden_size) + width
-    return (config.vocab_size + 1) * config.hidden_size + layers + per_layer
+    rows = config.vocab_size * (1 if config.tie_word_embeddings else 2)
+    return (rows + 1) * config.hidden_size + layers + per_layer
 
 
 def kv_bytes_per_token(config: TextConfig, itemsize: int) -> int:
@@ -109,12 +110,14 @@ def decode_bytes(
 ) -> int:
     """Return the bytes that one decode step of `batch` rows of `context` tokens must read.
 
-    Weights once: of a table of per-layer embeddings its rows alone, of the experts as many as
+    Weights once: of a table that makes no logits its rows alone, of the experts as many as
     `batch` tokens meet if they choose evenly. Keys and values as each layer sees them, so shared
     ones count for every layer that reads them.
     """
     packed = config.num_hidden_layers * config.hidden_size_per_layer_input
     weights = parameters(config) - packed * (config.vocab_size_per_layer_input - batch)
+    if not config.tie_word_embeddings:
+        weights -= config.hidden_size * (config.vocab_size - batch)
     keys_values = 0
     for spec in config.layers:
         if spec.num_experts:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from gemlax import cache as kv
 from gemlax import ops
 from gemlax.config import Kind, Run, Segment, StackPlan, TextConfig
-from gemlax.layers import DecoderLayer, Embedder, Keys, Linear, RMSNorm
+from gemlax.layers import DecoderLayer, Embedder, Head, Keys, Linear, RMSNorm
 from gemlax.qtensor import At
 
 __all__ = ["Decoder", "Layers", "Read", "weight_path"]
@@ -50,6 +50,7 @@ class Decoder(nnx.Module):
         dtype, keys = jnp.dtype(dtype), Keys(rngs.params())
         self.config, self.read, self.scanned = config, read, layers == "scan"
         self.adapter: Any = None  # the record of what `adapters` put on the projections
+        self.base: Any = None  # the checkpoint that it was loaded from, an `adapters.Base`
         self.embed_tokens = Embedder(
             config.vocab_size,
             config.hidden_size,
@@ -77,6 +78,8 @@ class Decoder(nnx.Module):
         else:
             self.layers = nnx.List(make(spec)(keys) for spec in config.layers)
         self.norm = RMSNorm(config.hidden_size, config, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = Head(config.vocab_size, config.hidden_size, dtype=dtype, keys=keys)
 
     def _init_per_layer_inputs(self, dtype: jnp.dtype, keys: Keys) -> None:
         config = self.config
@@ -182,9 +185,14 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Return float32 logits of hidden states."""
-        flat = self.embed_tokens.unembed(hidden.reshape(-1, hidden.shape[-1]))
+        flat = self.head.unembed(hidden.reshape(-1, hidden.shape[-1]))
         flat = ops.softcap(flat, self.config.final_logit_softcapping)
         return flat.reshape(*hidden.shape[:-1], -1)
+
+    @property
+    def head(self) -> Embedder | Head:
+        """What makes logits: the table of embeddings, or a matrix of its own."""
+        return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
 
     def _per_layer_inputs(self, tokens: Array, x: Array) -> Array | None:
         """Return [L, B, T, P]: the token's own embedding per layer and one made from `x`.

@@ -289,7 +289,7 @@ class Engine:
         while not bool(np.all(np.asarray(state.done))):
             size = self.put(np.int32(next(sizes)))
             args = (self._weights, state, limits, settings, size)
-            shape = (*state.tokens.shape, settings.bias_ids.shape[1], state.logprobs is not None)
+            shape = (*state.tokens.shape, *settings.places(), state.logprobs is not None)
             shape += (drafts,) if drafts else ()
             program = self._program("decode", self._drafting(drafts), shape, args, 1)
             begin = time.perf_counter()
@@ -305,6 +305,7 @@ class Engine:
 
     def _program(self, name: str, jitted: Any, shape: tuple, args: tuple, donated: int) -> Any:
         """Return the compiled program of a bucket; compile it at first use."""
+        ops.check_compiles("generating")
         key = (name, *shape)
         if key not in self._compiled:
             begin = time.perf_counter()
@@ -451,9 +452,7 @@ def _append(program: _Program, raw: Array, state: DecodeState) -> DecodeState:
     limits, settings = program.limits, program.settings
     batch, capacity = state.tokens.shape
     rows = jnp.arange(batch, dtype=jnp.int32)
-    columns = jnp.arange(capacity, dtype=jnp.int32)[None]
-    is_output = (columns >= limits.prompts[:, None]) & (columns < state.lengths[:, None])
-    logits = sampling.adjust(raw, settings, state.tokens, is_output)
+    logits = sampling.adjust(raw, settings, state.tokens, limits.prompts, state.lengths)
     native = {"arg_max": ops.cpu.arg_max} if program.mesh is None and ops.cpu.live() else {}
     token = sampling.sample(logits, settings, state.lengths - limits.prompts, **native)
     slot = jnp.where(state.done, capacity, state.lengths)

@@ -19,6 +19,7 @@ __all__ = [
     "DecoderLayer",
     "Embedder",
     "Experts",
+    "Head",
     "KV",
     "Keys",
     "Linear",
@@ -135,6 +136,19 @@ class Embedder(nnx.Module):
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Return the scaled embeddings."""
         return ops.embed(tokens, self.weight.get_value(), scale=self.scale)
+
+    def unembed(self, x: Float[Array, "R D"]) -> Float[Array, "R V"]:
+        """Return float32 logits."""
+        return ops.unembed(x, self.weight.get_value())
+
+
+class Head(nnx.Module):
+    """The matrix that makes logits, where it is not the table of embeddings."""
+
+    def __init__(self, rows: int, width: int, *, dtype: jnp.dtype, keys: Keys):
+        deviation = jnp.asarray(width**-0.5, dtype)
+        value = jax.random.normal(keys(), (rows, width), dtype) * deviation
+        self.weight = nnx.Param(value, axes=("vocab", "embed"), matrix=True)
 
     def unembed(self, x: Float[Array, "R D"]) -> Float[Array, "R V"]:
         """Return float32 logits."""

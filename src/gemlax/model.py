@@ -5,7 +5,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,39 +20,38 @@ from gemlax import tokenizer as tokenizers
 from gemlax.adapters import DEFAULT, Choice
 from gemlax.chat import ChatFormat, Message
 from gemlax.checkpoints import gguf
-from gemlax.completion import Completion, Request, Stream
+from gemlax.checkpoints.stand_ins import refuse_stand_ins
+from gemlax.completion import (
+    Completion,
+    Prompt,
+    Request,
+    Stream,
+    as_ids,
+    check_ids,
+    read_prompts,
+    spelled_marker,
+)
 from gemlax.config import GemmaConfig
 from gemlax.decoder import Decoder, Layers
 from gemlax.errors import RequestError, UnsupportedError
 from gemlax.generate import DecodeState, Engine, bucket
 from gemlax.ops.storage import Storage
 from gemlax.quantization import Rules, check_rules, codes_by_rules, codes_of
+from gemlax.sampling import check_integer
+from gemlax.scoring import Score, token_logprobs, windows
 from gemlax.session import Reply, Session
+from gemlax.settings import read_defaults, tell
 from gemlax.tokenizer import Tokenizer
+from gemlax.tokenizer.load import FILES as TOKENIZER_FILES
 from gemlax.weights import build_decoder, held_formats, held_weights, named_weights, weight_reader
 
 __all__ = ["Model", "Score", "load", "load_tokenizer", "quantize", "save"]
-
-Prompt = str | Sequence[str] | Sequence[Sequence[int]]
 
 _log = logging.getLogger(__name__)
 # Steps between two looks at the host, when nothing is streamed: Ctrl-C waits for no more.
 _BLOCK = 128
 # Tokens of a text that are scored together; each sees at least half as many before it.
 _SCORE_WINDOW = 2048
-_SCORE_ROWS = 128
-
-
-class Score(NamedTuple):
-    """The log-likelihood (natural) of `num_tokens` tokens, each given those before it."""
-
-    log_likelihood: float
-    num_tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood."""
-        return float(np.exp(-self.log_likelihood / max(self.num_tokens, 1)))
 
 
 class Model:
@@ -63,7 +62,8 @@ class Model:
         tokenizer: a `Tokenizer`, or None when the checkpoint has none (ids in, ids out).
         decoder: the NNX module with the weights. They are read at load; do not change them.
         generation_config: the checkpoint's defaults for `generate`, by Hugging Face's names.
-        chat_template: the checkpoint's own Jinja template; None: the built-in format is used.
+        chat_template: the checkpoint's own Jinja template, or several by name; None: the built-in
+            format is used.
         mesh: over which the decoder's weights lie, or None.
         kv_cache: how caches are held, as for `load`.
         implementation: of stored weights and of attention, as for `load`.
@@ -76,7 +76,7 @@ class Model:
         decoder: Decoder,
         tokenizer: Tokenizer | None = None,
         generation_config: Mapping[str, Any] | None = None,
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
         *,
         mesh: Mesh | None = None,
         kv_cache: Storage = None,
@@ -84,6 +84,7 @@ class Model:
         adapters: Mapping[str, lora.Stored] | None = None,
     ):
         self.adapters = dict(adapters or {})
+        self._told = False  # that markers in a prompt are plain text
         if mesh is not None and implementation is None:
             implementation = "xla"  # a kernel would gather what the mesh cuts
         self.implementation = implementation
@@ -92,9 +93,11 @@ class Model:
         self.generation_config = dict(generation_config or {})
         self.mesh, self.kv_cache = mesh, kv_cache
         self.dtype = decoder.norm.weight.get_value().dtype
-        known = tokenizer.num_tokens if tokenizer else config.text.vocab_size
+        known = tokenizer.num_tokens if tokenizer else config.text.num_ids
+        while tokenizer and known - 1 in tokenizer.unused_ids:
+            known -= 1
         self.engine = Engine(
-            decoder, num_tokens=min(known, config.text.vocab_size), dtype=self.dtype, mesh=mesh,
+            decoder, num_tokens=min(known, config.text.num_ids), dtype=self.dtype, mesh=mesh,
             storage=kv_cache, implementation=implementation, adapters=tuple(self.adapters),
         )  # fmt: skip
         graphdef, self._state = nnx.split(decoder)
@@ -110,9 +113,20 @@ class Model:
         self._hidden = jit(lambda decoder, *args: decoder(*args)[0])
         self._logits = jit(_all_logits)
         self._score = jit(
-            _token_logprobs,
+            token_logprobs,
             out_shardings=None if mesh is None else sharding.replicated(mesh),
         )
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedError(
+            "a Model cannot be pickled: it holds compiled programs and the memory of its devices; "
+            "let the other process load it. Its tokenizer can be pickled: use that alone"
+        )
+
+    def __copy__(self) -> "Model":
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
 
     def hidden(
         self,
@@ -157,7 +171,7 @@ class Model:
             raise RequestError(f"lengths must be {batch} numbers in [1, {width}], got {lengths}")
         columns = np.arange(width)
         valid = columns[None] < lengths[:, None]
-        self._check_ids(ids[valid])
+        check_ids(ids[valid], self.config.text, self.tokenizer)
         positions = np.where(valid, columns[None], ops.EMPTY).astype(np.int32)
         return self.engine.put((np.where(valid, ids, 0).astype(np.int32), positions))
 
@@ -166,6 +180,7 @@ class Model:
         texts: str | Sequence[str] | Sequence[Sequence[int]],
         *,
         window: int = _SCORE_WINDOW,
+        parse_special: bool = False,
         adapter: str | None = DEFAULT,
     ) -> Score | list[Score]:
         """Return the log-likelihood of each text, given its first token (BOS for a str).
@@ -174,37 +189,28 @@ class Model:
         token beyond the first window sees about window / 2 tokens before it. Each window starts
         with the text's BOS: without it Gemma's likelihoods are far off (docs/log.md).
         """
-        prompts = self._ids(texts)
-        window = min(window, self.config.text.max_position_embeddings)
-        if window < 2:
-            raise RequestError(f"window must be at least 2 tokens, got {window}")
+        prompts = self._ids(texts, parse_special)
+        window = min(check_integer("window", window, 2), self.config.text.max_position_embeddings)
         rows = self._entries(adapter, 1)
         totals = [self._score_one(np.asarray(ids, np.int32), window, rows) for ids in prompts]
         return totals[0] if isinstance(texts, str) else totals
 
     def _score_one(self, ids: np.ndarray, window: int, rows: Array | None) -> Score:
-        total, count, scored = 0.0, 0, 1
-        bos = ids[:1] if ids[0] == self.config.bos_token_id else ids[:0]
-        while scored < len(ids):
-            start = max(len(bos), scored - window // 2)
-            piece = np.concatenate([bos, ids[start : start + window - len(bos)]])
-            end = start + len(piece) - len(bos)
-            width = bucket(len(piece), 16)
-            row = np.zeros((1, width), np.int32)
+        total, count = 0.0, 0
+        for piece, new in windows(ids, window, self.config.bos_token_id):
+            row = np.zeros((1, bucket(len(piece), 16)), np.int32)
             row[0, : len(piece)] = piece
             tokens, positions = self._padded(row, [len(piece)])
             logprobs = np.asarray(self._score(self._state, tokens, positions, rows), np.float64)[0]
-            new = end - scored
             total += float(logprobs[len(piece) - 1 - new : len(piece) - 1].sum())
-            count += end - scored
-            scored = end
+            count += new
         return Score(total, count)
 
     def generate(
         self,
         prompt: Prompt,
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         context: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -213,32 +219,40 @@ class Model:
         repetition_penalty: float | None = None,
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
+        no_repeat_ngram_size: int | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
+        min_new_tokens: int | None = None,
         logit_bias: Mapping[int, float] | None = None,
         seed: int | Sequence[int] = 0,
         stop: str | Sequence[str] = (),
         stop_ids: Sequence[int] = (),
         logprobs: int | None = None,
         speculate: int | None = None,
+        parse_special: bool = False,
         adapter: Choice = DEFAULT,
     ) -> Completion | list[Completion]:
-        """Continue a prompt, or several at once.
+        """Continue a prompt, or several at once. None: as the checkpoint's generation_config says.
 
         Args:
             prompt: a str, a list of str, or a list of lists of ids. A str gets one BOS.
-            max_new_tokens: the most tokens to generate.
+            max_new_tokens: the most tokens to generate; not said: 256.
             context: the most tokens of prompt and output together; None: what the model takes.
-            temperature, top_k, top_p, min_p, repetition_penalty: None: the checkpoint's
-                generation_config, else temperature 0 (arg-max) and everything else off.
-                top_k 0 turns it off. The repetition penalty counts prompt and output, the
-                presence and frequency penalties the output.
+            temperature, top_k, top_p, min_p, repetition_penalty: not said: temperature 0 (arg-max)
+                and everything else off. top_k 0 turns it off. The repetition penalty counts prompt
+                and output, the presence and frequency penalties the output.
+            no_repeat_ngram_size: so many tokens in a row come once, the prompt's included; 0: off.
+            bad_words: words or lists of ids that may not come.
+            min_new_tokens: before it no stop id comes.
             logit_bias: added to the logits of these ids; -inf forbids one.
             seed: row r draws with seed + r; a list gives each row its own.
-            stop: strings that end the text; they are not part of it.
+            stop: strings that end the text; they are not part of it. One that spells a control
+                token, as <end_of_turn>, ends it at the token.
             stop_ids: ids that end a row, besides those of the checkpoint.
             logprobs: also return the log-probability of each token and the n (0 to 20) likeliest.
             speculate: draft up to so many tokens (at most 15) from the text so far, and judge them
                 in one step: the same tokens but for near ties, and sooner where a text repeats.
                 None or 0: off.
+            parse_special: read markers in a str, as <start_of_turn>, as control tokens.
             adapter: the name of one that was loaded, or a list with one for each prompt; None: the
                 base. Without it, the adapter called "default", if there is one.
 
@@ -255,7 +269,7 @@ class Model:
 
     def stream(self, prompt: str | Sequence[int], **settings: Any) -> Stream:
         """Generate for one prompt and yield the text piece by piece; settings as for `generate`."""
-        one = prompt if isinstance(prompt, str) else [list(prompt)]
+        one = prompt if isinstance(prompt, str) else [prompt]
         return Stream(self._request(one, settings))
 
     def chat(
@@ -265,17 +279,23 @@ class Model:
         tools: Iterable[Any] | None = None,
         thinking: bool | None = None,
         stream: bool = False,
+        continue_final_message: bool | None = None,
+        template_args: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> Message | Reply:
         """Answer a conversation.
 
         Args:
             messages: {"role", "content", ...} as in OpenAI and transformers; roles system,
-                developer, user, assistant, model and tool. An answer is appended as it is. No
-                text in them is read as a control token.
+                developer, user, assistant, model and tool, or what the checkpoint's template
+                takes. An answer is appended as it is. No text in them is read as a control token.
             tools: function declarations with a JSON schema (Gemma 4).
             thinking: let the model reason first (Gemma 4); None: the format's default, off.
             stream: return a `Reply`, which yields deltas and then has `.message`.
+            continue_final_message: the answer goes on from the text of the last message, an
+                assistant's, and holds only what is new; None: if that is the last message. False
+                begins a new answer.
+            template_args: further variables of the checkpoint's chat template.
             **sampling: settings of `generate`, but `logprobs`; `stop` is looked for in the
                 content alone.
 
@@ -283,7 +303,9 @@ class Model:
             RequestError: malformed messages, roles out of order, what the format cannot say, a
                 template that fails, a model that cannot chat.
         """
-        reply = self._reply(messages, tools=tools, thinking=thinking, options=sampling)
+        how: dict[str, Any] = {"thinking": thinking, "template_args": template_args}
+        how |= {"tools": tools, "continue_final_message": continue_final_message}
+        reply = self._reply(messages, how=how, options=sampling)
         return reply if stream else reply.finish(itertools.repeat(_BLOCK))
 
     def session(
@@ -292,12 +314,14 @@ class Model:
         system: str | None = None,
         tools: Iterable[Any] | None = None,
         thinking: bool | None = None,
+        template_args: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> Session:
         """Start a conversation that keeps its cache: each turn prefills only what is new."""
         _ = self.chat_format  # a model that has no tokenizer says so now
         told = None if tools is None else list(tools)
-        ask = functools.partial(self._reply, tools=told, thinking=thinking, options=sampling)
+        how = {"tools": told, "thinking": thinking, "template_args": template_args}
+        ask = functools.partial(self._reply, how=how, options=sampling)
         context = sampling.get("context") or self.config.text.max_position_embeddings
         return Session(ask, context, system)
 
@@ -305,15 +329,17 @@ class Model:
         self,
         messages: Iterable[Mapping[str, Any] | Message],
         *,
-        tools: Iterable[Any] | None,
-        thinking: bool | None,
+        how: Mapping[str, Any],
         options: Mapping[str, Any],
         before: DecodeState | None = None,
     ) -> Reply:
+        """`how`: keywords of `ChatFormat.encode`."""
         if options.get("logprobs") is not None:
             raise RequestError("a chat gives no logprobs; use generate")
-        ids = self.chat_format.encode(messages, tools, thinking)
-        stops = (*self.chat_format.stop_ids, *(options.get("stop_ids") or ()))
+        if options.get("parse_special"):
+            raise RequestError("no text of a chat is read as a control token: no parse_special")
+        ids = self.chat_format.encode(messages, **how)
+        stops = (*self.chat_format.stop_ids, *as_ids(options.get("stop_ids"), "stop_ids"))
         request = self._request([ids], {**options, "stop_ids": stops})
         return Reply(request, self.chat_format.parser(ids, request.stop), before)
 
@@ -328,57 +354,30 @@ class Model:
         return ChatFormat(self.tokenizer, self.chat_template, empty_thought=empty_thought)
 
     def _request(self, prompt: Prompt, options: Mapping[str, Any]) -> Request:
-        prompts = self._ids(prompt)
+        prompts = self._ids(prompt, options.get("parse_special", False))
         return Request(
             self.engine, self.config, self.tokenizer, self.generation_config, prompts, options
         )
 
-    def _ids(self, prompt: Prompt) -> list[list[int]]:
-        """Return the prompts as ids: a str gets one BOS."""
-        items: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not items:
-            raise RequestError("no prompt: got an empty list")
-        if all(isinstance(item, str) for item in items):
-            if self.tokenizer is None:
-                raise RequestError("this model has no tokenizer: give lists of ids, not text")
-            prompts = [self.tokenizer.encode(item) for item in items]
-            self._check_ids(np.asarray(list(itertools.chain(*prompts))))
-            return prompts
-        if any(isinstance(item, (str, int, np.integer)) for item in items):
-            raise RequestError("a prompt is a str, a list of str, or a list of lists of ids")
-        prompts = [[int(i) for i in item] for item in items]
-        if not all(prompts):
-            raise RequestError("a prompt of ids must hold at least one id (BOS)")
-        self._check_ids(np.asarray(list(itertools.chain(*prompts))))
-        return prompts
-
-    def _check_ids(self, ids: np.ndarray) -> None:
-        vocab = self.config.text.vocab_size
-        wrong = ids[(ids < 0) | (ids >= vocab)]
-        if wrong.size:
-            raise RequestError(f"token id {wrong[0]} is outside [0, {vocab})")
+    def _ids(self, prompt: Prompt, parse_special: bool = False) -> list[list[int]]:
+        """Return the prompts as ids; say once that markers in a text are read as plain text."""
+        if not isinstance(prompt, str):
+            prompt = list(prompt)  # type: ignore[assignment]  # it is read twice
+        marker = None if parse_special or self._told else spelled_marker(prompt, self.tokenizer)
+        if marker is not None:
+            self._told = True
+            _log.warning(
+                "the prompt spells %r, which is read as plain text and not as the control token; "
+                "parse_special=True (--parse-special) reads it as the token, chat writes the "
+                "tokens of a conversation itself",
+                marker,
+            )
+        config = self.config.text
+        return read_prompts(prompt, self.tokenizer, config, parse_special=parse_special)
 
 
 def _all_logits(decoder: Decoder, tokens: Array, positions: Array) -> Array:
     return decoder.logits(decoder(tokens, positions)[0])
-
-
-def _token_logprobs(decoder: Decoder, tokens: Array, positions: Array) -> Array:
-    """Return [B, T - 1] log-probabilities of tokens[:, 1:]; logits exist for a block at a time."""
-    hidden = decoder(tokens, positions)[0][:, :-1]
-    targets = tokens[:, 1:]
-    pad = -hidden.shape[1] % _SCORE_ROWS if hidden.shape[1] > _SCORE_ROWS else 0
-    rows = min(_SCORE_ROWS, hidden.shape[1])
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(-1, rows, hidden.shape[-1])
-    flat = jnp.pad(targets, ((0, 0), (0, pad))).reshape(-1, rows)
-
-    def block(args: tuple[Array, Array]) -> Array:
-        logits = decoder.logits(args[0])
-        own = jnp.take_along_axis(logits, args[1][:, None], axis=-1)[:, 0]
-        return own - jax.nn.logsumexp(logits, axis=-1)
-
-    out = jax.lax.map(block, (hidden, flat)).reshape(tokens.shape[0], -1)
-    return out[:, : targets.shape[1]]
 
 
 def load(
@@ -412,7 +411,7 @@ def load(
             for a folder that gemlax quantised; else "dense". On a mesh XLA decodes them.
         implementation: of products with stored weights and of attention: "xla", "cpu" (native
             kernels), or None: the kernels where they were built.
-        adapters: a folder as peft writes it, or several by name: `generate(adapter=)` chooses.
+        adapters: a peft folder, or several by name; None: one beside the weights, if any; {}: none.
 
     Raises:
         NotImplementedError: `implementation="cpu"` without kernels.
@@ -422,25 +421,34 @@ def load(
         RequestError: an option out of range, an unfit mesh, or an adapter of another base.
     """
     dtype = jnp.dtype(_default_dtype() if dtype is None else dtype)
-    _check_options(dtype, layers, kv_cache, implementation)
-    check_rules(quantize)
+    _check_options(dtype, layers, kv_cache, implementation, quantize)
     placed, implementation = _mesh(mesh, quantize, implementation)
     with ops.implementation(implementation):
         native = ops.cpu.live() is not None
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
         source.check()
+        tokenizer = _tokenizer(source)
         as_stored = placed is None and (native or source.keeps_codes)
         decoder = build_decoder(
             source.config.text, source.read, dtype=dtype, layers=layers, progress=progress,
             mesh=placed, codes=codes_of(source, quantize or ("stored" if as_stored else "dense")),
         )  # fmt: skip
-        if (tokenizer := source.tokenizer()) is None:
-            _log.info("%s has no tokenizer: ids in, ids out", source.source)
+        decoder.base = lora.base_of(path_or_name, source.source, source.config)
         return Model(
             source.config, decoder, tokenizer, source.generation_config, source.chat_template,
             mesh=placed, kv_cache=kv_cache, implementation=implementation,
-            adapters=_load_adapters(decoder, adapters),
+            adapters=lora.put_folders(decoder, adapters, source.source),
         )  # fmt: skip
+
+
+def _tokenizer(source: checkpoints.Checkpoint) -> Tokenizer | None:
+    """Read the tokenizer; check the generation_config, and say what of it is not applied."""
+    file = f"{source.source}/generation_config.json"
+    defaults = read_defaults(source.generation_config, source.config.text.vocab_size, file)
+    if (tokenizer := source.tokenizer()) is None:
+        _log.info("%s has no tokenizer: ids in, ids out", source.source)
+    tell(defaults, tokenizer, file)
+    return tokenizer
 
 
 def _mesh(mesh: Any, quantize: Rules | None, implementation: Any) -> tuple[Mesh | None, Any]:
@@ -455,19 +463,10 @@ def _mesh(mesh: Any, quantize: Rules | None, implementation: Any) -> tuple[Mesh 
     return sharding.make_mesh(mesh), implementation if quantize in (None, "dense") else "xla"
 
 
-def _load_adapters(decoder: Decoder, folders: Any) -> dict[str, lora.Stored]:
-    """Read adapters and put them on a decoder as tables."""
-    if not folders:
-        return {}
-    named = dict(folders) if isinstance(folders, Mapping) else {DEFAULT: folders}
-    stored = {name: lora.read_folder(folder, decoder.config) for name, folder in named.items()}
-    for one in stored.values():
-        lora.check_same_base(one, decoder)
-    lora.put_tables(decoder, stored)
-    return stored
-
-
-def _check_options(dtype: Any, layers: Any, kv_cache: Any, implementation: Any) -> None:
+def _check_options(
+    dtype: Any, layers: Any, kv_cache: Any, implementation: Any, quantize: Any
+) -> None:
+    ops.backend()  # says what is wrong with jax, if anything
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise RequestError(
             f"dtype must be float32 or bfloat16, got {dtype.name} "
@@ -479,16 +478,22 @@ def _check_options(dtype: Any, layers: Any, kv_cache: Any, implementation: Any) 
         raise RequestError(f"kv_cache must be 'int8' or None, got {kv_cache!r}")
     if implementation not in (None, "xla", "cpu"):
         raise RequestError(f"implementation must be 'xla', 'cpu' or None, got {implementation!r}")
+    check_rules(quantize)
 
 
 def _default_dtype() -> Any:
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.float32 if ops.backend() == "cpu" else jnp.bfloat16
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load the tokenizer of a folder, a `tokenizer.json`, a `*.model` or a `*.gguf` file."""
-    if Path(path).suffix == ".gguf":
-        return gguf.load_tokenizer(Path(path))
+    """Load the tokenizer of a folder, a `tokenizer.json`, a `*.model` or a GGUF file."""
+    path = Path(path).expanduser()
+    model = checkpoints.find_gguf(path)
+    if model is not None:
+        return gguf.load_tokenizer(model)
+    if path.exists():
+        folder, names = (path, TOKENIZER_FILES) if path.is_dir() else (path.parent, [path.name])
+        refuse_stand_ins(folder, names)
     return tokenizers.load_tokenizer(path)
 
 
@@ -522,6 +527,7 @@ def quantize(model: Model, rules: Rules) -> Model:
         model.config.text, fill, dtype=model.dtype, layers="scan" if old.scanned else "unroll",
         codes=codes_by_rules(model.config.text, fill, rules),
     )  # fmt: skip
+    decoder.base = old.base
     return Model(
         model.config, decoder, model.tokenizer, model.generation_config, model.chat_template,
         kv_cache=model.kv_cache, implementation=model.implementation,

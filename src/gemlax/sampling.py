@@ -7,7 +7,7 @@ hold the best block maxima (0.2 ms), and thresholds over all of V are found by b
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,8 @@ __all__ = [
     "TOP_LOGPROBS",
     "Sampling",
     "adjust",
+    "check_integer",
+    "check_number",
     "make_sampling",
     "sample",
     "top_logprobs",
@@ -32,10 +34,15 @@ TOP_LOGPROBS = 20
 _BLOCK, _SMALL_BLOCK = 512, 64  # of logits: for arg-max, and for the best few
 _OFF = -jnp.inf
 _LARGEST = float(np.finfo(np.float32).max)
+_SMALLEST = float(np.finfo(np.float32).tiny)  # below it a CPU counts everything as 0
+# Places that one program has room for; what takes more gets four times as many.
+_BIASED, _SEQUENCES, _HELD = 8, 8, 32
+_SEQUENCE = 8  # tokens
+_ANY = -1  # a place of a sequence that every token fits
 
 
 class Sampling(NamedTuple):
-    """Settings of B rows. Arrays of [B], but for the bias, which is [B, biased ids]."""
+    """Settings of B rows. Arrays of [B], where nothing else is said."""
 
     temperature: Any  # 0: arg-max
     top_k: Any  # 0: off
@@ -44,9 +51,19 @@ class Sampling(NamedTuple):
     repetition_penalty: Any  # 1: off; on prompt and output
     presence_penalty: Any  # 0: off; on output
     frequency_penalty: Any  # 0: off; on output
-    bias_ids: Any  # vocabulary size: unused place
-    bias: Any
+    no_repeat_ngram_size: Any  # 0: off; on prompt and output
+    sequences: Any  # [B, w, n]; the last token is biased where those before it come last
+    sequence_bias: Any  # [B, w]
+    held_ids: Any  # [B, p]; forbidden
+    held_until: Any  # [B, p]; until the output has so many tokens
+    bias_ids: Any  # [B, p]; vocabulary size: unused place
+    bias: Any  # [B, p]
     key: Any  # uint32 [B, 2]
+
+    def places(self) -> tuple[int, ...]:
+        """Return the sizes that a program depends on, besides B."""
+        lists = (self.bias_ids, self.sequences, self.held_ids)
+        return tuple(size for ids in lists for size in ids.shape[1:])
 
 
 def make_sampling(
@@ -61,50 +78,82 @@ def make_sampling(
     repetition_penalty: float = 1.0,
     presence_penalty: float = 0.0,
     frequency_penalty: float = 0.0,
+    no_repeat_ngram_size: int = 0,
     logit_bias: Mapping[int, float] | None = None,
+    sequence_bias: Mapping[tuple[int, ...], float] | None = None,
+    held: Mapping[int, int | Sequence[int]] | None = None,
 ) -> Sampling:
     """Check the settings and lay them out for `batch` rows; rows beyond `seeds` are idle ones.
+
+    Args:
+        logit_bias: By id; -inf forbids one.
+        sequence_bias: By tokens, of the last after those before it; -inf forbids it there.
+        held: By id, how many tokens the output must have before it may come: for all, or by row.
 
     Raises:
         RequestError: a value outside its range; it is named with what was expected.
     """
-    _check("temperature", temperature, 0, math.inf)
-    _check("top_p", top_p, 0, 1, open_low=True)
-    _check("min_p", min_p, 0, 1)
-    _check("repetition_penalty", repetition_penalty, 0, math.inf, open_low=True)
-    _check("presence_penalty", presence_penalty, -math.inf, math.inf)
-    _check("frequency_penalty", frequency_penalty, -math.inf, math.inf)
-    if isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer)) or top_k < 0:
-        raise RequestError(f"top_k must be an integer >= 0 (0 turns it off), got {top_k!r}")
-    ids, values = _bias(logit_bias or {}, vocab_size)
+    check_number("temperature", temperature, 0, math.inf)
+    check_number("top_p", top_p, 0, 1)
+    check_number("min_p", min_p, 0, 1)
+    check_number("repetition_penalty", repetition_penalty, 0, math.inf, open_low=True)
+    check_number("presence_penalty", presence_penalty, -math.inf, math.inf)
+    check_number("frequency_penalty", frequency_penalty, -math.inf, math.inf)
+    top_k = check_integer("top_k", top_k, -1, "0 or -1 turns it off")
+    ngram = check_integer("no_repeat_ngram_size", no_repeat_ngram_size, 0, "0 turns it off")
+    bias_ids, bias = _bias(logit_bias or {}, vocab_size)
+    sequences, sequence_bias_values = _sequences(sequence_bias or {}, vocab_size)
+    held_ids, held_until = _held(held or {}, len(seeds), batch, vocab_size)
 
     def rows(value: float, dtype: Any = np.float32) -> Array:
         return jnp.full((batch,), value, dtype)
 
     seeds = [*seeds, *[0] * (batch - len(seeds))]
     return Sampling(
-        temperature=rows(temperature),
-        top_k=rows(min(int(top_k), vocab_size), np.int32),
+        temperature=rows(temperature if temperature >= _SMALLEST else 0),
+        top_k=rows(min(max(top_k, 0), vocab_size), np.int32),
         top_p=rows(top_p),
         min_p=rows(min_p),
         repetition_penalty=rows(repetition_penalty),
         presence_penalty=rows(presence_penalty),
         frequency_penalty=rows(frequency_penalty),
-        bias_ids=jnp.asarray(np.tile(ids, (batch, 1))),
-        bias=jnp.asarray(np.tile(values, (batch, 1))),
+        no_repeat_ngram_size=rows(min(ngram, np.iinfo(np.int32).max), np.int32),
+        sequences=_tiled(sequences, batch),
+        sequence_bias=_tiled(sequence_bias_values, batch),
+        held_ids=_tiled(held_ids, batch),
+        held_until=jnp.asarray(held_until),
+        bias_ids=_tiled(bias_ids, batch),
+        bias=_tiled(bias, batch),
         key=jnp.stack([jax.random.key_data(jax.random.key(_seed(seed))) for seed in seeds]),
     )
 
 
-def _check(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+def _tiled(array: np.ndarray, batch: int) -> Array:
+    return jnp.asarray(np.tile(array, (batch,) + (1,) * array.ndim))
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float, *, open_low: bool = False
+) -> float:
+    """Return a finite number in a range, or raise RequestError, which names it."""
     number = isinstance(value, (int, float, np.integer, np.floating))
     inside = number and abs(value) <= _LARGEST and low <= value <= high
-    if not inside or (open_low and value == low):
+    if isinstance(value, bool) or not inside or (open_low and value == low):
         brackets = ("(" if open_low or low == -math.inf else "[") + f"{low}, {high}"
         raise RequestError(
             f"{name} must be a finite number in {brackets}{')' if high == math.inf else ']'}, "
             f"got {value!r}"
         )
+    return float(value)
+
+
+def check_integer(name: str, value: Any, low: int, meaning: str = "") -> int:
+    """Return an integer that is at least `low`, or raise RequestError, which names it."""
+    number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not number or value < low:
+        told = f" ({meaning})" if meaning else ""
+        raise RequestError(f"{name} must be an integer >= {low}{told}, got {value!r}")
+    return int(value)
 
 
 def _seed(seed: int) -> int:
@@ -113,54 +162,158 @@ def _seed(seed: int) -> int:
     return int(seed)
 
 
-def _bias(bias: Mapping[int, float], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lay out a bias in a bucket of places, so that few programs serve all of them."""
-    for token, value in bias.items():
-        if not isinstance(token, (int, np.integer)) or not 0 <= token < vocab_size:
-            raise RequestError(f"logit_bias: id {token!r} is outside [0, {vocab_size})")
-        if (
-            not isinstance(value, (int, float, np.floating))
-            or math.isnan(value)
-            or value == math.inf
-        ):
-            raise RequestError(f"logit_bias[{token}] must be a number or -inf, got {value!r}")
-    places = 8
-    while places < len(bias):
+def _places(count: int, smallest: int) -> int:
+    """Return the bucket of so many places, so that few programs serve all."""
+    places = smallest
+    while places < count:
         places *= 4
+    return places
+
+
+def _bias(bias: Mapping[int, float], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    for token, value in bias.items():
+        whole = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
+        if not whole or not 0 <= token < vocab_size:
+            raise RequestError(f"logit_bias: id {token!r} is outside [0, {vocab_size})")
+        _check_bias(f"logit_bias[{token}]", value)
+    if len(bias) >= vocab_size and all(value == -math.inf for value in bias.values()):
+        raise RequestError(f"logit_bias: all {vocab_size} tokens are forbidden, none is left")
+    places = _places(len(bias), _BIASED)
     ids = np.full(places, vocab_size, np.int32)
     values = np.zeros(places, np.float32)
     ids[: len(bias)] = list(bias.keys())
-    values[: len(bias)] = list(bias.values())
+    values[: len(bias)] = [_bounded(value) for value in bias.values()]
     return ids, values
+
+
+def _check_bias(name: str, value: Any) -> None:
+    number = isinstance(value, (int, float, np.integer, np.floating))
+    if not number or isinstance(value, bool) or math.isnan(value) or value == math.inf:
+        raise RequestError(f"{name} must be a number or -inf, got {value!r}")
+
+
+def _bounded(value: float) -> float:
+    """Return a bias whose sums stay finite in float32; it wins against any logit all the same."""
+    return value if value == -math.inf else max(min(float(value), 1e37), -1e37)
+
+
+def _sequences(
+    bias: Mapping[tuple[int, ...], float], vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lay sequences out to the right: what comes before their first token may be anything."""
+    width = _SEQUENCE
+    while width < max(map(len, bias), default=0):
+        width *= 2
+    places = _places(len(bias), _SEQUENCES)
+    ids = np.full((places, width), _ANY, np.int32)
+    ids[:, -1] = vocab_size
+    values = np.zeros(places, np.float32)
+    for place, (sequence, value) in enumerate(bias.items()):
+        _check_bias(f"sequence_bias[{sequence}]", value)
+        ids[place, width - len(sequence) :] = sequence
+        values[place] = _bounded(value)
+    return ids, values
+
+
+def _held(
+    held: Mapping[int, int | Sequence[int]], count: int, batch: int, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    places = _places(len(held), _HELD)
+    ids = np.full(places, vocab_size, np.int32)
+    until = np.zeros((batch, places), np.int32)
+    ids[: len(held)] = list(held.keys())
+    for place, tokens in enumerate(held.values()):
+        until[:count, place] = tokens
+    return ids, until
 
 
 def adjust(
     logits: Float[Array, "B V"],
     sampling: Sampling,
     history: Int[Array, "B S"],
-    is_output: Array,
+    prompts: Int[Array, " B"],
+    lengths: Int[Array, " B"],
 ) -> Float[Array, "B V"]:
-    """Apply penalties and bias at the ids they concern, without a pass over V.
+    """Apply penalties, prohibitions and bias at the ids they concern, without a pass over V.
 
-    `history` holds prompt and output so far, padded with V or more; `is_output` [B, S] marks the
-    output. Sources: CTRL (arXiv 1909.05858) for repetition_penalty; the OpenAI API reference for
-    presence and frequency.
+    `history` holds prompt and output so far, padded with V or more; they end at `prompts` and
+    `lengths`. A row in which prohibitions leave no token is free of them for this token.
+    Sources: CTRL (arXiv 1909.05858) for repetition_penalty; the OpenAI API reference for presence
+    and frequency; transformers' logits_process.py for what is forbidden when.
     """
-    wanted = (
+    penalised = (
         jnp.any(sampling.repetition_penalty != 1)
         | jnp.any(sampling.presence_penalty != 0)
         | jnp.any(sampling.frequency_penalty != 0)
     )
-    logits = jax.lax.cond(wanted, _penalise, lambda x, *_: x, logits, sampling, history, is_output)
+    limited = (
+        jnp.any(sampling.no_repeat_ngram_size > 0)
+        | jnp.any(sampling.sequence_bias != 0)
+        | jnp.any((lengths - prompts)[:, None] < sampling.held_until)
+    )
+    way = jnp.where(limited, 2, jnp.where(penalised, 1, 0))
+    ways = (lambda x, *_: x, _penalise, _limit)
+    return _add_bias(
+        jax.lax.switch(way, ways, logits, sampling, history, prompts, lengths), sampling
+    )
+
+
+def _add_bias(logits: Array, sampling: Sampling) -> Array:
     rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     return logits.at[rows, sampling.bias_ids].add(sampling.bias, mode="drop")
 
 
-def _penalise(logits: Array, sampling: Sampling, history: Array, is_output: Array) -> Array:
+def _limit(
+    logits: Array, sampling: Sampling, history: Array, prompts: Array, lengths: Array
+) -> Array:
+    """Apply what is forbidden as well as the penalties."""
+    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+    beyond = logits.shape[1]
+    biased = _add_sequences(logits, sampling, history, lengths)
+    limited = _penalise(biased, sampling, history, prompts, lengths)
+    repeated = _repeats(history, lengths, sampling.no_repeat_ngram_size)
+    early = (lengths - prompts)[:, None] < sampling.held_until
+    for ids, forbidden in ((history, repeated), (sampling.held_ids, early)):
+        limited = limited.at[rows, jnp.where(forbidden, ids, beyond)].set(_OFF, mode="drop")
+    left = jnp.max(_add_bias(limited, sampling), axis=-1, keepdims=True) > _OFF
+    return jnp.where(left, limited, _penalise(logits, sampling, history, prompts, lengths))
+
+
+def _add_sequences(logits: Array, sampling: Sampling, history: Array, lengths: Array) -> Array:
+    """Add the bias of each sequence whose tokens but the last are the row's last ones."""
+    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+    before, last = sampling.sequences[..., :-1], sampling.sequences[..., -1]
+    back = jnp.arange(before.shape[-1], 0, -1, dtype=jnp.int32)[None]
+    places = lengths[:, None] - back
+    tail = jnp.take_along_axis(history, jnp.maximum(places, 0), axis=1)
+    tail = jnp.where(places < 0, history.dtype.type(_ANY - 1), tail)[:, None]
+    fits = jnp.all((before == _ANY) | (before == tail), axis=-1)
+    bias = jnp.where(fits, sampling.sequence_bias, 0.0)
+    return logits.at[rows, last].add(bias, mode="drop")
+
+
+def _repeats(history: Array, lengths: Array, size: Array) -> Array:
+    """Mark [B, S] the tokens that once followed a row's last size - 1 tokens."""
+    columns = jnp.arange(history.shape[1], dtype=jnp.int32)[None]
+    size, lengths = size[:, None], lengths[:, None]
+    same = (size > 0) & (columns >= size - 1) & (columns < lengths)
+
+    def step(back: Array, same: Array) -> Array:
+        own = jnp.take_along_axis(history, jnp.maximum(lengths - back, 0), axis=1)
+        return same & ((back >= size) | (jnp.roll(history, back, axis=1) == own))
+
+    return jax.lax.fori_loop(1, jnp.minimum(size.max(), history.shape[1]), step, same)
+
+
+def _penalise(
+    logits: Array, sampling: Sampling, history: Array, prompts: Array, lengths: Array
+) -> Array:
+    columns = jnp.arange(history.shape[1], dtype=jnp.int32)[None]
+    is_output = (columns >= prompts[:, None]) & (columns < lengths[:, None])
     rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     own = logits.at[rows, history].get(mode="fill", fill_value=0)
     repetition = sampling.repetition_penalty[:, None]
-    new = jnp.where(own > 0, own / repetition, own * repetition)
+    new = jnp.minimum(jnp.where(own > 0, own / repetition, own * repetition), _LARGEST)
     counts = jnp.zeros(logits.shape, jnp.int32)
     counts = counts.at[rows, history].add(is_output.astype(jnp.int32), mode="drop")
     count = counts.at[rows, history].get(mode="fill", fill_value=0)
@@ -240,6 +393,7 @@ def _from_few(logits: Array, sampling: Sampling, keys: Array) -> Array:
     keep = (before < sampling.top_p[:, None]) & (
         probabilities >= sampling.min_p[:, None] * probabilities[:, :1]
     )
+    keep |= rank == 0
     place = jnp.argmax(jnp.where(keep, scaled, _OFF) + _noise(keys, count), axis=-1)
     place = jnp.where(sampling.temperature == 0, 0, place)
     return jnp.take_along_axis(ids, place[:, None], axis=-1)[:, 0]
@@ -259,19 +413,52 @@ def _from_all(
 def _narrow(scaled: Array, sampling: Sampling) -> Array:
     def by_rank(scaled: Array) -> Array:
         wanted = jnp.where(sampling.top_k > 0, sampling.top_k, scaled.shape[-1])
-        return jnp.where(scaled >= _threshold(scaled, wanted)[:, None], scaled, _OFF)
+        level = _threshold(scaled, wanted)
+        above = jnp.sum(scaled > level[:, None], axis=-1, dtype=jnp.int32)
+        return jnp.where(_first(scaled, level, wanted - above), scaled, _OFF)
 
-    def by_mass(probabilities: Array) -> Array:
-        level = _threshold(probabilities, sampling.top_p, weights=probabilities)
-        return jnp.where(sampling.top_p >= 1, 0.0, level)
+    def by_mass(scaled: Array, probabilities: Array) -> Array:
+        # Summed in float32, all of V may fall short of 1 by rounding; top_p 0 wants something.
+        wanted = jnp.maximum(sampling.top_p * (1 - 1e-6), _SMALLEST)
+        level = _threshold(scaled, wanted, weights=probabilities)
+        level = jnp.where(jnp.isnan(level), _OFF, level)  # all of them fall short
+        mark = level[:, None]
+        above = jnp.sum(jnp.where(scaled > mark, probabilities, 0.0), axis=-1)
+        own = jnp.max(jnp.where(scaled == mark, probabilities, 0.0), axis=-1)
+        most = float(scaled.shape[-1])
+        room = jnp.ceil((wanted - above) / jnp.where(own > 0, own, 1.0))
+        room = jnp.where(own > 0, jnp.clip(room, 1.0, most), most).astype(jnp.int32)
+        return _first(scaled, level, room) | (sampling.top_p >= 1)[:, None]
 
     scaled = jax.lax.cond(jnp.any(sampling.top_k > 0), by_rank, lambda x: x, scaled)
     probabilities = jax.nn.softmax(scaled, axis=-1)
     by_peak = sampling.min_p * probabilities.max(axis=-1)
+    keep = probabilities >= by_peak[:, None]
     limited = jnp.any(sampling.top_p < 1)
-    level = jax.lax.cond(limited, by_mass, lambda _: jnp.zeros_like(by_peak), probabilities)
-    keep = probabilities >= jnp.maximum(level, by_peak)[:, None]
+    everything = jnp.ones(scaled.shape, bool)
+    keep &= jax.lax.cond(limited, by_mass, lambda *_: everything, scaled, probabilities)
     return jnp.where(keep, scaled, _OFF)
+
+
+def _first(values: Array, level: Array, room: Array) -> Array:
+    """Mark what is greater than `level`, and of what equals it the first `room` in each row."""
+    columns = jnp.arange(values.shape[-1], dtype=jnp.int32)[None]
+    equal = values == level[:, None]
+
+    def step(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) // 2
+        count = jnp.sum(equal & (columns < middle[:, None]), axis=-1, dtype=jnp.int32)
+        return jnp.where(count >= room, low, middle + 1), jnp.where(count >= room, middle, high)
+
+    def end(_: Array) -> Array:
+        bounds = (jnp.zeros_like(room), jnp.full_like(room, values.shape[-1]))
+        return jax.lax.fori_loop(0, values.shape[-1].bit_length(), step, bounds)[1]
+
+    # Equal values are rare: nothing is looked for where all of them have room.
+    many = jnp.any(jnp.sum(equal, axis=-1, dtype=jnp.int32) > room)
+    stop = jax.lax.cond(many, end, lambda x: jnp.full_like(x, values.shape[-1]), room)
+    return (values > level[:, None]) | (equal & (columns < stop[:, None]))
 
 
 def _scale(logits: Array, sampling: Sampling) -> Array:
@@ -296,8 +483,7 @@ def _threshold(values: Array, wanted: Array, weights: Array | None = None) -> Ar
         mask = ordered >= level[:, None]
         if weights is None:
             return jnp.sum(mask, axis=-1, dtype=jnp.int32) >= wanted
-        # Summed in float32, all of V may fall short of 1 by rounding.
-        return jnp.sum(jnp.where(mask, weights, 0.0), axis=-1) >= wanted - 1e-6
+        return jnp.sum(jnp.where(mask, weights, 0.0), axis=-1) >= wanted
 
     def step(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds

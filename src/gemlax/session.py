@@ -4,11 +4,13 @@ A `Reply` runs one request and takes its ids apart; a `Session` hands the state 
 the next, so that only the tokens after the common beginning are prefilled.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 from gemlax.chat import Delta, Message, OutputParser
+from gemlax.chat.messages import REASONING, text_of
 from gemlax.completion import Request
 from gemlax.errors import RequestError
 from gemlax.generate import DecodeState, Rows
@@ -81,6 +83,8 @@ class Reply:
 class Session:
     """One conversation. Iterate over each reply to its end before the next `send`.
 
+    A reply that is left before its end is forgotten with the next `send` or `reset`.
+
     Attributes:
         messages: what was said, in the form of `Model.chat`.
         context: how many tokens fit.
@@ -100,16 +104,19 @@ class Session:
             self.messages.append({"role": "system", "content": self._system})
         self.num_tokens = 0
         self._state: DecodeState | None = None
+        self._reply: Reply | None = None  # the last one, which alone may add to the conversation
 
     def send(self, content: Any, *, role: str = "user", **fields: Any) -> Reply:
         """Say something (role "tool": answer a call); return the reply, to be iterated over.
 
-        Until the reply has come to its end, `messages` stay as they are.
+        Until the reply has come to its end, `messages` stay as they are. Role "assistant": the
+        beginning of an answer that the model is to go on with; both become one message.
 
         Raises:
             RequestError: the message is malformed, or the context is full.
         """
-        asked = [*self.messages, {"role": role, "content": content, **fields}]
+        said = {"role": role, "content": content, **fields}
+        asked = [*self.messages, said]
         state = self._state
         # An interrupted step leaves its buffers deleted.
         if state is not None and cast(Any, state.tokens).is_deleted():
@@ -121,11 +128,29 @@ class Session:
                 f"{reply.num_prompt_tokens} tokens, and {self.context} fit; start anew"
             )
         self._state = None  # the reply uses it up
+        self._reply = reply
 
         def at_end(message: Message, rows: Rows | None) -> None:
-            self.messages = [*asked, message]
+            if self._reply is not reply:  # something else was said meanwhile
+                return
+            begun = role in ("assistant", "model")
+            self.messages = [*asked[:-1], _joined(said, message)] if begun else [*asked, message]
             self.num_tokens = reply.num_prompt_tokens + len(message.tokens)
             self._state = None if rows is None else rows.state
 
         reply.at_end = at_end
         return reply
+
+
+def _joined(begun: Mapping[str, Any], rest: Message) -> Message:
+    """Return the beginning of an answer and what the model went on with as one message."""
+    content = text_of(begun["content"] or "")
+    if rest.content[:1].isspace():  # the prompt ended in the text without its last space
+        content = content.rstrip()
+    thought = next((begun[name] for name in REASONING if begun.get(name)), "")
+    return dataclasses.replace(
+        rest,
+        content=content + rest.content,
+        reasoning=thought + (rest.reasoning or "") or None,
+        tokens=[],
+    )

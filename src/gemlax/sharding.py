@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from gemlax import ops
 from gemlax.config import LayerSpec, TextConfig
 from gemlax.errors import RequestError
 
@@ -67,6 +68,7 @@ def make_mesh(axes: str | Mapping[str, int] | Mesh) -> Mesh:
             raise RequestError(f"mesh axis {name!r} is unknown; there are {', '.join(AXES)}")
         if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
             raise RequestError(f"mesh axis {name!r} must be a positive integer, got {size!r}")
+    ops.backend()  # says what is wrong, if anything
     count = jax.device_count()
     if math.prod(sizes.values()) != count:
         named = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)

@@ -48,7 +48,7 @@ def default_layers(dtype: jnp.dtype, *, on_mesh: bool = False) -> Layers:
     mesh, about a third longer. bfloat16 unrolled holds a float32 copy of most of the model as
     temporaries and is no faster.
     """
-    if jax.default_backend() != "cpu" or jnp.dtype(dtype) != jnp.float32:
+    if ops.backend() != "cpu" or jnp.dtype(dtype) != jnp.float32:
         return "scan"
     return "unroll" if on_mesh or ops.cpu.live() is None else "scan"
 
@@ -314,7 +314,7 @@ def _canonical_names(config: TextConfig) -> tuple[str, ...]:
 
 
 def _by_layer(path: tuple[Any, ...]) -> tuple[int, int]:
-    order = {"embed_tokens": 0, "layers": 1}.get(path[0], 2)
+    order = {"embed_tokens": 0, "layers": 1, "lm_head": 3}.get(path[0], 2)
     return order, path[1] if order == 1 else 0
 
 
@@ -382,7 +382,7 @@ class _Parts:
         if self.placed is None:
             ((_, whole),) = self.parts.values()
             bits = "matrix" in metadata and whole.dtype == jnp.bfloat16
-            if bits and jax.default_backend() == "cpu":
+            if bits and ops.backend() == "cpu":
                 return pack_bfloat16(whole)
             return jax.device_put(whole)
         shards = [

@@ -1,5 +1,7 @@
 """Adapters against peft on transformers: folders both ways, logits, loss and gradients."""
 
+import logging
+
 import adapters as helpers
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,8 @@ from golden import hf
 from lora import trained
 from reference.toys import toy
 
+import gemlax
 from gemlax import adapters
-from gemlax.config import GemmaConfig
-from gemlax.decoder import Decoder
-from gemlax.errors import UnsupportedError
 
 peft = pytest.importorskip("peft")
 # Of peft 0.21.2 itself, with transformers 5.23.
@@ -151,29 +151,93 @@ def test_peft_reads_an_adapter_that_gemlax_wrote(tmp_path):
         np.testing.assert_array_equal(a[1], b[1])
 
 
-def multimodal():
-    """Return a Gemma 3 with a vision tower, whose layers have a q_proj too."""
-    text = dict(toy("gemma-3-270m").hf_config, num_hidden_layers=2, layer_types=None)
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=1
-    )
-    return transformers.Gemma3ForConditionalGeneration(config)
+# --- folders of both layouts -------------------------------------------------------------------
+
+TEXT = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"], "pad_token_id": 0,
+}  # fmt: skip
+GEMMA3 = {**TEXT, "query_pre_attn_scalar": 16, "model_type": "gemma3_text"}
+GEMMA4 = {
+    **TEXT, "model_type": "gemma4_text", "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 128, "global_head_dim": 16, "num_kv_shared_layers": 0,
+}  # fmt: skip
+VISION3 = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+VISION4 = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
 
 
-def test_the_layers_of_a_vision_tower_are_never_taken_for_the_decoders(tmp_path):
+def base_of(layout):
+    """Return transformers' model of a layout, both kinds of layer, with random weights."""
+    torch.manual_seed(0)
+    config = {
+        "gemma3 text": lambda: transformers.Gemma3TextConfig(**GEMMA3),
+        "gemma4 text": lambda: transformers.Gemma4TextConfig(**GEMMA4),
+        "gemma3": lambda: transformers.Gemma3Config(
+            text_config=GEMMA3, vision_config=VISION3, mm_tokens_per_image=1
+        ),
+        "gemma4": lambda: transformers.Gemma4Config(text_config=GEMMA4, vision_config=VISION4),
+    }[layout]()
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            parameter.data *= 8 if "embed" not in name else 1
+    return model.eval()
+
+
+def torch_logits(model):
+    with torch.no_grad():
+        return model(torch.from_numpy(IDS).long()).logits.float().numpy()
+
+
+IDS = np.arange(5, 45, dtype=np.int32)[None]
+
+
+@pytest.mark.parametrize("layout", ["gemma3 text", "gemma3", "gemma4 text", "gemma4"])
+def test_an_adapter_moves_peft_as_it_moves_gemlax_in_every_layout(layout, tmp_path, monkeypatch):
+    """In a multimodal folder peft applied nothing of the names of a text-only one."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    base = base_of(layout)
+    base.save_pretrained(tmp_path / "base")
+    decoder = gemlax.load(str(tmp_path / "base"), layers="unroll").decoder
+    lengths = np.asarray([IDS.shape[1]])
+    before = helpers.logits(decoder, IDS, lengths)
+    trained(decoder, 4, size=0.3)
+    adapters.save(decoder, tmp_path / "lora")
+    expected = helpers.logits(decoder, IDS, lengths) - before
+    assert expected.std() > 0.1 * before.std()
+    plain = torch_logits(base)
+    # The base is the one that the adapter names.
+    tuned = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora").eval()
+    assert tuned.base_model.model.config.model_type == base.config.model_type
+    for found in (tuned, peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()):
+        moved = torch_logits(found) - plain
+        assert np.abs(moved - expected).max() <= 10 * helpers.LOGITS * plain.std()
+
+
+def test_the_text_part_of_an_adapter_of_a_vision_model_is_applied(tmp_path, caplog):
     """A short name fits both: peft #3129, unsloth #4807, transformers #45388."""
-    model = multimodal()
-    config = GemmaConfig.from_hf(model.config.to_dict())
-    short = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
-    short.save_pretrained(tmp_path / "short")
-    decoder = Decoder(config.text, rngs=nnx.Rngs(0))
-    with pytest.raises(UnsupportedError, match="vision_tower"):
-        adapters.restore(decoder, tmp_path / "short")
-    trained(decoder, {"*.q_proj": 2})
-    adapters.save(decoder, tmp_path / "ours", multimodal=True)
-    theirs = peft.PeftModel.from_pretrained(multimodal(), tmp_path / "ours")
-    found = [name for name, _ in theirs.named_parameters() if "lora_A" in name]
-    assert len(found) == 2
-    assert all(".language_model.layers." in name for name in found)
+    base = base_of("gemma3")
+    base.save_pretrained(tmp_path / "base")
+    plain = torch_logits(base)
+    config = peft.LoraConfig(
+        target_modules=["q_proj", "up_proj", "fc1"], rank_pattern={r"layers\.[0-9]+\.mlp.*": 3}
+    )
+    both = peft.get_peft_model(base, config)
+    for name, parameter in both.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.3 * torch.randn_like(parameter)
+    both.save_pretrained(tmp_path / "both")
+    expected = torch_logits(both) - plain
+    caplog.set_level(logging.INFO, "gemlax")
+    model = gemlax.load(str(tmp_path / "base"), layers="unroll", adapters=str(tmp_path / "both"))
+    assert "left aside 4 tensors of vision_tower" in caplog.text
+    moved = model.logits(IDS) - model.logits(IDS, adapter=None)
+    assert np.abs(moved - expected).max() <= 10 * helpers.LOGITS * plain.std()
+    assert {module.rank for module in model.adapters["default"].adapter} == {3, 8}

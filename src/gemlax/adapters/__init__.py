@@ -14,13 +14,15 @@ from gemlax.adapters.attach import (
     read,
     unmerge,
 )
+from gemlax.adapters.folders import base_of, beside
 from gemlax.adapters.peft import Stored, check_same_base, read_folder, restore, save, updates
-from gemlax.adapters.rules import Adapter, Module, Rule, Rules, resolve
-from gemlax.adapters.tables import DEFAULT, Choice, choose, entries, put_tables
+from gemlax.adapters.rules import Adapter, Base, Module, Rule, Rules, resolve
+from gemlax.adapters.tables import DEFAULT, Choice, choose, entries, put_folders, put_tables
 
 __all__ = [
     "DEFAULT",
     "Adapter",
+    "Base",
     "Choice",
     "Kept",
     "LoRAScale",
@@ -30,6 +32,8 @@ __all__ = [
     "Stored",
     "adapted",
     "attach",
+    "base_of",
+    "beside",
     "check_same_base",
     "choose",
     "detach",
@@ -39,6 +43,7 @@ __all__ = [
     "lora_enabled",
     "merge",
     "put",
+    "put_folders",
     "put_tables",
     "read",
     "read_folder",

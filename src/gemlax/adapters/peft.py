@@ -8,7 +8,6 @@ Source: peft 0.21.2, tuners/lora/config.py and utils/save_and_load.py.
 import collections
 import logging
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,15 +16,16 @@ import numpy as np
 
 from gemlax.adapters.attach import adapter_of, detach, put, read
 from gemlax.adapters.fingerprint import differs, fingerprint
-from gemlax.adapters.rules import Adapter, Module, adaptable
-from gemlax.checkpoints import text_weights
+from gemlax.adapters.folders import CONFIG, WEIGHTS, find_folder
+from gemlax.adapters.names import PREFIXES, ROOT, is_encoder, modules
+from gemlax.adapters.patterns import matcher
+from gemlax.adapters.rules import Adapter, Base, Module, adaptable
 from gemlax.checkpoints.base import read_json, show
-from gemlax.checkpoints.names import unused
-from gemlax.checkpoints.safetensors import OTHER_PARTS, read_tensors
+from gemlax.checkpoints.safetensors import read_tensors
 from gemlax.checkpoints.save import new_folder, write_json, write_tensors
 from gemlax.config import TextConfig
 from gemlax.decoder import Decoder
-from gemlax.errors import CheckpointError, RequestError, UnsupportedError
+from gemlax.errors import CheckpointError, Error, RequestError, UnsupportedError
 
 __all__ = [
     "CONFIG",
@@ -40,29 +40,25 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "gemlax_adapter.json"
+OWN = "gemlax_adapter.json"
 _VERSION = 1
-_ROOT = "base_model.model."
-# Where the text decoder's modules lie: in a multimodal model, as older versions wrote it, in a
-# text-only one, and bare. The longest that fits counts.
-_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
-_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
-# Keys of a config that say nothing about the result, or that are read below.
+# Keys of a config that are read, and those that say nothing about the result: how training began or
+# saved memory, and where the base is. Any other key passes where it is off.
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora",
-    "target_modules", "init_lora_weights", "fan_in_fan_out", "bias",
+    "target_modules", "init_lora_weights", "modules_to_save",
 }  # fmt: skip
 _IDLE = {
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
     "peft_version", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core",
-    "loftq_config", "qalora_group_size", "runtime_config", "eva_config", "ensure_weight_tying",
-    "lora_ga_config", "corda_config",
+    "megatron_config", "loftq_config", "qalora_group_size", "runtime_config", "eva_config",
+    "ensure_weight_tying", "lora_ga_config", "corda_config", "velora_config", "unsloth_fixed",
+    "unsloth_version",
+    # peft turns it off, with a warning, for layers such as Gemma's.
+    "fan_in_fan_out",
 }  # fmt: skip
 # These keep the base that was trained on as it was; others (pissa, olora, loftq) change it.
 _INITS = (True, False, "gaussian", "eva", "orthogonal", None)
-# What a pattern of names may hold: no repeated groups, which take exponential time.
-_PATTERN = re.compile(r"(?:\w|-|\\\.|\.\*|\.|\\d\+|\(|\)|\||\^|\$|\[\d+-?\d*\])*")
-_MAX_PATTERN = 200
 _SHOWN = 5
 
 
@@ -79,14 +75,15 @@ class Stored(NamedTuple):
 
 
 def save(
-    decoder: Decoder, folder: str | Path, *, multimodal: bool = False, overwrite: bool = False
+    decoder: Decoder, folder: str | Path, *, multimodal: bool | None = None, overwrite: bool = False
 ) -> None:
     """Write the adapter of a decoder as a folder that peft and `restore` read; all or nothing.
 
     Args:
         decoder: its base must be the one that the adapter was trained on.
         folder: a new or empty folder whose parent exists.
-        multimodal: name the modules as in a model that has encoders, too.
+        multimodal: name the modules as in a model that has encoders, too; None: as the checkpoint
+            has them that the decoder was loaded from. peft and vLLM apply nothing of other names.
         overwrite: replace a folder that holds an adapter.
 
     Raises:
@@ -95,11 +92,12 @@ def save(
         OSError: it cannot be written; nothing is left behind.
     """
     adapter = adapter_of(decoder)
-    prefix = _PREFIXES[0 if multimodal else 2]
+    base = Base() if decoder.base is None else decoder.base
+    prefix = PREFIXES[0 if (base.multimodal if multimodal is None else multimodal) else 2]
     tensors = {}
     for module, a, b in read(decoder):
-        tensors[f"{_ROOT}{prefix}{module.name}.lora_A.weight"] = a
-        tensors[f"{_ROOT}{prefix}{module.name}.lora_B.weight"] = b
+        tensors[f"{ROOT}{prefix}{module.name}.lora_A.weight"] = a
+        tensors[f"{ROOT}{prefix}{module.name}.lora_B.weight"] = b
     own = {
         "version": _VERSION,
         "base": fingerprint(decoder),
@@ -107,22 +105,31 @@ def save(
     }
     with new_folder(folder, marker=CONFIG, overwrite=overwrite) as part:
         write_tensors(part / WEIGHTS, tensors)
-        write_json(part / CONFIG, _config(adapter, decoder.config, prefix))
+        write_json(part / CONFIG, _config(adapter, decoder.config, prefix, base.name))
         write_json(part / OWN, own)
 
 
-def _config(adapter: Adapter, config: TextConfig, prefix: str) -> dict[str, Any]:
+def _config(adapter: Adapter, config: TextConfig, prefix: str, base: str | None) -> dict[str, Any]:
     """Return what adapter_config.json says."""
     rank = _most(module.rank for module in adapter)
     alpha = _most(module.alpha for module in adapter)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "revision": None,
         "r": rank,
         "lora_alpha": _plain(alpha),
         "lora_dropout": max(module.dropout for module in adapter),
         "use_rslora": adapter.rslora,
+        "use_dora": False,
         "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
         "target_modules": _targets(adapter, config, prefix),
         "rank_pattern": {prefix + m.name: m.rank for m in adapter if m.rank != rank},
         "alpha_pattern": {prefix + m.name: _plain(m.alpha) for m in adapter if m.alpha != alpha},
@@ -223,22 +230,16 @@ def _check_same(stored: Stored, has: Adapter) -> None:
 
 def read_folder(folder: str | Path, config: TextConfig) -> Stored:
     """Read and check a folder; see `restore` for the errors."""
-    folder = Path(folder).expanduser()
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"no adapter at {folder}: {' and '.join(missing)} missing; expected a folder that peft "
-            "or gemlax wrote"
-        )
+    folder = find_folder(folder)
     said = read_json(folder / CONFIG)
     _check_config(said, folder / CONFIG)
     own = read_json(folder / OWN) if (folder / OWN).is_file() else {}
-    prefix, values = _values(read_tensors(folder / WEIGHTS), config, folder / WEIGHTS)
+    prefix, values = modules(read_tensors(folder / WEIGHTS), config, folder / WEIGHTS)
     _check_targets(said, prefix, values, config, folder)
     alpha_of = _patterns(said, "alpha_pattern", "lora_alpha", folder / CONFIG)
     rank_of = _patterns(said, "rank_pattern", "r", folder / CONFIG)
     dropouts = own.get("dropout", {})
-    modules = []
+    adapted = []
     for name, (a, b) in values.items():
         rank, alpha = rank_of(prefix + name), float(alpha_of(prefix + name))
         if a.shape[0] != rank:
@@ -247,8 +248,8 @@ def read_folder(folder: str | Path, config: TextConfig) -> Stored:
             )
         rate = dropouts.get(name, said.get("lora_dropout") or 0.0)
         shape = (b.shape[0], a.shape[1])
-        modules.append(Module(name, a.shape[0], alpha, float(rate), shape))
-    adapter = Adapter(tuple(modules), bool(said.get("use_rslora")))
+        adapted.append(Module(name, a.shape[0], alpha, float(rate), shape))
+    adapter = Adapter(tuple(adapted), bool(said.get("use_rslora")))
     return Stored(folder, adapter, values, own.get("base", {}))
 
 
@@ -271,12 +272,11 @@ def _check_config(said: Mapping[str, Any], path: Path) -> None:
     if said.get("peft_type") != "LORA":
         raise UnsupportedError(f"{path}: peft_type is {said.get('peft_type')!r}; only LORA is read")
     wrong = {key: value for key, value in said.items() if key not in _READ | _IDLE and value}
-    if said.get("bias", "none") != "none":
-        wrong["bias"] = said["bias"]
-    if said.get("fan_in_fan_out"):
-        wrong["fan_in_fan_out"] = True
+    if wrong.get("bias") == "none":
+        del wrong["bias"]
     if said.get("init_lora_weights", True) not in _INITS:
         wrong["init_lora_weights"] = said["init_lora_weights"]
+    _check_saved(said.get("modules_to_save") or [], path)
     if wrong:
         listed = ", ".join(f"{show(key)}={show(repr(value))}" for key, value in wrong.items())
         raise UnsupportedError(
@@ -290,96 +290,32 @@ def _check_config(said: Mapping[str, Any], path: Path) -> None:
             raise CheckpointError(f"{path}: {key} must be a positive number, got {value!r}")
 
 
+def _check_saved(names: Any, path: Path) -> None:
+    """Refuse whole modules that were trained beside A and B, but those of encoders."""
+    listed = names if isinstance(names, list) else [names]
+    own = [str(name) for name in listed if not is_encoder(str(name))]
+    if own:
+        raise UnsupportedError(
+            f"{path}: modules_to_save={show(repr(own))}: whole modules were trained beside LoRA, "
+            "which gemlax does not apply; merge them into the base with peft (merge_and_unload, "
+            "then save_pretrained) and load the result"
+        )
+
+
 def _patterns(said: Mapping[str, Any], key: str, otherwise: str, path: Path) -> Any:
     """Return what gives the value of a module by its full name, as peft matches patterns."""
     patterns = said.get(key) or {}
     if not isinstance(patterns, Mapping):
         raise CheckpointError(f"{path}: {key} must be an object, got {patterns!r}")
-    compiled = []
+    fits = []
     for pattern, value in patterns.items():
-        if len(pattern) > _MAX_PATTERN or not _PATTERN.fullmatch(pattern):
-            raise UnsupportedError(f"{path}: {key} has the pattern {show(pattern)}; too intricate")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise CheckpointError(f"{path}: {key} of {show(pattern)} is {value!r}, not positive")
         try:
-            compiled.append((re.compile(rf"(.*\.)?({pattern})$"), value))
-        except re.error as error:
-            raise CheckpointError(f"{path}: {key} has {show(pattern)}: {error}") from error
-    return lambda name: next((v for p, v in compiled if p.match(name)), said[otherwise])
-
-
-def _values(
-    tensors: Mapping[str, np.ndarray], config: TextConfig, path: Path
-) -> tuple[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Return the prefix of the names, and A and B by canonical module, in layer order."""
-    shapes = {n.removesuffix(".weight"): s for n, s in text_weights(config).items()}
-    idle = {weight.name.removesuffix(".weight") for weight in unused(config)}
-    named = {name: _NAME.fullmatch(name.removeprefix(_ROOT)) for name in tensors}
-    bare = [found["module"] for found in named.values() if found]
-    prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in bare)), "")
-    parts: dict[str, dict[str, np.ndarray]] = {}
-    others, aside = [], []
-    for name, found in named.items():
-        module = found["module"].removeprefix(prefix) if found else ""
-        if found and module in adaptable(config):
-            parts.setdefault(module, {})[found["part"]] = tensors[name].astype(np.float32)
-        elif found and module in idle:
-            aside.append(module)
-        else:
-            others.append(name)
-    if others:
-        _refuse(others, path)
-    if aside:
-        _log.info(
-            "%s: left aside %d tensors of layers that read the K/V of another", path, len(aside)
-        )
-    values = {}
-    for module in (module for module in shapes if module in parts):
-        values[module] = _pair(module, parts[module], shapes[module], path)
-    if not values:
-        raise CheckpointError(f"{path} holds no tensor of an adapter")
-    return prefix, values
-
-
-def _pair(
-    module: str, parts: Mapping[str, np.ndarray], shape: tuple[int, ...], path: Path
-) -> tuple[np.ndarray, np.ndarray]:
-    if len(parts) != 2:
-        raise CheckpointError(f"{path}: {module} has only lora_{''.join(parts)}; A and B belong")
-    a, b = parts["A"], parts["B"]
-    fits = a.ndim == b.ndim == 2 and (b.shape[0], a.shape[1]) == shape and a.shape[0] == b.shape[1]
-    if not fits or not a.shape[0]:
-        raise CheckpointError(
-            f"{path}: {module} is {list(shape)}, which A {list(a.shape)} and B {list(b.shape)} do "
-            "not fit; the adapter is of another model"
-        )
-    for part, array in (("A", a), ("B", b)):
-        if not np.isfinite(array).all():
-            raise CheckpointError(f"{path}: lora_{part} of {module} has values that are not finite")
-    return a, b
-
-
-def _refuse(names: list[str], path: Path) -> None:
-    """Say what tensors are that belong to no projection of the text decoder."""
-    shown = ", ".join(show(name) for name in names[:_SHOWN])
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    bare = [name.removeprefix(_ROOT).removeprefix("model.") for name in names]
-    known = (
-        *OTHER_PARTS,
-        "lora_magnitude",
-        "lora_embedding",
-        ".experts.",
-        "router.",
-        "embed_tokens",
-    )
-    if any(part in name for name in bare for part in known):
-        raise UnsupportedError(
-            f"{path} holds {shown}{more}: adapters of experts, routers, embeddings and encoders, "
-            "and DoRA, are not supported"
-        )
-    raise CheckpointError(
-        f"{path} holds {shown}{more}, which is no projection of this model; is it its base?"
-    )
+            fits.append((matcher(pattern), value))
+        except Error as error:
+            raise type(error)(f"{path}: {key} has the pattern {show(pattern)}: {error}") from error
+    return lambda name: next((v for fit, v in fits if fit(name)), said[otherwise])
 
 
 def _check_targets(

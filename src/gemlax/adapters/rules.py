@@ -14,7 +14,7 @@ from gemlax.checkpoints import text_weights
 from gemlax.config import TextConfig
 from gemlax.errors import RequestError, UnsupportedError
 
-__all__ = ["Adapter", "Module", "Rule", "Rules", "adaptable", "resolve"]
+__all__ = ["Adapter", "Base", "Module", "Rule", "Rules", "adaptable", "resolve"]
 
 # The projections of attention and MLP, as far as a layer owns them.
 _DEFAULT = re.compile(r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
@@ -51,6 +51,19 @@ class Rule:
 # A rule or a rank for every projection of attention and MLP; or one by pattern of canonical names
 # (`fnmatch`; ".weight" may be left out; the first that fits counts): {"*.q_proj": Rule(rank=4)}.
 Rules = Rule | int | Mapping[str, Rule | int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The checkpoint that a decoder was loaded from, as adapters of it name it.
+
+    Attributes:
+        name: a path or a hub name; None: it is not known.
+        multimodal: it has encoders, too, so that the decoder's modules lie one level deeper.
+    """
+
+    name: str | None = None
+    multimodal: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,9 @@ Entry 0 of every table is no adapter: zeros. The choice is traced, so that anoth
 program. Smaller ranks, and modules that an adapter leaves alone, are filled up with zeros.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,12 +14,15 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from gemlax.adapters.attach import LoRAChoice, adapted, places, set_parts
-from gemlax.adapters.peft import Stored
+from gemlax.adapters.folders import beside
+from gemlax.adapters.peft import Stored, check_same_base, read_folder
 from gemlax.adapters.rules import Adapter, Module
 from gemlax.decoder import Decoder
 from gemlax.errors import RequestError
 
-__all__ = ["DEFAULT", "Choice", "choose", "entries", "put_tables"]
+__all__ = ["DEFAULT", "Choice", "choose", "entries", "put_folders", "put_tables"]
+
+_log = logging.getLogger(__name__)
 
 # The adapter that is taken where nothing is said, if one has this name.
 DEFAULT = "default"
@@ -47,6 +52,38 @@ def entries(names: Sequence[str], choice: Choice, count: int) -> tuple[int, ...]
             + (f"this model has {', '.join(names)}" if names else "load(adapters=...) takes some")
         )
     return tuple(known[name] for name in chosen)
+
+
+def put_folders(decoder: Decoder, given: Any, model: Path) -> dict[str, Stored]:
+    """Read adapters and put them on a decoder as tables; return them by name.
+
+    Args:
+        decoder: of the model.
+        given: a folder, several by name, or None: the adapter that lies beside the model's weights.
+        model: the model's folder or file.
+
+    Raises:
+        RequestError: an adapter of another base; see `read_folder` for others.
+    """
+    own = beside(model)
+    if own is not None and given is None:
+        _log.info("%s: the adapter beside the weights is applied, as transformers does", model)
+        given = own
+    elif own is not None and own.resolve() not in _folders(given):
+        _log.warning("%s: the adapter beside the weights is left aside for those given", model)
+    if not given:
+        return {}
+    named = dict(given) if isinstance(given, Mapping) else {DEFAULT: given}
+    stored = {name: read_folder(folder, decoder.config) for name, folder in named.items()}
+    for one in stored.values():
+        check_same_base(one, decoder)
+    put_tables(decoder, stored)
+    return stored
+
+
+def _folders(given: Any) -> list[Path]:
+    each = given.values() if isinstance(given, Mapping) else [given]
+    return [Path(folder).expanduser().resolve() for folder in each]
 
 
 def put_tables(decoder: Decoder, stored: Mapping[str, Stored], *, dtype: Any = np.float32) -> None:

@@ -1,7 +1,8 @@
-"""Messages as users write them, checked and brought into the one form that templates read.
+"""Messages and tools as users write them, made ready for a built-in format or for a template.
 
-Dicts follow OpenAI and transformers. Nothing here knows a tokenizer or a prompt format: which
-roles may follow each other is for the format to say, except what holds for all of them.
+Dicts follow OpenAI and transformers. The built-in formats get one checked form (`normalise`); a
+checkpoint's template gets what was given (`as_given`). Nothing here knows a tokenizer or a prompt
+format: which roles may follow each other is for the format to say.
 """
 
 import json
@@ -10,22 +11,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gemlax.chat.marked import join
 from gemlax.errors import RequestError
 
 __all__ = [
     "CALL_NAME",
     "FinishReason",
+    "REASONING",
     "Message",
+    "as_given",
     "check_tools",
     "normalise",
-    "plain_response",
     "text_of",
+    "tools_as_given",
 ]
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 CALL_NAME = re.compile(r"[\w.:/-]+")
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
+TEXT_PARTS = ("text", "input_text", "output_text")
+MEDIA_PART = re.compile(r"(input_)?(image|audio|video|file)(_url)?")
+# The names of what was thought. Source: transformers, utils/chat_template_utils.py.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True)
@@ -60,11 +68,12 @@ class Message:
 def normalise(
     messages: Iterable[Mapping[str, Any] | Message], *, answered: bool = False
 ) -> list[dict[str, Any]]:
-    """Return messages in the form of transformers: roles system, user, assistant and tool.
+    """Return messages for a built-in format: roles system, developer, user, assistant and tool.
 
-    Tool calls become {"type": "function", "function": {"name", "arguments"}}, arguments a dict;
-    a tool's message gets the name of the call it answers. `answered`: the last message is an
-    answer, not what is to be answered.
+    Tool calls become {"type": "function", "function": {"name", "arguments"}}, arguments a dict:
+    JSON text is read, and "" or None means no arguments. A tool's message gets the name of the
+    call it answers; its content is a text or what JSON can write. `answered`: the last message is
+    an answer, not what is to be answered or gone on with.
 
     Raises:
         RequestError: a message is malformed or out of order; says which one.
@@ -73,10 +82,7 @@ def normalise(
     calls: list[dict[str, Any]] | None = None
     answers = 0
     for i, message in enumerate(messages):
-        given = message.to_dict() if isinstance(message, Message) else message
-        one = _normalise_one(given, f"messages[{i}]")
-        if one["role"] == "system" and i > 0:
-            raise RequestError(f"messages[{i}]: a system message must be the first one")
+        one = _normalise_one(_mapping(message, i), f"messages[{i}]")
         if one["role"] == "tool":
             if not calls:
                 raise RequestError(f"messages[{i}]: a tool message answers no tool call")
@@ -87,31 +93,107 @@ def normalise(
         found.append(one)
     if not found:
         raise RequestError("no messages: got an empty list")
-    wanted = ("assistant",) if answered else ("user", "tool")
-    if found[-1]["role"] not in wanted:
-        raise RequestError(
-            f"the last message must be of role {' or '.join(wanted)}, got {found[-1]['role']}"
-        )
+    last = found[-1]["role"]
+    if answered and last != "assistant":
+        raise RequestError(f"the last message must be of role assistant, got {last}")
+    if all(one["role"] in ("system", "developer") for one in found):
+        raise RequestError(f"the last message must be of role user or tool, got {last}")
     return found
 
 
-def _normalise_one(given: Any, where: str) -> dict[str, Any]:
-    if not isinstance(given, Mapping):
-        raise RequestError(f"{where} must be a dict or a Message, got {type(given).__name__}")
+def as_given(messages: Iterable[Mapping[str, Any] | Message]) -> list[dict[str, Any]]:
+    """Return messages for a checkpoint's template: what transformers would hand it.
+
+    Every role, field and part stays. As in transformers, fields that are None are left out and
+    reasoning is there under each of its names. As in vLLM, arguments that are JSON text of an
+    object become that object, and "" or None becomes {}; other text stays. A call in the short
+    form of `Message.tool_calls` is put into the long one, and a tool's message with neither a name
+    nor an id gets the name of the call that it answers by its place.
+
+    Raises:
+        RequestError: what JSON cannot write, or an image, sound or video.
+    """
+    found: list[dict[str, Any]] = []
+    calls: list[Any] = []
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        given = check_json(dict(_mapping(message, i)), where)
+        one = {key: value for key, value in given.items() if value is not None}
+        _refuse_media(one.get("content"), where)
+        reasoning = next((one[key] for key in REASONING if key in one), None)
+        if reasoning is not None:
+            one = {"thinking": reasoning, **one, "reasoning_content": reasoning}
+        if isinstance(one.get("tool_calls"), list):
+            one["tool_calls"] = [_given_call(call) for call in one["tool_calls"]]
+        if one.get("role") != "tool":
+            calls = [call for call in one.get("tool_calls") or () if isinstance(call, dict)]
+        elif calls:
+            function = calls.pop(0).get("function")
+            if isinstance(function, dict) and not {"name", "tool_call_id"} & set(one):
+                one["name"] = function.get("name")
+        found.append(one)
+    if not found:
+        raise RequestError("no messages: got an empty list")
+    return found
+
+
+def _mapping(message: Any, index: int) -> Mapping[str, Any]:
+    if isinstance(message, Message):
+        return message.to_dict()
+    if not isinstance(message, Mapping):
+        kind = type(message).__name__
+        raise RequestError(f"messages[{index}] must be a dict or a Message, got {kind}")
+    return message
+
+
+def _refuse_media(content: Any, where: str) -> None:
+    """Refuse what the model would not see, though a template writes that it is there."""
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and MEDIA_PART.fullmatch(kind):
+            raise RequestError(f"{where}: a part of type {kind} is not supported, text is")
+
+
+def _given_call(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if "function" not in call and "name" in call:
+        kept = {key: call[key] for key in ("id",) if key in call}
+        call = kept | {
+            "type": "function",
+            "function": {key: value for key, value in call.items() if key not in ("id", "type")},
+        }
+    function = call["function"] if isinstance(call.get("function"), dict) else {}
+    if "arguments" in function:
+        call = call | {"function": function | {"arguments": _object(function["arguments"])}}
+    return call
+
+
+def _object(arguments: Any) -> Any:
+    """Return the arguments that a client wrote as text; what is no object stays."""
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        return {}
+    if isinstance(arguments, str):
+        try:
+            read = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return arguments
+        return read if isinstance(read, dict) else arguments
+    return arguments
+
+
+def _normalise_one(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     role = given.get("role")
     if role not in ROLES:
         raise RequestError(f"{where}: role must be one of {', '.join(ROLES)}, got {role!r}")
-    role = str({"developer": "system", "model": "assistant"}.get(role, role))
+    role = "assistant" if role == "model" else str(role)
     calls = given.get("tool_calls") or []
-    one: dict[str, Any] = {
-        "role": role,
-        "content": _content(given.get("content"), role, bool(calls), where),
-    }
-    reasoning = next((given[k] for k in ("reasoning", "reasoning_content") if given.get(k)), None)
+    one: dict[str, Any] = {"role": role, "content": _content(given.get("content"), role, where)}
+    reasoning = next((given[key] for key in REASONING if given.get(key)), None)
     if reasoning is not None and role == "assistant":
         if not isinstance(reasoning, str):
             raise RequestError(f"{where}: reasoning must be a str, got {reasoning!r}")
-        one |= {"reasoning": reasoning, "reasoning_content": reasoning}
+        one["reasoning"] = reasoning
     if calls:
         if role != "assistant" or not isinstance(calls, Sequence) or isinstance(calls, str):
             raise RequestError(f"{where}: tool_calls must be a list in an assistant message")
@@ -121,26 +203,42 @@ def _normalise_one(given: Any, where: str) -> dict[str, Any]:
     return one
 
 
-def _content(content: Any, role: str, has_calls: bool, where: str) -> Any:
+def _content(content: Any, role: str, where: str) -> Any:
     """Check content: text, a list of text parts, or for a tool what JSON can write."""
-    if content is None and has_calls:
-        return ""
     if isinstance(content, str):
         return content
-    if isinstance(content, Mapping) and role == "tool":
+    if content is None and role == "assistant":
+        return ""
+    texts = _texts(content)
+    if texts is not None:
+        return texts
+    if role == "tool":
+        _refuse_media(content, where)
         return check_json(content, f"{where}.content")
-    if not isinstance(content, Sequence) or not content:
+    if not isinstance(content, Sequence):
         raise RequestError(
             f"{where}: content must be a str or a list of text parts, got {content!r}"
         )
+    wrong = next(part for part in content if _texts([part]) is None)
+    kind = wrong.get("type") if isinstance(wrong, Mapping) else None
+    raise RequestError(
+        f'{where}: a part must be {{"type": "text", "text": ...}}; '
+        f"{kind or type(wrong).__name__} is not supported"
+    )
+
+
+def _texts(content: Any) -> list[dict[str, str]] | None:
+    """Return the text parts that a content consists of, None if there are others."""
+    if not isinstance(content, Sequence):
+        return None
+    texts = []
     for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise RequestError(
-                f'{where}: a part must be {{"type": "text", "text": ...}}; '
-                f"{kind or type(part).__name__} is not supported"
-            )
-    return [{"type": "text", "text": part["text"]} for part in content]
+        if not isinstance(part, Mapping) or part.get("type") not in TEXT_PARTS:
+            return None
+        if not isinstance(part.get("text"), str):
+            return None
+        texts.append({"type": "text", "text": part["text"]})
+    return texts
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
@@ -151,12 +249,13 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     name, arguments = function.get("name"), function.get("arguments")
     if not isinstance(name, str) or not CALL_NAME.fullmatch(name):
         raise RequestError(f"{where}: {name!r} is not a function name")
-    if isinstance(arguments, str):
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        arguments = {}
+    elif isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{where}: the arguments of {name} are not JSON: {error}") from error
-    arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping):
         kind = type(arguments).__name__
         raise RequestError(f"{where}: the arguments of {name} must be a JSON object, got {kind}")
@@ -215,11 +314,24 @@ def check_tools(tools: Iterable[Any] | None) -> list[dict[str, Any]]:
     return found
 
 
+def tools_as_given(tools: Iterable[Any] | None) -> list[Any]:
+    """Return tools for a checkpoint's template; a plain {"name", ...} is wrapped.
+
+    Raises:
+        RequestError: a tool is not a dict, or JSON cannot write it.
+    """
+    if isinstance(tools, (str, Mapping)):
+        raise RequestError("tools must be a list of function declarations")
+    found = []
+    for i, tool in enumerate(tools or ()):
+        if not isinstance(tool, Mapping):
+            raise RequestError(f"tools[{i}] must be a dict, got {type(tool).__name__}")
+        plain = check_json(dict(tool), f"tools[{i}]")
+        bare = "function" not in plain and isinstance(plain.get("name"), str)
+        found.append({"type": "function", "function": plain} if bare else plain)
+    return found
+
+
 def text_of(content: Any) -> str:
     """Return the text of a content, parts put together."""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def plain_response(content: Any) -> Any:
-    """Return what a tool answered: an object, or text."""
-    return content if isinstance(content, Mapping) else text_of(content)
+    return content if isinstance(content, str) else join(part["text"] for part in content)

@@ -8,7 +8,8 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
-from gemlax.chat.tools import QUOTE, read_call
+from gemlax.chat.calls import read_calls
+from gemlax.chat.tools import QUOTE
 from gemlax.tokenizer import TextStream, Tokenizer
 
 __all__ = ["Delta", "OutputParser"]
@@ -121,15 +122,16 @@ class OutputParser:
 
     def _end_call(self) -> Iterator[Delta]:
         self._parts.append(self._inner.flush())
-        call = read_call(self._parts)
+        calls = read_calls(self._parts)
         self._state = "content"
-        if call is None:
+        if calls is None:
             yield from self._raw(OPEN_CALL, CLOSE_CALL)
             return
         self._parts = []
         self.content_ids = None if self.content_ids else self.content_ids
-        self.tool_calls.append(call)
-        yield Delta("tool_calls", json.dumps(call, ensure_ascii=False))
+        self.tool_calls += calls
+        for call in calls:
+            yield Delta("tool_calls", json.dumps(call, ensure_ascii=False))
 
     def _raw(self, before: str, after: str) -> Iterator[Delta]:
         """Give a call that cannot be read as the text it is."""

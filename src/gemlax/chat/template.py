@@ -1,38 +1,49 @@
 """A checkpoint's own chat template, rendered in a worker process with bounds on time and size.
 
+What comes back is `Marked` text: it knows what the template itself wrote.
+
 jinja2's sandbox bounds `range` but neither nested loops nor memory, so the worker is what can be
 killed. It starts at the first render (about 0.1 s) and is used again until something goes wrong.
 """
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from gemlax.chat.marked import INPUT, Marked, marks_of
 from gemlax.errors import RequestError
 
 __all__ = ["Template"]
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 5.0
 START_S = 60.0  # a busy machine may take long to start Python
 MAX_CHARS = 4_000_000
 MEMORY_BYTES = 2**29
-MAX_REPLY_BYTES = 12 * MAX_CHARS + 2000  # JSON writes a character as at most 12 bytes
-WORKER = Path(__file__).with_name("worker.py")
+# JSON writes a character as at most 12 bytes, and the span of one in up to 32.
+MAX_REPLY_BYTES = 44 * MAX_CHARS + 2000
 # What `strftime_now` reads, and what Windows cannot start without.
 ENVIRONMENT = ("TZ", "SYSTEMROOT")
-# The worker runs isolated (-I), where jinja2 may lie in a folder that only this process knows.
+# The worker runs isolated (-I), where jinja2 may lie in a folder that only this process knows, and
+# the packages that the worker's modules lie in are empty there: nothing else of them is imported.
 START = """
-import runpy, sys
-worker = sys.argv.pop()
+import runpy, sys, types
+chat = sys.argv.pop()
 sys.path += sys.argv[3:]
-runpy.run_path(worker, run_name="__main__")
+for name in ("gemlax", "gemlax.chat"):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [chat] if name == "gemlax.chat" else []
+runpy.run_module("gemlax.chat.worker", run_name="__main__")
 """
 
 
@@ -45,25 +56,44 @@ class Template:
         self._process: subprocess.Popen | None = None
         self._stop: Any = None
 
-    def render(self, variables: dict[str, Any]) -> str:
-        """Render with variables that JSON can write.
+    def render(self, variables: dict[str, Any]) -> Marked:
+        """Render with variables that JSON can write; the marks of `Marked` ones are followed.
 
         Raises:
             RequestError: the template raises, loops, or writes or needs too much.
         """
-        request = {"template": self.source, "variables": variables, "max_chars": MAX_CHARS}
-        line = json.dumps(request).encode() + b"\n"
+        try:
+            line = json.dumps(
+                {
+                    "template": self.source,
+                    "variables": variables,
+                    "marks": list(_marks_in(variables, ())),
+                    "max_chars": MAX_CHARS,
+                }
+            ).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"what the template is given is not JSON: {error}") from error
         with self._lock:
             try:
-                answer = self._ask(line)
+                answer = self._ask(line + b"\n")
             except BaseException:
                 self._close()
                 raise
         if "error" in answer:
             raise RequestError(f"the chat template failed: {answer['error']}")
-        return answer["text"]
+        if "fault" in answer:
+            logger.warning(
+                "the chat template writes another text when its own words are followed (%s): no "
+                "control token of this prompt is recognised; please report this",
+                answer["fault"],
+            )
+        text, marks, at = answer["text"], [], 0
+        for start, end, mark in answer["spans"]:
+            marks += [INPUT * (start - at), mark * (end - start)]
+            at = end
+        return Marked(text, "".join([*marks, INPUT * (len(text) - at)]))
 
-    def _ask(self, line: bytes) -> dict[str, str]:
+    def _ask(self, line: bytes) -> dict[str, Any]:
         if self._process is None or self._process.poll() is not None:
             self._close()
             self._start()
@@ -79,18 +109,24 @@ class Template:
         found = [find_spec(name) for name in ("jinja2", "markupsafe")]
         folders = [str(Path(s.origin).parents[1]) for s in found if s is not None and s.origin]
         limits = [str(MEMORY_BYTES), str(self.timeout_s + 1)]
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-c", START, *limits, *folders, str(WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-        )
+        chat = str(Path(__file__).parent)
+        try:
+            process = subprocess.Popen(
+                [_interpreter(), "-I", "-c", START, *limits, *folders, chat],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+            )
+        except OSError as error:
+            raise RequestError(
+                f"cannot start Python ({sys.executable}) for the chat template: {error}"
+            ) from error
         self._process, self._stop = process, weakref.finalize(self, _end, process)
         if self._exchange(b"", START_S) is None:
             raise RequestError("cannot start the process that renders chat templates (jinja2)")
 
-    def _exchange(self, line: bytes, seconds: float) -> dict[str, str] | None:
+    def _exchange(self, line: bytes, seconds: float) -> dict[str, Any] | None:
         """Send a line and read one; None if the worker dies or is killed for taking too long."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
@@ -111,6 +147,32 @@ class Template:
         if self._stop is not None:
             self._stop()
         self._process = self._stop = None
+
+
+def _interpreter() -> str:
+    """Return the path of Python. An embedded or frozen one says none, or that of another program.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if not sys.executable or vars(sys).get("frozen"):
+        raise RequestError(
+            "a chat template is rendered in a Python process of its own, and this program does not "
+            f"say where Python is (sys.executable is {sys.executable!r}): set sys.executable"
+        )
+    return sys.executable
+
+
+def _marks_in(value: Any, path: tuple[Any, ...]) -> Iterator[list[Any]]:
+    """Yield [*keys, mark] for each marked text among variables; such a text has one mark."""
+    if isinstance(value, Marked) and value:
+        yield [*path, marks_of(value)[0]]
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _marks_in(item, (*path, key))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _marks_in(item, (*path, index))
 
 
 def _end(process: subprocess.Popen) -> None:

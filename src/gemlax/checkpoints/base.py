@@ -13,7 +13,7 @@ import logging
 import mmap
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from gemlax.checkpoints.names import Weight, resolve
+from gemlax.checkpoints.stand_ins import refuse_stand_in
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, Error, UnsupportedError
 from gemlax.formats import Coded
@@ -35,11 +36,13 @@ __all__ = [
     "compare",
     "fill",
     "fit_vocab",
+    "grouped",
     "log_left_aside",
     "read_json",
     "refuse_drafter",
     "resolve_config",
     "same_bytes",
+    "same_rounded",
     "show",
 ]
 
@@ -81,8 +84,9 @@ class Checkpoint(abc.ABC):
 
         Raises:
             CheckpointError: every missing, unexpected and misshapen tensor, in one error.
-            UnsupportedError: the tensors fit, but some are in a type that cannot be read.
+            UnsupportedError: some are in a type that cannot be read.
         """
+        self._check_types()
         problems = compare(self._expected(), self._found()) + self._other_problems()
         if problems:
             lines = "\n  ".join(problems)
@@ -90,7 +94,6 @@ class Checkpoint(abc.ABC):
                 f"{self.source} does not hold the {self.config.text.num_hidden_layers}-layer "
                 f"model of its config:\n  {lines}"
             )
-        self._check_types()
 
     def read(self, name: str, out: np.ndarray) -> None:
         """Fill `out` with the weight of canonical `name`, rounded to its dtype (nearest even).
@@ -128,8 +131,8 @@ class Checkpoint(abc.ABC):
         """Return the tokenizer that comes with the checkpoint, or None."""
 
     @property
-    def chat_template(self) -> str | None:
-        """The Jinja chat template that comes with the checkpoint, or None."""
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The Jinja chat template that comes with the checkpoint, several by name, or None."""
         return find_chat_template(self.source) if self.source.is_dir() else None
 
     @abc.abstractmethod
@@ -189,9 +192,18 @@ def compare(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[s
     return [*_shortened(missing), *_shortened(extra), *_shortened(misshapen)]
 
 
-def show(name: str) -> str:
+def show(name: str, length: int = 120) -> str:
     """Return a name from a file as one short printable line."""
-    return name if name.isprintable() and len(name) <= 120 else f"{name[:120]!r}..."
+    return name if name.isprintable() and len(name) <= length else f"{name[:length]!r}..."
+
+
+def grouped(names: Mapping[str, Sequence[str]]) -> str:
+    """Return one line that says of each kind how many tensors there are, and names one.
+
+    Args:
+        names: of tensors, by kind.
+    """
+    return ", ".join(f"{kind} ({len(own)}, such as {show(own[0])})" for kind, own in names.items())
 
 
 def _numbers(name: str) -> str:
@@ -219,6 +231,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not JSON, or not an object.
     """
+    refuse_stand_in(path)
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -281,8 +294,10 @@ def fill(out: np.ndarray, values: Callable[[int, int], np.ndarray], name: str) -
 
     def step(start: int) -> None:
         stop = min(start + BLOCK, flat.size)
-        with np.errstate(invalid="ignore"):
-            cast(flat[start:stop], values(start, stop), name)
+        # A damaged scale gives infinities and NaN, as it does in the file's own arithmetic.
+        with np.errstate(all="ignore"):
+            decoded = values(start, stop)
+        cast(flat[start:stop], decoded, name)
 
     starts = range(0, flat.size, BLOCK)
     threads = min(len(starts), MAX_THREADS, os.cpu_count() or 1)
@@ -303,8 +318,10 @@ def cast(out: np.ndarray, values: np.ndarray, name: str) -> None:
         with np.errstate(over="raise", under="ignore", invalid="ignore"):
             np.copyto(out, values, casting="unsafe")
     except FloatingPointError as error:
+        limit = ml_dtypes.finfo(out.dtype).max
+        hint = "; read it as bfloat16 or float32" if out.dtype == np.float16 else ""
         raise CheckpointError(
-            f"{name} has values beyond float16's 65504; read it as bfloat16 or float32"
+            f"{name} has values beyond {out.dtype}'s {float(limit):.6g}{hint}"
         ) from error
 
 
@@ -317,6 +334,18 @@ def same_bytes(
         == y[y_start + i : y_start + min(i + step, nbytes)]
         for i in range(0, nbytes, step)
     )
+
+
+def same_rounded(rounded: np.ndarray, values: np.ndarray) -> bool:
+    """Tell whether floats are other floats, rounded to their type; a block at a time."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return all(
+            np.array_equal(
+                rounded[i : i + BLOCK],
+                values[i : i + BLOCK].astype(np.float32).astype(rounded.dtype),
+            )
+            for i in range(0, len(rounded), BLOCK)
+        )
 
 
 def log_left_aside(logger: logging.Logger, source: Path, names: list[str], what: str) -> None:

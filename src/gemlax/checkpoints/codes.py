@@ -59,7 +59,7 @@ def read_formats(config: Mapping[str, Any], source: Path) -> dict[str, Format]:
         UnsupportedError: another method, or another version.
     """
     found = config.get(KEY)
-    if found is None:
+    if not found:  # null or empty: nothing is quantised
         return {}
     if not isinstance(found, Mapping) or found.get("quant_method") != METHOD:
         method = found.get("quant_method") if isinstance(found, Mapping) else found

@@ -6,7 +6,7 @@ and chat template are written.
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from gemlax.checkpoints.save import save_safetensors
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, RequestError
 from gemlax.formats import Coded, encode
-from gemlax.tokenizer import Tokenizer, find_chat_template
+from gemlax.tokenizer import Tokenizer, find_chat_template, write_chat_template
 
 __all__ = ["Converted", "convert", "generation_ids", "write_tokenizer"]
 
@@ -107,13 +107,15 @@ def generation_ids(config: GemmaConfig) -> dict[str, Any]:
     }
 
 
-def write_tokenizer(tokenizer: Tokenizer | None, template: str | None, folder: Path) -> None:
-    """Write the tokenizer's files and the chat template, where there are such."""
+def write_tokenizer(
+    tokenizer: Tokenizer | None, template: str | Mapping[str, str] | None, folder: Path
+) -> None:
+    """Write the tokenizer's files and the chat templates, where there are such."""
     if tokenizer is not None:
         tokenizer.save(folder)
-    # A GGUF file has its template inside.
-    if template is not None and find_chat_template(folder) is None:
-        (folder / "chat_template.jinja").write_text(template, "utf-8")
+    # A GGUF file has its template inside, and a folder may have it where no tokenizer reads it.
+    if template is not None and find_chat_template(folder) != template:
+        write_chat_template(template, folder)
 
 
 def _weights(

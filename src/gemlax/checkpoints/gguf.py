@@ -1,9 +1,7 @@
-"""GGUF files, as llama.cpp writes them: config, vocabulary and dequantised weights of one file.
+"""GGUF files, as llama.cpp writes them: config, vocabulary and dequantised weights.
 
-Everything a header says is checked against the file's size before it is believed, so that a
-damaged or hostile file costs no more than reading it. The header is parsed here because
-`gguf.GGUFReader` takes 15 s and 715 MB for a vocabulary of 262144; the arithmetic of the
-quantised types is `gguf.quants`'. Source: https://github.com/ggml-org/ggml, docs/gguf.md.
+A model is one file, or several parts of one. What its header says of the files is checked in
+gguf_header.py and gguf_parts.py.
 """
 
 import contextlib
@@ -11,37 +9,36 @@ import dataclasses
 import logging
 import math
 import mmap
-import os
-import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 
 from gemlax.checkpoints.base import (
-    BFLOAT16,
     Checkpoint,
     fill,
     fit_vocab,
+    grouped,
     log_left_aside,
     refuse_drafter,
     resolve_config,
     same_bytes,
-    show,
+    same_rounded,
 )
+from gemlax.checkpoints.gguf_defaults import find_template, read_sampling, read_stops
+from gemlax.checkpoints.gguf_header import MAGIC, Tensor, parse_header
+from gemlax.checkpoints.gguf_parts import open_parts
+from gemlax.checkpoints.gguf_types import FLOATS, INTEGERS, KEPT, QUANTISED, T, decoder
 from gemlax.checkpoints.names import Weight, unused
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, UnsupportedError
-from gemlax.formats import Coded, Format
+from gemlax.formats import Coded
 from gemlax.tokenizer import Tokenizer
 
 __all__ = [
     "MAGIC",
     "GGUFCheckpoint",
-    "Header",
     "Vocabulary",
     "load_tokenizer",
     "parse_header",
@@ -50,24 +47,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MAGIC = b"GGUF"
-VERSIONS = (2, 3)
-DEFAULT_ALIGNMENT = 32
-MAX_DIMS = 4
-
-T = GGMLQuantizationType
-FLOATS = {T.F32: np.dtype(np.float32), T.F16: np.dtype(np.float16), T.BF16: BFLOAT16}
-QUANTISED = {T.Q8_0, T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q4_K, T.Q5_K, T.Q6_K}
-
-# Types whose blocks `formats` decodes.
-KEPT: dict[GGMLQuantizationType, Format] = {
-    T.Q8_0: "q8_0", T.Q4_0: "q4_0", T.Q5_0: "q5_0", T.Q4_K: "q4_k", T.Q6_K: "q6_k",
-}  # fmt: skip
-
-BOOL, STRING, ARRAY = 7, 8, 9
-SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", BOOL: "<u1",
-           10: "<u8", 11: "<i8", 12: "<f8"}  # fmt: skip
-
 TABLE, HEAD = "token_embd.weight", "output.weight"
 # llama.cpp's Gemma 3 does not read it; Gemma 4's must say what the config says.
 ROPE = "rope_freqs.weight"
@@ -75,22 +54,11 @@ ROPE = "rope_freqs.weight"
 STILL = 1e30
 # Kinds of vocabulary that are SentencePiece's. Source: llama.cpp conversion/gemma.py.
 VOCABULARIES = ("llama", "gemma4")
-
-
-class Tensor(NamedTuple):
-    """One tensor: `shape` has the row last, as numpy does; `start` is in bytes of the file."""
-
-    type: GGMLQuantizationType
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-
-class Header(NamedTuple):
-    """What is in front of the data."""
-
-    metadata: dict[str, Any]
-    tensors: dict[str, Tensor]
+# Encoders and what joins them to the decoder: ollama has them in the model's file, llama.cpp in
+# one of their own. Source: ollama, convert/convert_gemma3.go and convert_gemma4.go.
+OTHER_PARTS = ("v.", "mm.", "a.")
+# What a weight is times, beside it; and what llama.cpp scales the input by before it rounds that.
+SCALE, INPUT_SCALE = ".scale", ".input_scale"
 
 
 class Vocabulary(NamedTuple):
@@ -108,14 +76,13 @@ class Vocabulary(NamedTuple):
 
 
 class GGUFCheckpoint(Checkpoint):
-    """One .gguf file."""
+    """A .gguf file, or any part of a model that is split over several."""
 
     stored_dtype = "gguf"
 
     def __init__(self, path: Path):
         self.source = path
-        self.generation_config = {}
-        self._data = _map(path)
+        self._maps, self.metadata, self._tensors = open_parts(path)
         try:
             self._open()
         except BaseException:
@@ -123,13 +90,9 @@ class GGUFCheckpoint(Checkpoint):
             raise
 
     def _open(self) -> None:
-        self.metadata, self._tensors = parse_header(self._data, self.source)
-        if self.metadata.get("split.count", 1) not in (0, 1):
-            raise UnsupportedError(
-                f"{self.source} is one of several parts; join them with llama-gguf-split --merge"
-            )
         architecture = self.metadata.get("general.architecture")
         refuse_drafter(architecture, self.source)
+        _refuse_encoder(self.metadata, self._tensors, self.source)
         config = resolve_config(
             lambda: GemmaConfig.from_gguf(self.metadata),
             layers=self.metadata.get(f"{architecture}.block_count"),
@@ -138,10 +101,35 @@ class GGUFCheckpoint(Checkpoint):
         )
         table = self._tensors.get(TABLE)
         config = fit_vocab(config, table.shape[0] if table else None)
-        self.config = self._find_k_eq_v(config)
+        stops = read_stops(self.metadata, config.text.vocab_size, self.source)
+        config = dataclasses.replace(config, eos_token_id=stops or config.eos_token_id)
+        self.config = self._find_head(self._find_k_eq_v(config))
+        self.generation_config = read_sampling(self.metadata, self.source)
+        self._aside = self._find_aside()
         self._unused = {weight.gguf for weight in unused(self.config.text)}
         idle = sorted(self._unused & self._tensors.keys())
         log_left_aside(logger, self.source, idle, "layers that read the K/V of another")
+
+    def _find_aside(self) -> set[str]:
+        """Return the tensors that are not the text decoder's."""
+        expected = self._expected()
+        encoders = [name for name in self._tensors if name.startswith(OTHER_PARTS)]
+        log_left_aside(logger, self.source, encoders, "other parts than the text decoder")
+        others = [
+            name
+            for name, tensor in self._tensors.items()
+            if name not in expected
+            and (tensor.type in INTEGERS or name.endswith(INPUT_SCALE))
+            and name not in encoders
+        ]
+        log_left_aside(logger, self.source, others, "integers and scales of inputs")
+        return {*encoders, *others, *self._scales(expected)}
+
+    def _scales(self, expected: Mapping[str, Any]) -> list[str]:
+        """Return the names of those tensors that a weight is multiplied by."""
+        own = (n.removesuffix(SCALE) + ".weight" for n in self._tensors if n.endswith(SCALE))
+        scales = (name.removesuffix(".weight") + SCALE for name in own if name in expected)
+        return [name for name in scales if name not in expected]
 
     def _find_k_eq_v(self, config: GemmaConfig) -> GemmaConfig:
         """Tell from the tensors whether full layers make values of keys: the header does not."""
@@ -156,49 +144,66 @@ class GGUFCheckpoint(Checkpoint):
         text = dataclasses.replace(config.text, layers=layers)
         return dataclasses.replace(config, text=text)
 
+    def _find_head(self, config: GemmaConfig) -> GemmaConfig:
+        """Tell from the tensors whether there is a head of its own: the header does not.
+
+        A table in another quantised type is one, since its numbers are others: llama.cpp reads it,
+        too. Source: llama.cpp, src/models/gemma3.cpp.
+        """
+        table, head = self._tensors.get(TABLE), self._tensors.get(HEAD)
+        if head is None or table is None or self._is_table(head, table):
+            return config
+        text = dataclasses.replace(config.text, tie_word_embeddings=False)
+        return dataclasses.replace(config, text=text)
+
+    def _is_table(self, head: Tensor, table: Tensor) -> bool:
+        """Tell whether a head is the table, rounded to the head's type where that is another."""
+        if head[:2] == table[:2]:  # type and shape
+            maps = self._map(head), self._map(table)
+            return same_bytes(maps[0], head.start, maps[1], table.start, head.nbytes)
+        if head.shape != table.shape or not {head.type, table.type} <= FLOATS.keys():
+            return False
+        floats = (
+            np.frombuffer(self._map(t), FLOATS[t.type], math.prod(t.shape), t.start)
+            for t in (head, table)
+        )
+        return same_rounded(*floats)
+
     def tokenizer(self) -> Tokenizer | None:
         """Build the tokenizer from the vocabulary in the file; None if it has none of that kind."""
         vocabulary = read_vocabulary(self.metadata, self.source)
         return Tokenizer.from_vocabulary(**vocabulary._asdict()) if vocabulary else None
 
     @property
-    def chat_template(self) -> str | None:
+    def chat_template(self) -> str | dict[str, str] | None:
         """The template in the file's metadata, or None."""
-        found = self.metadata.get("tokenizer.chat_template")
-        return found if isinstance(found, str) and found.strip() else None
+        return find_template(self.metadata, self.source)
 
     def close(self) -> None:
-        """Close the file. Arrays that were read stay valid."""
-        # A traceback may still hold a view; then the map goes when the view does.
-        with contextlib.suppress(BufferError):
-            self._data.close()
+        """Close the files. Arrays that were read stay valid."""
+        for data in self._maps:
+            # A traceback may still hold a view; then the map goes when the view does.
+            with contextlib.suppress(BufferError):
+                data.close()
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         return {weight.gguf: weight.shape for weight in self._weights.values()}
 
     def _found(self) -> dict[str, tuple[int, ...]]:
-        return {
-            name: tensor.shape
-            for name, tensor in self._tensors.items()
-            if name not in (ROPE, HEAD) and name not in self._unused
-        }
+        tied = [HEAD] if self.config.text.tie_word_embeddings else []
+        aside = {ROPE, *self._unused, *self._aside, *tied}
+        return {n: tensor.shape for n, tensor in self._tensors.items() if n not in aside}
 
     def _check_types(self) -> None:
-        wrong = [
-            f"{name} ({self._tensors[name].type.name})"
-            for name in self._found()
-            if self._tensors[name].type not in FLOATS.keys() | QUANTISED
-        ]
+        wrong: dict[str, list[str]] = {}
+        for name in self._expected():
+            tensor = self._tensors.get(name)
+            if tensor is not None and tensor.type not in FLOATS.keys() | QUANTISED:
+                wrong.setdefault(tensor.type.name, []).append(name)
         if wrong:
             raise UnsupportedError(
-                f"{self.source} holds tensors of types that are not read: {', '.join(wrong)}"
+                f"{self.source} holds weights in types that are not read: {grouped(wrong)}"
             )
-        table, head = self._tensors[TABLE], self._tensors.get(HEAD)
-        if head is not None and not self._same_bytes(table, head):
-            raise UnsupportedError(
-                f"{self.source}: {HEAD} differs from {TABLE}; only a tied head is supported"
-            )
-
         self._check_rope()
 
     def _check_rope(self) -> None:
@@ -216,10 +221,8 @@ class GGUFCheckpoint(Checkpoint):
                 f"{STILL}; another rope is not supported"
             )
 
-    def _same_bytes(self, a: Tensor, b: Tensor) -> bool:
-        return a[:2] == b[:2] and same_bytes(  # type and shape
-            self._data, a.start, self._data, b.start, a.nbytes
-        )
+    def _map(self, tensor: Tensor) -> mmap.mmap:
+        return self._maps[tensor.part]
 
     def _fill(self, weight: Weight, out: np.ndarray) -> None:
         tensor = self._tensors.get(weight.gguf)
@@ -229,11 +232,41 @@ class GGUFCheckpoint(Checkpoint):
                 f"{self.source}: {weight.gguf}: expected {list(weight.shape)}, got {got}"
             )
         decode = self._decoder(weight.gguf, tensor)
-        if not weight.gguf_offset:
+        scale = self._scale(weight)
+        if not weight.gguf_offset and scale is None:
             fill(out, decode, weight.gguf)
             return
         offset = np.float32(weight.gguf_offset)
-        fill(out, lambda a, b: decode(a, b).astype(np.float32) - offset, weight.gguf)
+        row = int(np.prod(weight.shape[1:]))
+
+        def changed(start: int, stop: int) -> np.ndarray:
+            values = decode(start, stop).astype(np.float32)
+            if scale is not None:
+                values = values * (
+                    scale[np.arange(start, stop) // row] if scale.size > 1 else scale
+                )
+            return values - offset
+
+        fill(out, changed, weight.gguf)
+
+    def _scale(self, weight: Weight) -> np.ndarray | None:
+        """Return what a weight is multiplied by: one number, or one for each expert.
+
+        Source: llama.cpp, src/llama-model.cpp, "optional per-tensor/per-expert .scale tensors".
+        """
+        name = weight.gguf.removesuffix(".weight") + SCALE
+        if name not in self._aside:
+            return None
+        tensor = self._tensors[name]
+        sizes: set[tuple[int, ...]] = {(1,)}
+        if len(weight.shape) > 2:
+            sizes.add(weight.shape[:1])
+        if tensor.type != T.F32 or tensor.shape not in sizes:
+            raise CheckpointError(
+                f"{self.source}: {name} is {tensor.type.name} {list(tensor.shape)}; expected F32, "
+                f"one number{' or one for each expert' if len(sizes) > 1 else ''}"
+            )
+        return self._decoder(name, tensor)(0, tensor.shape[0])
 
     def stored(self, name: str) -> Coded | None:
         """Return the blocks of a quantised matrix, [..., out, bytes], byte for byte."""
@@ -241,7 +274,9 @@ class GGUFCheckpoint(Checkpoint):
         tensor = self._tensors.get(weight.gguf)
         if tensor is None or tensor.shape != weight.shape or tensor.type not in KEPT:
             return None
-        data = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.start)
+        if self._scale(weight) is not None:
+            return None
+        data = np.frombuffer(self._map(tensor), np.uint8, tensor.nbytes, tensor.start)
         return Coded(KEPT[tensor.type], data.reshape(*tensor.shape[:-1], -1))
 
     def is_float(self, name: str) -> bool:
@@ -251,23 +286,11 @@ class GGUFCheckpoint(Checkpoint):
 
     def _decoder(self, name: str, tensor: Tensor) -> Callable[[int, int], np.ndarray]:
         """Return a function that gives elements [a, b) of a tensor; a is a block's first."""
-        if tensor.type in FLOATS:
-            count = math.prod(tensor.shape)
-            floats = np.frombuffer(self._data, FLOATS[tensor.type], count, tensor.start)
-            return lambda a, b: floats[a:b]
-        if tensor.type not in QUANTISED:
+        if tensor.type not in FLOATS.keys() | QUANTISED:
             raise UnsupportedError(
                 f"{self.source}: {name} is {tensor.type.name}, which is not read"
             )
-        size, nbytes = GGML_QUANT_SIZES[tensor.type]
-        data = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.start)
-
-        def decode(a: int, b: int) -> np.ndarray:
-            # One row: `dequantize` loops in Python over groups of 16 rows.
-            blocks = data[a // size * nbytes : b // size * nbytes].reshape(1, -1)
-            return dequantize(blocks, tensor.type).reshape(-1)
-
-        return decode
+        return decoder(self._map(tensor), tensor)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -277,18 +300,33 @@ def load_tokenizer(path: Path) -> Tokenizer:
         CheckpointError: the file or its vocabulary is damaged.
         UnsupportedError: it has no SentencePiece vocabulary.
     """
-    with _map(path) as data:
-        vocabulary = read_vocabulary(parse_header(data, path).metadata, path)
+    maps, metadata, _ = open_parts(path)
+    for data in maps:
+        data.close()
+    vocabulary = read_vocabulary(metadata, path)
     if vocabulary is None:
         raise UnsupportedError(f"{path} has no SentencePiece vocabulary")
     return Tokenizer.from_vocabulary(**vocabulary._asdict())
 
 
-def _map(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise CheckpointError(f"{path} is empty; expected a GGUF file")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def _refuse_encoder(metadata: Mapping[str, Any], names: Mapping[str, Any], source: Path) -> None:
+    """Raise UnsupportedError for what lies beside a model: encoders, adapters, importance."""
+    kind, architecture = metadata.get("general.type"), metadata.get("general.architecture")
+    if architecture == "clip" or kind == "mmproj":
+        raise UnsupportedError(
+            f"{source} holds the encoders of a multimodal model (mmproj), not the model; give the "
+            "model's own .gguf file"
+        )
+    if kind == "adapter":
+        raise UnsupportedError(
+            f"{source} is an adapter (LoRA) in GGUF, which is not read; give the model, with "
+            "adapters= a folder as peft writes it"
+        )
+    if kind == "imatrix" or (names and all(n.endswith((".in_sum2", ".counts")) for n in names)):
+        raise UnsupportedError(
+            f"{source} is an importance matrix (imatrix), which is for making quantised files; "
+            "give the model"
+        )
 
 
 # --- the vocabulary ----------------------------------------------------------------------------
@@ -305,6 +343,11 @@ def read_vocabulary(metadata: Mapping[str, Any], path: Path) -> Vocabulary | Non
     if model not in VOCABULARIES:
         logger.warning("%s: no tokenizer: its vocabulary is of kind %r", path, model)
         return None
+    for key in ("add_eos_token", "add_space_prefix"):
+        if own.get(key):
+            raise UnsupportedError(
+                f"{path}: tokenizer.ggml.{key} is true: it adds to every text what Gemma never saw"
+            )
     merges = _list(own, "merges", str, path) if "merges" in own else None
     unscored = merges is not None and "scores" not in own
     return Vocabulary(
@@ -332,150 +375,3 @@ def _id(own: Mapping[str, Any], key: str, default: int, path: Path) -> int:
     if type(value) is not int:
         raise CheckpointError(f"{path}: tokenizer.ggml.{key} must be an integer, got {value!r}")
     return value
-
-
-# --- the header --------------------------------------------------------------------------------
-
-
-class _Reader:
-    """A position in a file that may end, or lie, anywhere."""
-
-    def __init__(self, data: mmap.mmap | bytes, path: Path):
-        self.data = data
-        self.path = path
-        self.size = len(data)
-        self.position = 0
-
-    def fault(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: damaged GGUF header at byte {self.position}: {what}")
-
-    def take(self, count: int, item_bytes: int, what: str) -> int:
-        """Return the position of `count` items and step over them."""
-        start, left = self.position, self.size - self.position
-        if count * item_bytes > left:
-            raise self.fault(f"{what}: {count} of {item_bytes} bytes, but {left} are left")
-        self.position += count * item_bytes
-        return start
-
-    def number(self, code: str, what: str) -> int:
-        layout = struct.Struct(code)
-        return layout.unpack_from(self.data, self.take(1, layout.size, what))[0]
-
-    def string(self, what: str) -> str:
-        return self.strings(1, what)[0]
-
-    def strings(self, count: int, what: str) -> list[str]:
-        """Return `count` strings; the loop is what a vocabulary costs, so it is kept bare."""
-        data, size, position = self.data, self.size, self.position
-        unpack = struct.Struct("<Q").unpack_from
-        found = []
-        try:
-            for _ in range(count):
-                start = position + 8
-                stop = start + unpack(data, position)[0]
-                if stop > size:
-                    raise self.fault(f"{what}: a string ends {stop - size} bytes behind the file")
-                found.append(data[start:stop].decode())
-                position = stop
-        except struct.error as error:
-            raise self.fault(f"{what}: the file ends inside it") from error
-        except UnicodeDecodeError as error:
-            raise self.fault(f"{what}: not UTF-8: {error.reason}") from error
-        self.position = position
-        return found
-
-    def value(self, what: str) -> Any:
-        kind = self.number("<I", what)
-        if kind == ARRAY:
-            return self.array(what)
-        if kind == STRING:
-            return self.string(what)
-        return self.scalars(kind, 1, what)[0]
-
-    def array(self, what: str) -> list[Any]:
-        kind, count = self.number("<I", what), self.number("<Q", what)
-        if kind != STRING:
-            return self.scalars(kind, count, what)
-        if count * 8 > self.size - self.position:
-            raise self.fault(f"{what}: {count} strings do not fit in the file")
-        return self.strings(count, what)
-
-    def scalars(self, kind: int, count: int, what: str) -> list[Any]:
-        if kind not in SCALARS:
-            nested = "an array of arrays" if kind == ARRAY else f"value type {kind}"
-            raise self.fault(f"{what}: {nested} is not known")
-        dtype = np.dtype(SCALARS[kind])
-        values = np.frombuffer(self.data, dtype, count, self.take(count, dtype.itemsize, what))
-        return (values != 0).tolist() if kind == BOOL else values.tolist()
-
-
-def parse_header(data: mmap.mmap | bytes, path: Path) -> Header:
-    """Return metadata and tensors of a GGUF file; no tensor reaches outside it or into another.
-
-    Raises:
-        CheckpointError: the file is truncated, or its header contradicts itself.
-        UnsupportedError: another version, or big-endian.
-    """
-    reader = _Reader(data, path)
-    if data[:4] != MAGIC:
-        raise CheckpointError(f"{path} is not a GGUF file: it begins with {data[:4]!r}")
-    reader.position = 4
-    version = reader.number("<I", "version")
-    if version not in VERSIONS:
-        big = " (a big-endian file)" if version & 0xFFFF == 0 else ""
-        raise UnsupportedError(f"{path}: GGUF version {version}{big}; expected 2 or 3")
-    num_tensors, num_values = reader.number("<Q", "tensors"), reader.number("<Q", "metadata")
-    # The smallest entries: an empty name, a type and one byte; an empty name and no dimensions.
-    if num_values * 13 + num_tensors * 24 > reader.size:
-        raise reader.fault(f"{num_values} values and {num_tensors} tensors do not fit in the file")
-    metadata: dict[str, Any] = {}
-    for _ in range(num_values):
-        key = reader.string("a metadata key")
-        if key in metadata:
-            raise reader.fault(f"key {show(key)} is there twice")
-        metadata[key] = reader.value(show(key))
-    return Header(metadata, _tensors(reader, num_tensors, metadata))
-
-
-def _tensors(reader: _Reader, count: int, metadata: dict[str, Any]) -> dict[str, Tensor]:
-    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        raise reader.fault(f"general.alignment {alignment!r} is not a power of two")
-    tensors: dict[str, Tensor] = {}
-    for _ in range(count):
-        name = reader.string("a tensor name")
-        if name in tensors:
-            raise reader.fault(f"tensor {show(name)} is there twice")
-        tensors[name] = _tensor(reader, show(name), alignment)
-    base = -(-reader.position // alignment) * alignment
-    end, before = base, "the header"
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
-        start = base + tensor.start
-        if start < end:
-            raise reader.fault(f"{show(name)} overlaps {before}")
-        end, before = start + tensor.nbytes, show(name)
-        if end > reader.size:
-            raise CheckpointError(
-                f"{reader.path} is truncated: {before} ends at byte {end} of {reader.size}"
-            )
-        tensors[name] = tensor._replace(start=start)
-    return tensors
-
-
-def _tensor(reader: _Reader, name: str, alignment: int) -> Tensor:
-    """Read one entry; its start still counts from the first byte of data."""
-    num_dims = reader.number("<I", name)
-    if not 1 <= num_dims <= MAX_DIMS:
-        raise reader.fault(f"{name} has {num_dims} dimensions; expected 1 to {MAX_DIMS}")
-    shape = tuple(reader.number("<Q", name) for _ in range(num_dims))[::-1]
-    code, start = reader.number("<I", name), reader.number("<Q", name)
-    try:
-        kind = GGMLQuantizationType(code)
-    except ValueError:
-        raise reader.fault(f"{name} has ggml type {code}, which is not known") from None
-    size, nbytes = GGML_QUANT_SIZES[kind]
-    if 0 in shape or shape[-1] % size:
-        raise reader.fault(f"{name}: {list(shape)} is not made of {kind.name} blocks of {size}")
-    if start % alignment:
-        raise reader.fault(f"{name} starts at {start}, not a multiple of {alignment}")
-    return Tensor(kind, shape, start, math.prod(shape) // size * nbytes)

@@ -15,6 +15,7 @@ import numpy as np
 from gemlax.config import LayerSpec, TextConfig
 
 __all__ = [
+    "HEAD",
     "TABLE",
     "Weight",
     "WeightKind",
@@ -24,6 +25,9 @@ __all__ = [
     "to_orbax",
     "unused",
 ]
+
+# It lies beside the text model, not inside it: prefixes are not put before it.
+HEAD = "lm_head.weight"
 
 Shape = tuple[int, ...]
 When = Callable[[TextConfig, LayerSpec], bool]
@@ -55,6 +59,10 @@ def _has_experts(config: TextConfig, spec: LayerSpec) -> bool:
 
 def _has_input(config: TextConfig, spec: LayerSpec) -> bool:
     return config.hidden_size_per_layer_input > 0
+
+
+def _has_head(config: TextConfig, spec: LayerSpec) -> bool:
+    return not config.tie_word_embeddings
 
 
 def _has_scalar(config: TextConfig, spec: LayerSpec) -> bool:
@@ -167,7 +175,11 @@ _OUTPUT = (
                "layer_{i}/skip_scale", "1", when=_has_scalar),
 )  # fmt: skip
 _LAYER = (*_ATTENTION, *_DENSE, *_EXPERTS, *_OUTPUT)
-_AFTER = (_norm("norm.weight", "D", "output_norm.weight", "final_norm/scale"),)
+# Google's layout has no head of its own: orbax.py refuses a config that has one.
+_AFTER = (
+    _norm("norm.weight", "D", "output_norm.weight", "final_norm/scale"),
+    WeightKind(HEAD, "V D", "output.weight", "", "V D", when=_has_head),
+)
 
 # Sources: transformers 5.23.0, modeling_gemma3.py, modeling_gemma4.py and their convert_*.py;
 # llama.cpp conversion/gemma.py and gguf 0.19.0 tensor_mapping.py; google-deepmind/gemma

@@ -104,6 +104,11 @@ class OrbaxCheckpoint(Checkpoint):
                 tensors=len(self._shapes),
                 source=path,
             )
+            if not resolved.text.tie_word_embeddings:
+                raise UnsupportedError(
+                    f"{path} says tie_word_embeddings false, but Google's layout holds no head: "
+                    f"{TABLE} makes the logits, too; set it to true, or leave it out"
+                )
             return fit_vocab(resolved, rows)
         fitting = [
             config
@@ -138,8 +143,8 @@ class OrbaxCheckpoint(Checkpoint):
     def _check_types(self) -> None:
         wrong = [
             f"{name} ({self._dtypes[name]})"
-            for name in self._found()
-            if self._dtypes[name] not in READABLE
+            for name in self._expected()
+            if name in self._dtypes and self._dtypes[name] not in READABLE
         ]
         if wrong:
             raise UnsupportedError(

@@ -8,12 +8,13 @@ Source: https://github.com/huggingface/safetensors, README, "Format".
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
 import mmap
-import os
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +25,13 @@ from gemlax.checkpoints.base import (
     Checkpoint,
     fill,
     fit_vocab,
+    grouped,
     log_left_aside,
     read_json,
     refuse_drafter,
     resolve_config,
     same_bytes,
+    same_rounded,
     show,
 )
 from gemlax.checkpoints.codes import (
@@ -41,11 +44,15 @@ from gemlax.checkpoints.codes import (
     entries,
     read_formats,
 )
-from gemlax.checkpoints.names import Weight, text_weights, unused
+from gemlax.checkpoints.names import HEAD, Weight, text_weights, unused
+from gemlax.checkpoints.shards import INDEX, choose_files
+from gemlax.checkpoints.stand_ins import refuse_stand_in, refuse_stand_ins
+from gemlax.checkpoints.wrappers import explain_names
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.formats import FORMATS, Coded, decode
 from gemlax.tokenizer import Tokenizer, find_tokenizer
+from gemlax.tokenizer.load import FILES
 
 __all__ = [
     "DTYPES",
@@ -60,10 +67,11 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-INDEX = "model.safetensors.index.json"
 # The limit of the reference implementation.
 MAX_HEADER_BYTES = 100_000_000
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
+# Floats that are read and not written.
+FLOATS = DTYPES | {"F64": np.dtype(np.float64)}
 # With those of codes.
 READ = DTYPES | {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
 # Bits of one element. Source: safetensors 0.8, tensor.rs, Dtype.
@@ -73,15 +81,29 @@ BITS = {
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 # Where the text decoder's names begin: text-only, multimodal as published, as transformers 5
-# writes it, and bare.
-PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
-LM_HEADS = ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight")
+# writes it, bare, as the multimodal model without a head writes it, and wrapped once more.
+PREFIXES = (
+    "model.", "language_model.model.", "model.language_model.", "", "language_model.",
+    "model.model.", "model.language_model.model.",
+)  # fmt: skip
+LM_HEADS = (
+    HEAD, "language_model.lm_head.weight", "model.lm_head.weight",
+    "model.language_model.lm_head.weight",
+)  # fmt: skip
 # Encoders, what joins them to the decoder, and a drafter.
 # Source: transformers 5.23.0, modeling_gemma3.py, modeling_gemma4.py, modeling_gemma4_unified.py.
 OTHER_PARTS = (
     "vision_tower.", "multi_modal_projector.", "embed_vision.", "vision_embedder.",
     "audio_tower.", "embed_audio.", "assistant.",
 )  # fmt: skip
+# Numbers that modules make of the config, and that some versions store with the weights.
+BUFFERS = re.compile(
+    r"(.*\.)?(rotary_emb\w*\.\w+|inv_freq|embed_scale|position_ids|attention_mask|causal_mask"
+    r"|masked_bias|num_batches_tracked|(k|v|q|attn)_scale|activation_post_process\..+"
+    r"|(input|output|k_bmm|v_bmm|q_bmm)_quantizer\._amax)"
+)
+# No weight of the decoder is one; others may lie beside them. (Of bytes there may be codes.)
+INTEGERS = {"BOOL", "I16", "U16", "I32", "U32", "I64", "U64"}
 
 
 class Tensor(NamedTuple):
@@ -97,8 +119,10 @@ class Tensor(NamedTuple):
 class SafetensorsCheckpoint(Checkpoint):
     """A folder with config.json and model.safetensors, or its shards and their index."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, file: str | None = None):
+        """With `file`, that one is read, whatever else the folder holds."""
         self.source = folder
+        self._file = file
         self._maps: dict[str, mmap.mmap] = {}
         try:
             self._open()
@@ -114,9 +138,6 @@ class SafetensorsCheckpoint(Checkpoint):
         self.keeps_codes = bool(self._formats)
         config.pop(KEY, None)
         self._tensors = self._read_headers()
-        aside = [name for name in self._tensors if _is_other_part(name)]
-        log_left_aside(logger, self.source, aside, "other parts than the text decoder")
-        self._heads = [name for name in LM_HEADS if name in self._tensors]
         text = config.get("text_config", config)
         resolved = resolve_config(
             lambda: GemmaConfig.from_hf(config),
@@ -125,67 +146,65 @@ class SafetensorsCheckpoint(Checkpoint):
             source=path,
         )
         names = text_weights(resolved.text)
-        self._prefix = max(PREFIXES, key=lambda p: sum(p + n in self._tensors for n in names))
+        self._prefix = self._find_prefix(names)
         self._unused = {self._prefix + weight.name for weight in unused(resolved.text)}
         idle = sorted(self._unused & self._tensors.keys())
         log_left_aside(logger, self.source, idle, "layers that read the K/V of another")
+        self._head, self._idle_heads, tied = self._find_head(resolved.text.tie_word_embeddings)
         table = self._table()
-        self.config = fit_vocab(resolved, table.shape[0] if table and table.shape else None)
+        resolved = fit_vocab(resolved, table.shape[0] if table and table.shape else None)
+        text = dataclasses.replace(resolved.text, tie_word_embeddings=tied)
+        self.config = dataclasses.replace(resolved, text=text)
         generation = self.source / "generation_config.json"
         self.generation_config = read_json(generation) if generation.exists() else {}
         check_formats(self._formats, text_weights(self.config.text), path)
+        self._aside = self._find_aside()
         self.stored_dtype = main_dtype((t.dtype, t.nbytes) for t in self._text().values())
         if self._formats:
             self.stored_dtype = ", ".join(sorted(set(self._formats.values())))
 
-    def _read_headers(self) -> dict[str, Tensor]:
-        index = self.source / INDEX
-        files = sorted(path.name for path in self.source.glob("*.safetensors"))
-        if "model.safetensors" in files:
-            return self._read_file("model.safetensors")
-        if index.exists():
-            return self._read_shards(index)
-        if len(files) == 1:
-            return self._read_file(files[0])
-        raise CheckpointError(
-            f"{self.source} has {len(files)} .safetensors files but neither model.safetensors "
-            f"nor {INDEX}; the index says which tensor is where"
-        )
+    def _find_prefix(self, names: Collection[str]) -> str:
+        """Return what stands before the decoder's names in the files."""
+        counts = {p: sum(p + name in self._tensors for name in names) for p in PREFIXES}
+        prefix = max(PREFIXES, key=counts.__getitem__)
+        if counts[prefix] < len(names) and not self._formats:
+            text = [name for name in self._tensors if not _is_other_part(name)]
+            reason = explain_names(text, names, PREFIXES)
+            if reason is not None:
+                raise CheckpointError(f"{self.source} cannot be read: {show(reason, 600)}")
+        if prefix in PREFIXES[4:]:
+            logger.info("%s: names begin with %r, which is read as 'model.'", self.source, prefix)
+        return prefix
 
-    def _read_shards(self, index: Path) -> dict[str, Tensor]:
-        where = read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-            raise CheckpointError(f"{index}: expected 'weight_map', an object of file names")
-        problems, tensors = [], {}
-        for file in dict.fromkeys(where.values()):
-            if Path(file).name != file or not (self.source / file).is_file():
-                problems.append(f"{show(file)} is not a file of the folder")
-                continue
+    def _read_headers(self) -> dict[str, Tensor]:
+        files = [self._file] if self._file is not None else choose_files(self.source)
+        tensors: dict[str, Tensor] = {}
+        for file in files:
             for name, tensor in self._read_file(file).items():
-                if where.get(name) == file:
-                    tensors[name] = tensor
-                else:
-                    problems.append(f"{file} holds {show(name)}, which the index does not say")
-        if not problems:
-            problems = [f"{where[n]} lacks {show(n)}" for n in where if n not in tensors]
-        if problems:
-            rest = f"\n  and {len(problems) - 50} more" if len(problems) > 50 else ""
-            raise CheckpointError(
-                f"{index} does not fit its shards:\n  " + "\n  ".join(problems[:50]) + rest
-            )
+                if name in tensors and not self._are_same(tensor, tensors[name]):
+                    raise CheckpointError(
+                        f"{self.source}: {tensors[name].file} and {file} both hold {show(name)}, "
+                        "and they differ; keep the one that is right"
+                    )
+                tensors.setdefault(name, tensor)
         return tensors
+
+    def _are_same(self, a: Tensor, b: Tensor) -> bool:
+        return a[1:3] == b[1:3] and same_bytes(  # dtype and shape
+            self._maps[a.file], a.start, self._maps[b.file], b.start, a.nbytes
+        )
 
     def _read_file(self, file: str) -> dict[str, Tensor]:
         path = self.source / file
+        refuse_stand_in(path)
         with path.open("rb") as opened:
-            if os.fstat(opened.fileno()).st_size == 0:
-                raise CheckpointError(f"{path} is empty; expected a safetensors file")
             data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         self._maps[file] = data
         return parse_header(data, path)
 
     def tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer of the folder, or None."""
+        refuse_stand_ins(self.source, FILES)
         return find_tokenizer(self.source)
 
     def close(self) -> None:
@@ -196,12 +215,69 @@ class SafetensorsCheckpoint(Checkpoint):
                 data.close()
         self._maps = {}
 
+    def _find_aside(self) -> set[str]:
+        """Return the tensors that are not parameters of the text decoder."""
+        expected = self._expected()
+        encoders = [name for name in self._tensors if _is_other_part(name)]
+        log_left_aside(logger, self.source, encoders, "other parts than the text decoder")
+        aside = set(encoders)
+        buffers = [
+            name
+            for name, tensor in self._tensors.items()
+            if name not in expected.keys() | aside | self._unused
+            and (BUFFERS.fullmatch(name) or tensor.dtype in INTEGERS)
+        ]
+        log_left_aside(logger, self.source, buffers, "buffers, which are not parameters")
+        return {*encoders, *buffers}
+
     def _text(self) -> dict[str, Tensor]:
         return {
             name: tensor
             for name, tensor in self._tensors.items()
-            if name not in self._heads and name not in self._unused and not _is_other_part(name)
+            if name not in self._idle_heads | self._unused | self._aside
         }
+
+    def _find_head(self, said_tied: bool) -> tuple[str, set[str], bool]:
+        """Return where the head lies, what of heads is not read, and whether the table is the head.
+
+        A head that is not the table counts, whatever the config says; and where the head alone is
+        stored, it is the table. Source: transformers 5.23.0, modeling_utils.py, tie_weights.
+        """
+        heads = [name for name in LM_HEADS if name in self._tensors]
+        table = self._table()
+        if said_tied and heads and table is None:
+            logger.info("%s: %s is the table, too, which is not stored", self.source, heads[0])
+            table = self._tensors[f"{self._prefix}embed_tokens.weight"] = self._tensors[heads[0]]
+        same = {n for n in heads if said_tied and table and self._is_copy(self._tensors[n], table)}
+        others = [name for name in heads if name not in same]
+        if not others:
+            return HEAD, same, said_tied
+        if said_tied:
+            logger.info(
+                "%s: config.json says that the head is the table, but %s differs from it and is "
+                "used", self.source, others[0],
+            )  # fmt: skip
+        head = self._tensors[others[0]]
+        return others[0], {n for n in others[1:] if self._is_copy(self._tensors[n], head)}, False
+
+    def _is_copy(self, copy: Tensor, of: Tensor) -> bool:
+        """Tell whether floats are those of another tensor, rounded where the type is another."""
+        if copy.shape != of.shape or not {copy.dtype, of.dtype} <= FLOATS.keys():
+            return False
+        if copy.dtype == of.dtype:
+            maps = self._maps[copy.file], self._maps[of.file]
+            return same_bytes(maps[0], copy.start, maps[1], of.start, copy.nbytes)
+        floats = (
+            np.frombuffer(self._maps[t.file], FLOATS[t.dtype], math.prod(t.shape), t.start)
+            for t in (copy, of)
+        )
+        return same_rounded(*floats)
+
+    def _lies_as(self, name: str) -> str:
+        """Return what the file calls a weight, or a part of its codes."""
+        if name.startswith(HEAD):
+            return self._head + name.removeprefix(HEAD)
+        return self._prefix + name
 
     def _table(self) -> Tensor | None:
         name = f"{self._prefix}embed_tokens.weight"
@@ -209,7 +285,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         return {
-            self._prefix + name: entry.shape
+            self._lies_as(name): entry.shape
             for weight in self._weights.values()
             for name, entry in self._entries(weight).items()
         }
@@ -221,48 +297,44 @@ class SafetensorsCheckpoint(Checkpoint):
         return {name: tensor.shape for name, tensor in self._text().items()}
 
     def _other_problems(self) -> list[str]:
-        table = self._table()
-        problems = [
-            f"{name} differs from {self._prefix}embed_tokens.weight; only a tied head is supported"
-            for name in self._heads
-            if table and not self._same_bytes(self._tensors[name], table)
-        ]
+        problems = []
+        head = self._entries(self._weights[HEAD]) if HEAD in self._weights else {}
+        if head and not any(self._lies_as(name) in self._tensors for name in head):
+            problems.append(
+                "config.json says tie_word_embeddings false; where the head is the table of "
+                "embeddings, set it to true"
+            )
         for name in self._formats:
             problems += self._problems_of_codes(self._weights[name])
         return problems
 
     def _problems_of_codes(self, weight: Weight) -> list[str]:
         """Return what is wrong with the tensors of one matrix, beyond what `compare` finds."""
-        found = {n: self._tensors.get(self._prefix + n) for n in self._entries(weight)}
+        found = {n: self._tensors.get(self._lies_as(n)) for n in self._entries(weight)}
         problems = [
-            f"mistyped: {self._prefix}{name} is {tensor.dtype}, expected {entry.dtype}"
+            f"mistyped: {self._lies_as(name)} is {tensor.dtype}, expected {entry.dtype}"
             for name, entry in self._entries(weight).items()
             if (tensor := found[name]) is not None and tensor.dtype != entry.dtype
         ]
         codes, scales = found.get(weight.name + CODES), found.get(weight.name + SCALES)
         if codes is not None and scales is not None:
             error = disagree(self._formats[weight.name], codes.shape, scales.shape)
-            problems += [f"disagreeing: {self._prefix}{weight.name}: {error}"] if error else []
+            problems += [f"disagreeing: {self._lies_as(weight.name)}: {error}"] if error else []
         return problems
-
-    def _same_bytes(self, a: Tensor, b: Tensor) -> bool:
-        return a[1:3] == b[1:3] and same_bytes(  # dtype and shape
-            self._maps[a.file], a.start, self._maps[b.file], b.start, a.nbytes
-        )
 
     def _check_types(self) -> None:
         coded = {
-            self._prefix + n for own in self._formats for n in self._entries(self._weights[own])
+            self._lies_as(n) for own in self._formats for n in self._entries(self._weights[own])
         }
-        wrong = [
-            f"{name} ({tensor.dtype})"
-            for name, tensor in self._text().items()
-            if tensor.dtype not in DTYPES and name not in coded
-        ]
+        wrong: dict[str, list[str]] = {}
+        for name in self._expected():
+            tensor = self._tensors.get(name)
+            if tensor is not None and tensor.dtype not in FLOATS and name not in coded:
+                wrong.setdefault(tensor.dtype, []).append(name)
         if wrong:
             raise UnsupportedError(
-                f"{self.source} holds tensors of types other than {', '.join(DTYPES)}: "
-                f"{', '.join(wrong)}"
+                f"{self.source} holds weights in types other than {', '.join(FLOATS)}: "
+                f"{grouped(wrong)}"
             )
 
     def stored(self, name: str) -> Coded | None:
@@ -288,7 +360,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if coded is None or coded.format == "bfloat16":
             (entry,) = self._entries(weight).values()
             values = self._array(weight.name, entry).reshape(-1)
-            fill(out, lambda start, stop: values[start:stop], self._prefix + weight.name)
+            fill(out, lambda start, stop: values[start:stop], self._lies_as(weight.name))
             return
         form = FORMATS[coded.format]
         blocks = coded.codes.reshape(-1, form.elements)
@@ -299,21 +371,21 @@ class SafetensorsCheckpoint(Checkpoint):
             own = None if scales is None else scales[part]
             return decode(blocks[part], own, coded.format).reshape(-1)
 
-        fill(out, decoded, self._prefix + weight.name)
+        fill(out, decoded, self._lies_as(weight.name))
 
     def _array(self, name: str, entry: Entry) -> np.ndarray:
         """Return a tensor where it lies in the file, once it is what is expected."""
-        name = self._prefix + name
+        name = self._lies_as(name)
         tensor = self._tensors.get(name)
         if tensor is None or tensor.shape != entry.shape:
             got = "no such tensor" if tensor is None else list(tensor.shape)
             raise CheckpointError(f"{self.source}: {name}: expected {list(entry.shape)}, got {got}")
-        expected = DTYPES.keys() if entry.dtype is None else {entry.dtype}
+        expected = FLOATS.keys() if entry.dtype is None else {entry.dtype}
         if tensor.dtype not in expected:
             raise UnsupportedError(
                 f"{self.source}: {name} is {tensor.dtype}; expected {', '.join(expected)}"
             )
-        dtype = READ[tensor.dtype]
+        dtype = (READ | FLOATS)[tensor.dtype]
         values = np.frombuffer(
             self._maps[tensor.file], dtype, math.prod(tensor.shape), tensor.start
         )
@@ -330,7 +402,7 @@ def main_dtype(sizes: Iterable[tuple[str, int]]) -> str:
     for dtype, size in sizes:
         nbytes[dtype] = nbytes.get(dtype, 0) + size
     name = max(nbytes, key=lambda dtype: nbytes[dtype], default="F32")
-    return DTYPES[name].name if name in DTYPES else name
+    return FLOATS[name].name if name in FLOATS else name
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -340,6 +412,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         CheckpointError: the file is truncated, or its header contradicts itself.
         UnsupportedError: a tensor that is not float32, float16 or bfloat16.
     """
+    refuse_stand_in(path)
     data = path.read_bytes()
     found = {}
     for name, tensor in parse_header(data, path).items():

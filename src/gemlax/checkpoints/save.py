@@ -17,13 +17,13 @@ import numpy as np
 
 from gemlax.checkpoints.base import compare
 from gemlax.checkpoints.codes import Entry, Formats, entries, flatten, write_formats
-from gemlax.checkpoints.names import text_weights
+from gemlax.checkpoints.names import HEAD, text_weights
 from gemlax.checkpoints.safetensors import DTYPES, INDEX, READ, main_dtype
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError
 from gemlax.formats import Coded
 
-__all__ = ["new_folder", "save_safetensors", "write_json", "write_tensors"]
+__all__ = ["check_replaceable", "new_folder", "save_safetensors", "write_json", "write_tensors"]
 
 # What a folder is that holds such a file.
 _KINDS = {"config.json": "a model", "adapter_config.json": "an adapter"}
@@ -87,7 +87,7 @@ def new_folder(folder: str | Path, *, marker: str, overwrite: bool) -> Iterator[
         OSError: the disk is full, or a folder cannot be written.
     """
     folder = Path(folder).expanduser().resolve()
-    _refuse_to_replace(folder, marker, overwrite)
+    check_replaceable(folder, marker, overwrite)
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     try:
         part.mkdir()
@@ -100,7 +100,8 @@ def new_folder(folder: str | Path, *, marker: str, overwrite: bool) -> Iterator[
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _refuse_to_replace(folder: Path, marker: str, overwrite: bool) -> None:
+def check_replaceable(folder: Path, marker: str, overwrite: bool) -> None:
+    """Check that `new_folder` may put a folder there; see there for the errors."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -168,10 +169,15 @@ def _header(entries: Mapping[str, Any]) -> bytes:
     return json.dumps({"__metadata__": {"format": "pt"}} | dict(entries)).encode()
 
 
+def _name(name: str) -> str:
+    """Return what a tensor is called in the file: transformers has the head beside the model."""
+    return name if name.startswith(HEAD) else f"model.{name}"
+
+
 def _room(expected: Mapping[str, Entry]) -> int:
     """Return the bytes that the header of any shard fits in, a multiple of 8."""
     widest = {
-        f"model.{name}": {"dtype": "BF16", "shape": entry.shape, "data_offsets": [2**60, 2**60]}
+        _name(name): {"dtype": "BF16", "shape": entry.shape, "data_offsets": [2**60, 2**60]}
         for name, entry in expected.items()
     }
     return 8 + -(-len(_header(widest)) // 8) * 8
@@ -201,7 +207,7 @@ def _write_weights(
         seen[name] = array.shape
         if shards[-1].entries and shards[-1].nbytes + array.nbytes > limit:
             shards.append(_Shard(part / f"{len(shards)}.safetensors", room))
-        shards[-1].append(f"model.{name}", array)
+        shards[-1].append(_name(name), array)
         del array  # before the next one is made
     if problems := compare({name: entry.shape for name, entry in expected.items()}, seen):
         raise CheckpointError("cannot save a part of a model:\n  " + "\n  ".join(problems))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gemlax.config import hf
+from gemlax.config.keys import is_neutral, log_aside, refuse_keys, show_value
 from gemlax.config.spec import KINDS, GemmaConfig
 from gemlax.errors import UnsupportedError
 
@@ -15,21 +16,42 @@ __all__ = ["read"]
 _REQUIRED = {
     "context_length", "embedding_length", "block_count", "feed_forward_length",
     "attention.head_count", "attention.head_count_kv", "attention.key_length",
-    "attention.sliding_window", "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
 }  # fmt: skip
+_EPSILON = "attention.layer_norm_rms_epsilon"
 _COMMON = _REQUIRED | {
-    "attention.value_length", "attention.sliding_window_pattern", "rope.freq_base",
-    "rope.freq_base_swa", "rope.dimension_count", "vocab_size",
+    _EPSILON, "attention.value_length", "attention.sliding_window_pattern", "rope.freq_base",
+    "rope.freq_base_swa", "rope.dimension_count", "vocab_size", "final_logit_softcapping",
 }  # fmt: skip
 _KEYS = {
     "gemma3": _COMMON | {
-        "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
+        "rope.scaling.type", "rope.scaling.factor", "rope.global.freq_base",
+        "rope.local.freq_base",
     },
     "gemma4": _COMMON | {
         "attention.key_length_swa", "attention.value_length_swa", "attention.shared_kv_layers",
-        "rope.dimension_count_swa", "final_logit_softcapping", "embedding_length_per_layer_input",
+        "rope.dimension_count_swa", "embedding_length_per_layer_input",
         "expert_count", "expert_used_count", "expert_feed_forward_length",
     },
+}  # fmt: skip
+# One value, or one for each layer.
+_PER_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
+# ollama's files hold the encoders as well. Source: ollama, convert/convert_gemma3.go and
+# convert_gemma4.go.
+_ENCODERS = ("mm.", "vision.", "audio.")
+# Read with types of scaling that are refused, or by nobody.
+_INERT = {
+    "rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.beta_fast",
+    "rope.scaling.beta_slow", "rope.scaling.extrapolation_factor",
+    "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+    "decoder_start_token_id", "use_parallel_residual", "tensor_data_layout",
+}  # fmt: skip
+# What all the models are, under names that llama.cpp's own files of them do not have.
+_SAME = {
+    "attention.causal": True, "rope.freq_scale": 1.0, "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.alpha": 1.0, "logit_scale": 1.0, "residual_scale": 1.0,
+    "attention.output_scale": 1.0, "expert_weights_scale": 1.0,
 }  # fmt: skip
 
 # Sizes of a head that must be those of its keys.
@@ -49,14 +71,9 @@ def read(metadata: Mapping[str, Any]) -> GemmaConfig:
         )
     prefix = f"{architecture}."
     own = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
-    unknown = [
-        f"{prefix}{k} = {own[k]!r} (not known)" for k in sorted(own.keys() - _KEYS[architecture])
-    ]
-    if unknown:
-        raise UnsupportedError(f"GGUF metadata: {'; '.join(unknown)}")
-    missing = sorted(_REQUIRED - own.keys())
-    if missing:
-        raise UnsupportedError(f"GGUF metadata lacks {prefix}{f', {prefix}'.join(missing)}")
+    count = own.get("block_count")
+    own = {key: _join_equal(v, count) if key in _PER_LAYER else v for key, v in own.items()}
+    _check_keys(own, architecture)
     vocab = own.get("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())))
     convert: Callable[[Mapping[str, Any]], dict[str, Any]] = (
         _gemma3 if architecture == "gemma3" else _gemma4
@@ -72,6 +89,39 @@ def read(metadata: Mapping[str, Any]) -> GemmaConfig:
     )
 
 
+def _check_keys(own: Mapping[str, Any], architecture: str) -> None:
+    """Refuse keys that could change the answer and are not read, and files that lack some."""
+    same = {
+        "attention.key_length_swa": own.get("attention.key_length"),
+        "attention.value_length_swa": own.get("attention.key_length"),
+        "rope.dimension_count_swa": own.get("attention.key_length"),
+    }
+    wrong, aside = [], []
+    for key in sorted(own.keys() - _KEYS[architecture] - _INERT):
+        value = own[key]
+        expected = (_SAME | same).get(key)
+        if key.startswith(_ENCODERS):
+            continue
+        if value == expected or (expected is None and is_neutral(value)):
+            aside.append(f"{architecture}.{key}")
+        else:
+            known = "not known" if expected is None else f"the model has {expected}"
+            wrong.append(f"{architecture}.{key} = {show_value(value)} ({known})")
+    refuse_keys("GGUF metadata", wrong)
+    log_aside("GGUF metadata", aside)
+    required = _REQUIRED | ({_EPSILON} if architecture == "gemma4" else set())
+    missing = sorted(required - own.keys())
+    if missing:
+        names = ", ".join(f"{architecture}.{key}" for key in missing)
+        raise UnsupportedError(f"GGUF metadata lacks {names}")
+
+
+def _join_equal(value: Any, count: object) -> Any:
+    """Return the one value of a list that has it `count` times, for each layer; else the value."""
+    joined = isinstance(value, (list, tuple)) and len(value) == count and len(set(value)) == 1
+    return value[0] if joined else value
+
+
 def _common(own: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     if (
         own.get("attention.value_length", own["attention.key_length"])
@@ -85,8 +135,9 @@ def _common(own: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
         "num_attention_heads": own["attention.head_count"],
         "max_position_embeddings": own["context_length"],
         # The file stores float32; the published value is 1e-6.
-        "rms_norm_eps": float(f"{own['attention.layer_norm_rms_epsilon']:.6g}"),
+        "rms_norm_eps": float(f"{own.get(_EPSILON, 1e-6):.6g}"),
         "sliding_window": own["attention.sliding_window"],
+        "final_logit_softcapping": own.get("final_logit_softcapping"),
     }
 
 
@@ -98,11 +149,14 @@ def _gemma3(own: Mapping[str, Any]) -> dict[str, Any]:
     heads, head_dim = own["attention.head_count"], own["attention.key_length"]
     deep = own["block_count"] == 62
     pattern = own.get("attention.sliding_window_pattern", 6)
-    scaling = own.get("rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise UnsupportedError(f"GGUF metadata: rope.scaling.type {scaling!r}; expected 'linear'")
-    factor = float(own.get("rope.scaling.factor", 1.0))
     by_number = isinstance(pattern, int)
+    base = own.get("rope.freq_base", own.get("rope.global.freq_base", 1_000_000.0))
+    local = own.get("rope.freq_base_swa", own.get("rope.local.freq_base", 10_000.0))
+    dimensions = own.get("rope.dimension_count", head_dim)
+    if dimensions != head_dim:
+        raise UnsupportedError(
+            f"GGUF metadata: gemma3.rope.dimension_count is {dimensions}, but keys have {head_dim}"
+        )
     return {
         "model_type": "gemma3_text",
         "intermediate_size": own["feed_forward_length"],
@@ -111,10 +165,32 @@ def _gemma3(own: Mapping[str, Any]) -> dict[str, Any]:
         "query_pre_attn_scalar": own["embedding_length"] // heads if deep else head_dim,
         "sliding_window_pattern": pattern if by_number else None,
         "layer_types": None if by_number else _kinds(pattern),
-        "rope_theta": float(own.get("rope.freq_base", 1_000_000.0)),
-        "rope_local_base_freq": float(own.get("rope.freq_base_swa", 10_000.0)),
-        "rope_scaling": {"rope_type": "linear", "factor": factor} if factor != 1.0 else None,
+        "rope_theta": float(base),
+        "rope_local_base_freq": float(local),
+        "rope_scaling": _gemma3_scaling(own),
     }
+
+
+def _gemma3_scaling(own: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the scaling of full layers; what ollama converted does not say that of 4B to 27B.
+
+    Source: ollama, llama/compat: linear, 8, at 131072 tokens, where a file has ollama's keys.
+    """
+    scaling = own.get("rope.scaling.type", "none") or "none"
+    if scaling not in ("none", "linear"):
+        raise UnsupportedError(
+            f"GGUF metadata: rope.scaling.type {show_value(scaling)}; expected 'linear'"
+        )
+    given = "rope.scaling.type" in own or "rope.scaling.factor" in own
+    theirs = _EPSILON not in own or any(
+        key.startswith((*_ENCODERS, "rope.global.", "rope.local.")) for key in own
+    )
+    if not given and theirs and own["context_length"] >= 131_072:
+        return {"rope_type": "linear", "factor": 8.0}
+    factor = float(own.get("rope.scaling.factor", 1.0))
+    if own.get("rope.scaling.type") == "none" or factor in (0.0, 1.0):
+        return None
+    return {"rope_type": "linear", "factor": factor}
 
 
 def _gemma4(own: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +232,6 @@ def _gemma4(own: Mapping[str, Any]) -> dict[str, Any]:
         "per_layer_config": view,
         "layer_types": kinds,
         "num_kv_shared_layers": shared,
-        "final_logit_softcapping": own.get("final_logit_softcapping"),
         # The file does not say it. True where the full layers hold no attn_v tensor; the
         # checkpoint corrects it from its tensors (checkpoints/gguf.py).
         "attention_k_eq_v": False,

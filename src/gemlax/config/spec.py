@@ -74,6 +74,7 @@ class TextConfig:
         hidden_size_per_layer_input: width of the per-layer embeddings; 0: there are none.
         query_pre_attn_scalar: kept only to be written back; layers read `attention_scale`.
         use_bidirectional_attention: "vision" where image tokens see each other; text is causal.
+        tie_word_embeddings: the table makes the logits, too; else there is a head of its own.
     """
 
     model_type: str
@@ -93,11 +94,31 @@ class TextConfig:
     top_k_experts: int = 0
     moe_intermediate_size: int = 0
     use_bidirectional_attention: str | None = None
+    tie_word_embeddings: bool = True
 
     @property
     def num_hidden_layers(self) -> int:
         """How many decoder layers there are."""
         return len(self.layers)
+
+    @property
+    def num_ids(self) -> int:
+        """How many ids can be embedded: a table of per-layer embeddings may be the shorter one."""
+        if not self.hidden_size_per_layer_input:
+            return self.vocab_size
+        return min(self.vocab_size, self.vocab_size_per_layer_input)
+
+    def refusal(self, token_id: int, named: str = "") -> str | None:
+        """Say why an id cannot be embedded, or None if it can; `named` is put after the id."""
+        if 0 <= token_id < self.num_ids:
+            return None
+        if not 0 <= token_id < self.vocab_size:
+            return f"token id {token_id}{named} is outside [0, {self.vocab_size})"
+        return (
+            f"token id {token_id}{named} has no per-layer embedding: vocab_size is "
+            f"{self.vocab_size}, vocab_size_per_layer_input only {self.num_ids}; grow "
+            "embed_tokens_per_layer as well"
+        )
 
     @property
     def plan(self) -> "StackPlan":
@@ -137,10 +158,14 @@ class GemmaConfig:
         return hf.read(config)
 
     def to_hf(self) -> dict[str, Any]:
-        """Write a `config.json` that transformers reads; `from_hf` reads it back equal."""
-        from gemlax.config import hf
+        """Write a `config.json` that transformers reads; `from_hf` reads it back equal.
 
-        return hf.write(self)
+        Raises:
+            UnsupportedError: a config.json cannot hold this config; what it cannot is named.
+        """
+        from gemlax.config import hf_write
+
+        return hf_write.write(self)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> "GemmaConfig":

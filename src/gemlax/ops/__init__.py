@@ -5,6 +5,7 @@ These are the reference versions. They know JAX and `qtensor`, and no layer, cac
 
 from gemlax.ops import cpu
 from gemlax.ops.attention import attend, attend_blocks, causal_mask, fresh_attend
+from gemlax.ops.backend import backend, check_compiles
 from gemlax.ops.basic import EMPTY, geglu, rms_norm, rope, softcap
 from gemlax.ops.cpu import Implementation, implementation
 from gemlax.ops.matmul import Low, embed, linear, linears, low_rank, unembed
@@ -24,7 +25,9 @@ __all__ = [
     "Low",
     "attend",
     "attend_blocks",
+    "backend",
     "causal_mask",
+    "check_compiles",
     "cpu",
     "embed",
     "experts",

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gemlax.formats import Format
+from gemlax.ops.backend import backend
 from gemlax.qtensor import At, Mixed, QTensor, Weight, shape_of
 
 __all__ = [
@@ -98,8 +99,8 @@ class Kernels(NamedTuple):
 
 def kernels() -> Kernels:
     """Say which kernels are used where nothing else is asked for."""
-    if jax.default_backend() != "cpu":
-        return Kernels(None, (), f"the backend is {jax.default_backend()}")
+    if backend() != "cpu":
+        return Kernels(None, (), f"the backend is {backend()}")
     name, reason = _library()
     return Kernels(name, tuple(_NUMBERS) if name else (), reason)
 
@@ -180,7 +181,7 @@ def live() -> str | None:
             "implementation='cpu' needs a CPU backend and the native kernels, which are compiled "
             f"when gemlax is installed: {found.reason}"
         )
-    if found.instructions is None and jax.default_backend() == "cpu":
+    if found.instructions is None and backend() == "cpu":
         _warn(found.reason)
     return found.instructions
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gemlax.ops.backend import backend
 from gemlax.ops.basic import geglu, rms_norm
 from gemlax.ops.matmul import product
 from gemlax.qtensor import At, Weight, dense, is_stored, num_parts, num_rows, take, take_each
@@ -81,7 +82,7 @@ def _default(pairs: int, parts: int) -> Implementation:
         return "split"
     if pairs <= _FEW_PAIRS:
         return "gather"
-    return "sorted" if jax.default_backend() == "cpu" else "ragged"
+    return "sorted" if backend() == "cpu" else "ragged"
 
 
 def _expert(x: Array, gate_up: Array, down: Array) -> Array:

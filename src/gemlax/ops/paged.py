@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from gemlax.ops import storage
 from gemlax.ops.attention import attend_blocks
+from gemlax.ops.backend import backend
 from gemlax.ops.basic import EMPTY
 
 __all__ = [
@@ -100,7 +101,7 @@ def paged_attend(
         ValueError: the pool is too narrow for the heads.
     """
     _check_fits(pages, num_kv_heads, q.shape[2])
-    if implementation is None and jax.default_backend() == "tpu":
+    if implementation is None and backend() == "tpu":
         implementation = "xla" if _tpu_fault(q, pages, num_kv_heads) else "tpu"
     if implementation == "tpu":
         if fault := _tpu_fault(q, pages, num_kv_heads):

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gemlax.ops.backend import backend
+
 __all__ = ["Int8", "Storage", "Stored", "decode", "empty", "encode", "hold"]
 
 # None: the dtype itself, or its bits where the backend needs them.
@@ -64,5 +66,5 @@ def decode(stored: Stored, dtype: Any) -> Float[Array, "*batch K H"]:
 
 def _held_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """XLA:CPU converts a bfloat16 buffer as a whole for a one-row write; uint16 it does not."""
-    narrow = dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+    narrow = dtype == jnp.bfloat16 and backend() == "cpu"
     return jnp.dtype(jnp.uint16) if narrow else dtype

@@ -6,7 +6,12 @@
 """
 
 from gemlax.tokenizer.core import Tokenizer
-from gemlax.tokenizer.load import find_chat_template, find_tokenizer, load_tokenizer
+from gemlax.tokenizer.load import (
+    find_chat_template,
+    find_tokenizer,
+    load_tokenizer,
+    write_chat_template,
+)
 from gemlax.tokenizer.stream import TextStream
 
 __all__ = [
@@ -15,4 +20,5 @@ __all__ = [
     "find_chat_template",
     "find_tokenizer",
     "load_tokenizer",
+    "write_chat_template",
 ]

@@ -1,8 +1,9 @@
 """The tokenizer that everything else uses: ids for text, text for ids, and the named ids."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from operator import index
 from pathlib import Path
 from shutil import copyfile
@@ -48,6 +49,7 @@ class Tokenizer:
         self.add_bos = vocabulary.add_bos
         self.num_tokens = len(vocabulary.pieces)
         self.special_ids = vocabulary.special_ids
+        self.unused_ids = vocabulary.unused_ids
         self._vocabulary = vocabulary
         self._encoder = encoder
         self._make_json = make_json
@@ -80,7 +82,7 @@ class Tokenizer:
             pad_id: Likewise.
             add_bos: `tokenizer.ggml.add_bos_token`.
             merges: `tokenizer.ggml.merges`, pairs joined by a space. Gemma 4 files have them, and
-                scores that say nothing.
+                scores that say nothing. None or empty: the scores rank.
             files: See `__init__`.
 
         Raises:
@@ -88,20 +90,14 @@ class Tokenizer:
         """
         ids = {"bos_id": bos_id, "eos_id": eos_id, "pad_id": pad_id, "unk_id": unk_id}
         vocabulary = Vocabulary.create(pieces, token_types, add_bos=add_bos, **ids)
-        if merges is not None:
-            text = fast.to_json(vocabulary, [split_merge(merge) for merge in merges])
-            return cls(vocabulary, fast.from_json(vocabulary, text), lambda: text, files)
-        if len(scores) != len(pieces):
-            raise CheckpointError(f"{len(pieces)} pieces but {len(scores)} scores")
-        kinds = vocabulary.kinds
-        long = (i for i, piece in enumerate(pieces) if kinds[i] == Kind.NORMAL and len(piece) > 1)
-        ranked = [scores[i] for i in long]
-        if len(ranked) > 1 and min(ranked) == max(ranked):
-            raise CheckpointError("no merges, and all scores are equal: nothing to rank by")
-
-        def make_json() -> str:
-            return fast.to_json(vocabulary, fast.implied_merges(vocabulary, scores))
-
+        if merges:
+            unused = {vocabulary.pieces[id] for id in vocabulary.unused_ids}
+            pairs = [split_merge(merge) for merge in merges]
+            pairs = [pair for pair in pairs if "".join(pair) not in unused] if unused else pairs
+            text = fast.to_json(vocabulary, pairs)
+            return cls(vocabulary, fast.from_json(vocabulary, text), partial(str, text), files)
+        check_scores(vocabulary, scores)
+        make_json = partial(fast.scored_json, vocabulary, scores)
         return cls(vocabulary, spm.make_encoder(vocabulary, scores), make_json, files)
 
     def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
@@ -126,8 +122,31 @@ class Tokenizer:
             if isinstance(part, int):
                 ids.append(part)
             else:
-                ids += self._encoder(part)
+                ids += self._encode_ordinary(part)
         return [self.bos_id, *ids] if add_bos and ids[:1] != [self.bos_id] else ids
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        """Return ids of which none is a marker or unused, whatever the encoder makes of the text.
+
+        Merges of a file, or its `ignore_merges`, may lead to a marker: then its text is split
+        after the first character.
+        """
+        ids = self._encoder(text)
+        if self._never.isdisjoint(ids):
+            return ids
+        ids = []
+        for part in self.split_special(text):
+            whole = part if isinstance(part, str) else self.piece(part).replace(SPACE, " ")
+            first = 0 if isinstance(part, str) else 1
+            ids += [*self._encoder(whole[:first]), *self._encoder(whole[first:])]
+        spelled = ([id] if id not in self._never else self._spell(id) for id in ids)
+        return [id for some in spelled for id in some]
+
+    def _spell(self, id: int) -> list[int]:
+        """Return the text of a piece as byte pieces, or as the unknown one."""
+        bytes_of = {value[0]: byte for byte, value in self._vocabulary.byte_values.items()}
+        text = self.piece(id).replace(SPACE, " ").encode()
+        return [bytes_of.get(byte, self.unk_id) for byte in text]
 
     def decode(self, ids: Iterable[SupportsIndex], *, skip_special: bool = True) -> str:
         """Return the text of ids; bytes that are no UTF-8 become U+FFFD.
@@ -175,6 +194,11 @@ class Tokenizer:
             (folder / "tokenizer_config.json").write_text(settings, "utf-8")
 
     @cached_property
+    def _never(self) -> frozenset[int]:
+        """Ids that no ordinary text has."""
+        return self.special_ids - {self.unk_id} | self.unused_ids
+
+    @cached_property
     def _markers(self) -> tuple[re.Pattern[str], list[int], dict[str, int]]:
         """How markers begin, their lengths with the longest first, and their ids."""
         ids = {self.piece(id): id for id in sorted(self.special_ids)}
@@ -195,6 +219,21 @@ class Tokenizer:
                 yield ids[text[at : at + size]]
                 done = at + size
         yield text[done:]
+
+
+def check_scores(vocabulary: Vocabulary, scores: Sequence[float]) -> None:
+    """Raise CheckpointError if the scores do not rank the pieces."""
+    pieces, kinds = vocabulary.pieces, vocabulary.kinds
+    if not scores:
+        raise CheckpointError("neither merges nor scores: nothing to rank the pieces by")
+    if len(scores) != len(pieces):
+        raise CheckpointError(f"{len(pieces)} pieces but {len(scores)} scores")
+    long = (i for i, piece in enumerate(pieces) if kinds[i] == Kind.NORMAL and len(piece) > 1)
+    ranked = [scores[i] for i in long]
+    if len(ranked) > 1 and min(ranked) == max(ranked):
+        raise CheckpointError("no merges, and all scores are equal: nothing to rank by")
+    if not all(map(math.isfinite, ranked)):
+        raise CheckpointError("no merges, and scores that are not finite: nothing to rank by")
 
 
 def split_merge(merge: str) -> tuple[str, str]:

@@ -6,42 +6,47 @@ vocabulary: no different ids in 16,000 random texts).
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from gemlax.errors import CheckpointError, UnsupportedError
-from gemlax.tokenizer.vocabulary import BYTE, SPACE, Kind, Vocabulary
+from gemlax.tokenizer.added import Beside
+from gemlax.tokenizer.vocabulary import BYTE, NAMES, SPACE, Kind, Vocabulary, find_named
 
-__all__ = ["implied_merges", "make_encoder", "read_json", "to_json"]
+__all__ = ["implied_merges", "make_encoder", "read_json", "scored_json", "to_json"]
 
-NAMES = {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>", "unk": "<unk>"}
+NO_MERGES = re.compile(r'"merges"\s*:\s*\[\s*\]')
 
 
-def read_json(
-    path: Path, settings: dict[str, Any]
-) -> tuple[Vocabulary, Callable[[str], list[int]]]:
+def read_json(path: Path, beside: Beside) -> tuple[Vocabulary, Callable[[str], list[int]]]:
     """Read a `tokenizer.json`; return its vocabulary and the function from text to ids.
 
     Args:
         path: The file.
-        settings: Contents of the `tokenizer_config.json` beside it, for the names of bos, eos, ...
+        beside: What the files beside it say: names of bos, eos, ..., and more tokens.
     """
     tokenizers = import_tokenizers()
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        text = path.read_text("utf-8-sig")
+        tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the package raises no narrower class
         raise CheckpointError(f"{path} is damaged, or not a tokenizer.json: {error}") from error
     is_bpe = isinstance(tokenizer.model, tokenizers.models.BPE)
     if not is_bpe or (tokenizer.decoder and b"ByteLevel" in tokenizer.decoder.__getstate__()):
         raise UnsupportedError(f"{path} is not a Gemma tokenizer: it is not BPE over characters")
+    if NO_MERGES.search(text) and not tokenizer.model.ignore_merges:
+        raise CheckpointError(f"{path} has no merges: each character would be a token of its own")
+    special = add_tokens(tokenizer, beside)
     added = tokenizer.get_added_tokens_decoder()
     for token in added.values():
         if token.special and (token.lstrip or token.rstrip or token.single_word):
             raise UnsupportedError(f"{path}: the special token {token.content!r} strips its sides")
-    pieces, kinds = list_pieces(tokenizer.get_vocab(), added, path)
-    named = {f"{name}_id": find_named(name, pieces, settings, path) for name in NAMES}
+    pieces, kinds = list_pieces(tokenizer.get_vocab(), added, special, path)
+    ids = {piece: id for id, piece in enumerate(pieces)}
+    named = {f"{name}_id": find_named(name, ids, beside.names[name], -1, path) for name in NAMES}
     # Asked of its description: a damaged post-processor panics when it runs.
     state = tokenizer.post_processor.__getstate__().decode() if tokenizer.post_processor else ""
     add_bos = json.dumps(pieces[named["bos_id"]], ensure_ascii=False) in state
@@ -49,29 +54,33 @@ def read_json(
     return vocabulary, make_encoder(vocabulary, tokenizer)
 
 
+def add_tokens(tokenizer: Any, beside: Beside) -> set[int]:
+    """Add what the files beside add; return the ids that they call special."""
+    if not beside.added:
+        return set()
+    new, special = beside.extend(tokenizer.get_vocab())
+    tokenizers = import_tokenizers()
+    for token in new:
+        added = tokenizers.AddedToken(token.content, special=token.special, normalized=False)
+        tokenizer.add_tokens([added])
+    return special
+
+
 def list_pieces(
-    ids: dict[str, int], added: dict[int, Any], path: Path
+    ids: dict[str, int], added: dict[int, Any], special: set[int], path: Path
 ) -> tuple[list[str], list[Kind]]:
-    """Return the pieces by id, with a kind for each."""
+    """Return the pieces by id, with a kind for each; `special`: ids that are, whatever `added`."""
     pieces = [piece for piece, _ in sorted(ids.items(), key=lambda item: item[1])]
     if sorted(ids.values()) != list(range(len(pieces))):
         raise CheckpointError(f"{path}: the ids of its {len(pieces)} pieces have holes or repeat")
     kinds = []
     for id, piece in enumerate(pieces):
-        if id in added:
-            kinds.append(Kind.CONTROL if added[id].special else Kind.USER_DEFINED)
+        if id in added or id in special:
+            control = id in special or added[id].special
+            kinds.append(Kind.CONTROL if control else Kind.USER_DEFINED)
         else:
             kinds.append(Kind.BYTE if BYTE.fullmatch(piece) else Kind.NORMAL)
     return pieces, kinds
-
-
-def find_named(name: str, pieces: Sequence[str], settings: dict[str, Any], path: Path) -> int:
-    """Return the id of the bos, eos, pad or unk piece."""
-    value = settings.get(f"{name}_token") or NAMES[name]
-    piece = value.get("content") if isinstance(value, dict) else value
-    if piece not in pieces:
-        raise CheckpointError(f"{path} has no piece {piece!r}, which should be its {name} token")
-    return pieces.index(piece)
 
 
 def make_encoder(vocabulary: Vocabulary, tokenizer: Any) -> Callable[[str], list[int]]:
@@ -79,10 +88,24 @@ def make_encoder(vocabulary: Vocabulary, tokenizer: Any) -> Callable[[str], list
     # Markers that the file does not call special would match in text (measured: it is the content
     # that counts, an added token of the same text keeps its id).
     tokenizer.add_special_tokens([vocabulary.pieces[id] for id in sorted(vocabulary.special_ids)])
-    tokenizer.encode_special_tokens = True  # as ordinary text
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    return Encoder(tokenizer)
+
+
+class Encoder:
+    """From text to ids. It can be pickled, which makes the package forget what markers are."""
+
+    def __init__(self, tokenizer: Any):
+        tokenizer.encode_special_tokens = True  # as ordinary text
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Encoder, (self.tokenizer,)
 
 
 def from_json(vocabulary: Vocabulary, text: str) -> Callable[[str], list[int]]:
@@ -161,6 +184,11 @@ def to_settings(vocabulary: Vocabulary) -> str:
     content |= {"clean_up_tokenization_spaces": False, "padding_side": "left"}
     content["tokenizer_class"] = "GemmaTokenizer"
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def scored_json(vocabulary: Vocabulary, scores: Sequence[float]) -> str:
+    """Return a scored vocabulary as a `tokenizer.json`."""
+    return to_json(vocabulary, implied_merges(vocabulary, scores))
 
 
 def implied_merges(vocabulary: Vocabulary, scores: Sequence[float]) -> list[tuple[str, str]]:

@@ -1,34 +1,31 @@
 """Finds a tokenizer in a folder or a file and reads it."""
 
-import json
-from collections.abc import Mapping
+import logging
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.tokenizer import fast, spm
+from gemlax.tokenizer.added import ADDED, MAP, SETTINGS, Beside, read_beside, read_settings
 from gemlax.tokenizer.core import Tokenizer
+from gemlax.tokenizer.vocabulary import NAMES, Kind, find_named
 
-__all__ = ["find_chat_template", "find_tokenizer", "load_tokenizer"]
+__all__ = ["find_chat_template", "find_tokenizer", "load_tokenizer", "write_chat_template"]
 
-SETTINGS = "tokenizer_config.json"
-TEMPLATE = "chat_template.jinja"
+logger = logging.getLogger(__name__)
+
+TEMPLATE, MORE = "chat_template.jinja", "additional_chat_templates"
 # What a tokenizer's folder may hold; `Tokenizer.save` copies these.
-NAMES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    SETTINGS,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    TEMPLATE,
-)
+FILES = ("tokenizer.json", "tokenizer.model", SETTINGS, MAP, ADDED, TEMPLATE)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a folder, a `tokenizer.json` or a `*.model` file.
 
-    In a folder, `tokenizer.json` is preferred to `tokenizer.model`, and `tokenizer_config.json`
-    says which pieces are bos, eos, pad and unk. A file is taken alone.
+    In a folder, `tokenizer.json` is preferred to `tokenizer.model`, and the files beside it say
+    which pieces are bos, eos, pad and unk, and what is added. A file is taken alone.
 
     Raises:
         FileNotFoundError: There is none.
@@ -54,7 +51,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def find_tokenizer(folder: str | Path) -> Tokenizer | None:
     """Load the tokenizer of a folder; return None if it has none."""
-    paths = {name: Path(folder) / name for name in NAMES}
+    paths = {name: Path(folder) / name for name in FILES}
     files = {name: path for name, path in paths.items() if path.is_file()}
     if "tokenizer.json" not in files and "tokenizer.model" not in files:
         return None
@@ -63,54 +60,110 @@ def find_tokenizer(folder: str | Path) -> Tokenizer | None:
 
 def read_tokenizer(files: Mapping[str, Path]) -> Tokenizer:
     """Read the tokenizer from its files, given by the names that Hugging Face gives them."""
-    settings = read_settings(files[SETTINGS]) if SETTINGS in files else {}
+    beside = read_beside(files)
     if "tokenizer.json" in files:
         path = files["tokenizer.json"]
-        vocabulary, encoder = fast.read_json(path, settings)
+        vocabulary, encoder = fast.read_json(path, beside)
         return Tokenizer(vocabulary, encoder, path.read_text, files)
-    path = files["tokenizer.model"]
+    return read_model(files["tokenizer.model"], beside, files)
+
+
+def read_model(path: Path, beside: Beside, files: Mapping[str, Path]) -> Tokenizer:
+    """Read a `tokenizer.model`, and what the files beside it add."""
     pieces, scores, types, ids = spm.read_model(path.read_bytes(), str(path))
-    add_bos = settings.get("add_bos_token", True)
+    new, special = beside.extend({piece: id for id, piece in enumerate(pieces)})
+    for id in special:
+        types[id] = Kind.CONTROL
+    for token in new:
+        pieces.append(token.content)
+        scores.append(0.0)
+        types.append(Kind.CONTROL if token.special else Kind.USER_DEFINED)
+    known = {piece: id for id, piece in enumerate(pieces)}
+    named = {
+        name: find_named(name, known, beside.names[name], ids[f"{name}_id"], path) for name in NAMES
+    }
     return Tokenizer.from_vocabulary(
         pieces,
         scores,
         types,
-        bos_id=ids["bos_id"],
-        eos_id=ids["eos_id"],
-        unk_id=ids["unk_id"],
-        pad_id=ids["pad_id"],
-        add_bos=add_bos,
+        bos_id=named["bos"],
+        eos_id=named["eos"],
+        unk_id=named["unk"],
+        pad_id=named["pad"],
+        add_bos=beside.settings.get("add_bos_token", True),
         files=files,
     )
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read a `tokenizer_config.json`."""
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} holds {type(settings).__name__}, expected an object")
-    return settings
+def find_chat_template(folder: str | Path) -> str | dict[str, str] | None:
+    """Return the chat template of a folder, or its templates by name if there are several.
 
-
-def find_chat_template(folder: str | Path) -> str | None:
-    """Return the chat template of a folder: of its own file, or in `tokenizer_config.json`.
+    Where one is in several places, the first counts: `chat_template.jinja` and
+    `additional_chat_templates/`, then `tokenizer_config.json`, `chat_template.json` and
+    `processor_config.json`. An empty one is passed over.
 
     Raises:
         CheckpointError: it is damaged.
     """
-    path, settings = Path(folder) / TEMPLATE, Path(folder) / SETTINGS
-    if path.is_file():
-        try:
-            return path.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{path} is not UTF-8: {error}") from error
-    found = read_settings(settings).get("chat_template") if settings.is_file() else None
-    if isinstance(found, list):  # several by name
-        named = {e.get("name"): e.get("template") for e in found if isinstance(e, dict)}
-        found = named.get("default")
-    if found is not None and not isinstance(found, str):
-        raise CheckpointError(f"{settings}: chat_template must be a string")
-    return found
+    folder = Path(folder)
+    found: dict[str, str] = {}
+    for path, named in _templates_in(folder):
+        for name, source in named.items():
+            if not source.strip():
+                logger.warning("%s: the chat template %s is empty and not used", path, name)
+            else:
+                found.setdefault(name, source)
+    if len(found) != 1:
+        return found or None
+    ((name, source),) = found.items()
+    if name != "default":
+        logger.info("%s: the only chat template, %s, is used", folder, name)
+    return source
+
+
+def write_chat_template(template: str | Mapping[str, str], folder: Path) -> None:
+    """Write what `find_chat_template` reads, as transformers does.
+
+    Raises:
+        CheckpointError: a name of a template cannot be the name of a file.
+    """
+    named = {"default": template} if isinstance(template, str) else template
+    for name, source in named.items():
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise CheckpointError(f"the chat template name {name!r} cannot be a file name")
+        path = folder / TEMPLATE if name == "default" else folder / MORE / f"{name}.jinja"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(source.encode())  # not as text: line ends stay as they are
+
+
+def _templates_in(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Yield each file that holds templates, and these by name."""
+    more = sorted(folder.glob(f"{MORE}/*.jinja"))
+    for path in (folder / TEMPLATE, *more):
+        if path.is_file():
+            name = "default" if path.name == TEMPLATE and path.parent == folder else path.stem
+            try:
+                yield path, {name: path.read_bytes().decode("utf-8-sig")}
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{path} is not UTF-8: {error}") from error
+    for path in (
+        folder / name for name in (SETTINGS, "chat_template.json", "processor_config.json")
+    ):
+        value = read_settings(path).get("chat_template") if path.is_file() else None
+        if value is not None:
+            yield path, _named_templates(value, path)
+
+
+def _named_templates(value: Any, path: Path) -> dict[str, str]:
+    """Return templates by name: one is "default", several are a list or a dict."""
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+        named = {one.get("name"): one.get("template") for one in value}
+    else:
+        named = value if isinstance(value, dict) else {None: None}
+    if not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise CheckpointError(
+            f"{path}: chat_template must be a string, or strings by name, got {str(value)[:80]!r}"
+        )
+    return named

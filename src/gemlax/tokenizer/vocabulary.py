@@ -1,26 +1,34 @@
 """What a Gemma vocabulary is, checked once: pieces, their kinds and the four named ids.
 
 Files disagree on the kinds: SentencePiece marks turn markers as user-defined, llama.cpp some of
-them as control. Here a marker is control wherever it comes from, so that untrusted text can never
-produce one.
+them as control, converters some as normal text. Here a marker is control whatever its label, so
+that untrusted text can never produce one.
 """
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from typing import Any
 
 from gemlax.errors import CheckpointError, UnsupportedError
 
-__all__ = ["SPACE", "Kind", "Vocabulary"]
+__all__ = ["NAMES", "SPACE", "Kind", "Vocabulary", "find_named"]
+
+logger = logging.getLogger(__name__)
 
 # The piece character that stands for a space.
 SPACE = "▁"
 
-# User-defined pieces that steer the model: <|turn>, <turn|>, <|image|>, <start_of_turn>,
-# <image_soft_token>, <unused7>. Runs of whitespace, HTML tags and [multimodal] are none.
+# The pieces that have a name, as Gemma writes them.
+NAMES = {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>", "unk": "<unk>"}
+
+# Pieces that steer the model: <|turn>, <turn|>, <|image|>, <start_of_turn>, <image_soft_token>,
+# <unused7>. Runs of whitespace, HTML tags and [multimodal] are none, and none of the 255,474
+# normal pieces of the published vocabularies is written like one.
 MARKER = re.compile(
     r"<\|.*>|<.*\|>|<(start|end)_of_\w+>|<\w+_soft_token>|<unused\d+>|<(pad|eos|bos|unk|mask)>"
 )
@@ -94,6 +102,11 @@ class Vocabulary:
         return {piece: id for id, piece in enumerate(self.pieces)}
 
     @cached_property
+    def unused_ids(self) -> frozenset[int]:
+        """Ids that fill the list up: no text is split into them."""
+        return frozenset(id for id, kind in enumerate(self.kinds) if kind == Kind.UNUSED)
+
+    @cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids that stand for no text: named, turn, media and unused markers."""
         special = (Kind.CONTROL, Kind.UNKNOWN)
@@ -110,17 +123,47 @@ class Vocabulary:
 
 
 def settle(pieces: Sequence[str], kinds: Sequence[int]) -> list[Kind]:
-    """Return the kinds as gemlax understands them: markers are control wherever they come from."""
-    settled = []
+    """Return the kinds as gemlax understands them: names decide where a label is wrong."""
+    settled, mislabelled = [], []
     for id, (piece, kind) in enumerate(zip(pieces, kinds, strict=True)):
-        if kind not in (1, 2, 3, 4, 6):
-            known = "expected 1, 2, 3, 4 or 6"
+        if kind not in BY_VALUE:
+            known = "expected 1 to 6"
             raise UnsupportedError(f"the piece {piece!r} of id {id} is of type {kind}, {known}")
         if kind == Kind.BYTE and not BYTE.fullmatch(piece):
             raise CheckpointError(f"the piece {piece!r} of id {id} is typed as a byte, not <0xNN>")
         # A vocabulary has one unknown piece, which its caller names.
-        if kind == Kind.UNKNOWN or (kind == Kind.USER_DEFINED and MARKER.fullmatch(piece)):
+        if kind == Kind.UNKNOWN:
             settled.append(Kind.CONTROL)
+        elif kind not in (Kind.CONTROL, Kind.BYTE) and MARKER.fullmatch(piece):
+            settled.append(Kind.CONTROL)
+            if kind != Kind.USER_DEFINED:  # as SentencePiece calls them
+                mislabelled.append(piece)
+        elif kind == Kind.NORMAL and piece == f"[PAD{id}]":  # as llama.cpp fills a list up
+            settled.append(Kind.UNUSED)
         else:
             settled.append(BY_VALUE[kind])
+    if mislabelled:
+        some = ", ".join(mislabelled[:4]) + (", ..." if len(mislabelled) > 4 else "")
+        logger.warning(
+            "the vocabulary calls %d markers ordinary text (%s); they are read as control tokens",
+            len(mislabelled), some,
+        )  # fmt: skip
     return settled
+
+
+def find_named(name: str, ids: Mapping[str, int], told: Any, default: int, source: object) -> int:
+    """Return the id of the bos, eos, pad or unk piece.
+
+    Args:
+        name: "bos", "eos", "pad" or "unk".
+        ids: By piece.
+        told: What a settings file calls it: a piece, {"content": piece}, or None.
+        default: Its id if the settings are silent; outside the vocabulary: none is known.
+        source: What errors call the vocabulary.
+    """
+    if not told and 0 <= default < len(ids):
+        return default
+    piece = told.get("content") if isinstance(told, Mapping) else told or NAMES[name]
+    if not isinstance(piece, str) or piece not in ids:
+        raise CheckpointError(f"{source} has no piece {piece!r}, which should be its {name} token")
+    return ids[piece]

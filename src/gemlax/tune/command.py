@@ -10,9 +10,18 @@ from gemlax.adapters import Rule, Rules
 from gemlax.checkpoints.base import read_json
 from gemlax.errors import RequestError
 from gemlax.model import Model
+from gemlax.tune.lines import check_file
 from gemlax.tune.run import Progress, Settings, train
 
-__all__ = ["run", "settings_of"]
+__all__ = ["check", "run", "settings_of"]
+
+
+def check(args: argparse.Namespace) -> None:
+    """Say what is wrong with arguments and files before a model is loaded."""
+    settings_of(args)
+    for path in (args.data, args.eval_data):
+        if path is not None:
+            check_file(path)
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

@@ -28,9 +28,10 @@ _TABLE_ROWS = 2048
 
 
 class Head(NamedTuple):
-    """What makes logits of hidden states: the table, and the cap of Gemma's final softcap.
+    """What makes logits of hidden states: a table, and the cap of Gemma's final softcap.
 
     Attributes:
+        table: that of the embeddings, or the matrix of a head of its own.
         frozen: the table gets no gradient, and that of the hidden states is made in the forward
             pass.
         shards: parts into which a mesh cuts the rows of the table; each is summed on its own.
@@ -44,7 +45,7 @@ class Head(NamedTuple):
     @classmethod
     def of(cls, decoder: Decoder, *, frozen: bool, shards: int = 1) -> "Head":
         """Return the head of a decoder."""
-        table = decoder.embed_tokens.weight.get_value()
+        table = decoder.head.weight.get_value()
         shards = shards if shape_of(table)[0] % shards == 0 else 1
         return cls(table, decoder.config.final_logit_softcapping, frozen, shards)
 

@@ -1,5 +1,6 @@
 """What a run leaves to read: one JSON line per step, a plot of the loss, and what it runs with."""
 
+import importlib
 import json
 import os
 import resource
@@ -11,7 +12,7 @@ import jax
 
 from gemlax.errors import Error
 
-__all__ = ["Log", "memory_bytes", "plot", "read_settings", "write_settings"]
+__all__ = ["Log", "can_plot", "memory_bytes", "plot", "read_settings", "write_settings"]
 
 
 class Log:
@@ -53,18 +54,19 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         yield found
 
 
-def plot(lines: list[dict[str, Any]], path: Path) -> None:
-    """Draw the losses by step as a PNG.
-
-    Raises:
-        Error: matplotlib is not installed.
-    """
+def can_plot() -> bool:
+    """Tell whether what `plot` draws with is installed."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise Error(
-            'the loss plot needs matplotlib; install it with: pip install "gemlax[tune]"'
-        ) from error
+        importlib.import_module("matplotlib.figure")
+    except ImportError:
+        return False
+    return True
+
+
+def plot(lines: list[dict[str, Any]], path: Path) -> None:
+    """Draw the losses by step as a PNG, with matplotlib."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for key, label, form in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):

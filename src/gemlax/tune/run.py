@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
-import json
+import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,17 +14,27 @@ import jax
 from flax import nnx
 
 from gemlax import adapters
+from gemlax.checkpoints.save import check_replaceable
 from gemlax.errors import Error, RequestError, UnsupportedError
 from gemlax.model import Model, save
 from gemlax.tune.data import Encoder, digest, read_examples, read_pairs
 from gemlax.tune.packing import Batches, Rows
-from gemlax.tune.report import Log, memory_bytes, plot, read_settings, write_settings
+from gemlax.tune.report import (
+    Log,
+    can_plot,
+    memory_bytes,
+    plot,
+    read_settings,
+    write_settings,
+)  # fmt: skip
 from gemlax.tune.state import Checkpoints
 from gemlax.tune.train import Measured, Recipe, Trainer
 
 __all__ = ["Result", "Settings", "train"]
 
-RUN, LOG, PLOT = "run.json", "log.jsonl", "loss.png"
+_log = logging.getLogger(__name__)
+RUN, LOG, PLOT, CHECKPOINTS = "run.json", "log.jsonl", "loss.png", "checkpoints"
+RESULTS = {"adapter": "adapter", "full": "model"}
 # Peak rates. By custom, not by measurement: all weights take a tenth of what an adapter does,
 # and preferences, whose slopes are small at the start, a quarter.
 RATES = {"adapter": 2e-4, "full": 2e-5, "preferences": 5e-5}
@@ -47,6 +58,7 @@ class Settings:
             preferences.
         truncate: cut examples that are longer; otherwise they are an error.
         pack: put several examples into a row.
+        parse_special: read markers in texts as what they name; in messages they are text always.
         save_every: steps between checkpoints and evaluations; None: at the end alone.
         seed: of the adapter, the order of examples and dropout.
     """
@@ -65,6 +77,7 @@ class Settings:
     remat: bool = True
     truncate: bool = False
     pack: bool = True
+    parse_special: bool = True
     save_every: int | None = None
     seed: int = 0
 
@@ -126,8 +139,8 @@ def train(
     under "model"), a log (log.jsonl), a plot (loss.png) and checkpoints.
 
     Args:
-        data: lines of messages, of prompt and completion, or of text; for preferences of prompt,
-            chosen and rejected.
+        data: a line is a conversation, a prompt and a completion, an instruction and an output, or
+            a text; for preferences a prompt, chosen and rejected. docs/tune.md has the forms.
         output: a folder that holds no run yet, unless `resume`.
         settings: None: the defaults; `changes` replace attributes of it.
         eval_data: a file of the same form, of which the loss is taken before, at each checkpoint
@@ -161,13 +174,13 @@ class _Run:
         if model.tokenizer is not None:
             found = model.chat_format
             chat = None if found.family is None else found
-        self.encoder = Encoder(model.tokenizer, chat)
+        self.encoder = Encoder(model.tokenizer, chat, parse_special=settings.parse_special)
         self.batches = self._batches(data)
         self.held_out = None if eval_data is None else self._batches(Path(eval_data))
         self.steps = settings.steps or settings.epochs * self.batches.per_epoch
         self.record = self._record(data)
-        self.checkpoints = Checkpoints(output / "checkpoints")
-        self.first = self._open(resume)
+        self.checkpoints = Checkpoints(output / CHECKPOINTS)
+        self._check_output(resume)
         self.decoder = self._decoder()
         recipe = Recipe(
             steps=self.steps, learning_rate=settings.rate,
@@ -177,17 +190,22 @@ class _Run:
         )  # fmt: skip
         ways: dict[str, Any] = {"mesh": model.mesh, "implementation": model.implementation}
         self.trainer = Trainer(self.decoder, recipe, **ways)
+        self.first = max(self.checkpoints.steps(), default=0) if resume else 0
+        self._open(resume)
 
     def _batches(self, path: Path) -> Batches:
         s = self.settings
         most = min(s.max_length, self.model.config.text.max_position_embeddings)
         examples: Any
         if s.beta is None:
-            examples = read_examples(path, self.encoder, most, truncate=s.truncate)
-            sizes = [len(example.ids) for example in examples]
+            examples = texts = read_examples(path, self.encoder, most, truncate=s.truncate)
         else:
             examples = read_pairs(path, self.encoder, most, truncate=s.truncate)
-            sizes = [len(one.ids) for pair in examples for one in pair]
+            texts = [one for pair in examples for one in pair]
+        highest = max((i for one in texts for i in one.ids), default=0)
+        if refusal := self.model.config.text.refusal(highest):
+            raise RequestError(f"{path}: {refusal}")
+        sizes = [len(one.ids) for one in texts]
         room = sum(sizes) if s.pack and s.beta is None else max(sizes)
         width = min(s.max_length, -(-room // ROUND) * ROUND)
         return Batches(examples, width, s.batch_size, seed=s.seed, packed=s.pack)
@@ -197,35 +215,64 @@ class _Run:
         own = self.settings.as_dict()
         del own["save_every"]
         own["rules"] = repr(own["rules"])
-        config = json.dumps(self.model.config.to_hf(), sort_keys=True)
+        config = repr(self.model.config)
         return own | {
             "steps": self.steps,
             "data": digest(data),
             "config": hashlib.sha256(config.encode()).hexdigest(),
         }
 
-    def _open(self, resume: bool) -> int:
-        """Make the folder, or check that it holds this run; return how many steps are done."""
-        path = self.output / RUN
-        if not resume:
-            if path.exists():
-                raise Error(f"{self.output} holds a run already: go on with it by --resume, or "
-                            "give another folder")  # fmt: skip
-            self.output.mkdir(parents=True, exist_ok=True)
-            write_settings(path, self.record)
-            return 0
-        held = read_settings(path)
-        for key in sorted(held.keys() | self.record.keys()):
-            if held.get(key) != self.record.get(key):
-                raise Error(
-                    f"{self.output} holds another run: {key} is {held.get(key)!r} there and "
-                    f"{self.record.get(key)!r} now"
-                )
-        return max(self.checkpoints.steps(), default=0)
+    @property
+    def result(self) -> Path:
+        """The folder of what is trained."""
+        return self.output / RESULTS["full" if self.settings.full else "adapter"]
+
+    def _check_output(self, resume: bool) -> None:
+        """Check that the folder holds this run, or none and can be written; write nothing."""
+        if resume:
+            held = read_settings(self.output / RUN)
+            for key in sorted(held.keys() | self.record.keys()):
+                if held.get(key) != self.record.get(key):
+                    raise Error(
+                        f"{self.output} holds another run: {key} is {held.get(key)!r} there and "
+                        f"{self.record.get(key)!r} now"
+                    )
+        elif (self.output / RUN).exists():
+            raise Error(f"{self.output} holds a run already: go on with it by --resume, or "
+                        "give another folder")  # fmt: skip
+        else:
+            for path in (self.result, self.output / LOG, self.output / CHECKPOINTS):
+                if path.exists():
+                    raise Error(f"{path} is there already, of no run that is known: give another "
+                                "folder, or move it away")  # fmt: skip
+        if resume:
+            marker = "config.json" if self.settings.full else "adapter_config.json"
+            check_replaceable(self.result, marker, overwrite=True)
+        above = next(p for p in (self.output, *self.output.absolute().parents) if p.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            what = "be written to" if above.is_dir() else "be a folder: it is a file"
+            raise Error(f"{self.output} cannot be made: {above} cannot {what}")
+
+    def _open(self, resume: bool) -> None:
+        """Make the folder, once all that a run needs was found; say what it will lack."""
+        if not can_plot():
+            _log.warning('no %s will be drawn: pip install "gemlax[tune]" has matplotlib', PLOT)
+        try:
+            self.checkpoints.check_room(self.trainer.values, self.trainer.optimizer_state)
+            if not resume:
+                self.output.mkdir(parents=True, exist_ok=True)
+                write_settings(self.output / RUN, self.record)
+        except OSError as error:
+            raise Error(f"cannot write in {self.output}: {error.strerror}") from error
 
     def _decoder(self) -> Any:
         """Return a decoder of its own that shares the model's arrays, with an adapter on it."""
         s = self.settings
+        if self.model.adapters:
+            raise RequestError(
+                "the model has adapters beside its weights: gemlax convert MODEL FOLDER --adapter "
+                "DIR merges one, and the result can be tuned"
+            )
         decoder = nnx.merge(*nnx.split(self.model.decoder))
         if s.full and decoder.adapter is not None:
             raise RequestError("the model has an adapter: merge it, or train it without full")
@@ -247,17 +294,29 @@ class _Run:
                 first, trainer.values, trainer.optimizer_state
             )
         log = Log(self.output / LOG, first)
-        if not first:
-            self._evaluate(log, 0)
+        if not any(line["step"] == first and "eval_loss" in line for line in log.lines()):
+            self._evaluate(log, first)
         for step in range(first, self.steps):
             self._step(log, step)
-        lines = log.lines()
-        plot(lines, self.output / PLOT)
+        # What the run is for comes first: nothing that is only told may cost it.
         model = self._save()
+        if first < self.steps:
+            self._evaluate(log, self.steps)
+        lines = log.lines()
+        self._plot(lines)
         held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
         before, after = (held_out[0], held_out[-1]) if held_out else (None, None)
         last = [line["loss"] for line in lines if "loss" in line][-1]
         return Result(model, self.steps, last, before, after)
+
+    def _plot(self, lines: list[dict[str, Any]]) -> None:
+        if not can_plot():
+            return
+        try:
+            plot(lines, self.output / PLOT)
+        except Exception as error:  # fonts, caches, disks: matplotlib raises what it likes
+            reason = str(error).partition("\n")[0]
+            _log.warning("%s was not drawn: %s", self.output / PLOT, reason)
 
     def _step(self, log: Log, step: int) -> None:
         rows = self.batches[step]
@@ -283,8 +342,9 @@ class _Run:
         self._say(log, line)
         done, every = step + 1, self.settings.save_every
         if done == self.steps or (every and done % every == 0):
-            self._evaluate(log, done)  # first: a checkpoint means that the log has all before it
             self.checkpoints.save(done, self.trainer.values, self.trainer.optimizer_state)
+            if done < self.steps:
+                self._evaluate(log, done)
 
     def _broken(self, step: int, found: Measured) -> str:
         last = max(self.checkpoints.steps(), default=0)
@@ -318,7 +378,7 @@ class _Run:
             mesh=given.mesh, kv_cache=given.kv_cache, implementation=given.implementation,
         )  # fmt: skip
         if self.settings.full:
-            save(model, self.output / "model", overwrite=True)
+            save(model, self.result, overwrite=True)
         else:
-            adapters.save(decoder, self.output / "adapter", overwrite=True)
+            adapters.save(decoder, self.result, overwrite=True)
         return model

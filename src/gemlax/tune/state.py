@@ -46,6 +46,19 @@ class Checkpoints:
             return []
         return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal())
 
+    def check_room(self, values: Any, optimizer_state: Any) -> None:
+        """Check that a checkpoint and what is trained fit on the disk of the folder above.
+
+        Raises:
+            Error: they do not.
+        """
+        output = self.folder.absolute().parent
+        above = next(folder for folder in (output, *output.parents) if folder.exists())
+        try:
+            _check_free(above, (values, values, optimizer_state))
+        except OSError as error:
+            raise Error(f"cannot write in {output}: {error}") from error
+
     def save(self, step: int, values: Any, optimizer_state: Any) -> None:
         """Write a checkpoint; it is there whole or not at all.
 
@@ -57,10 +70,7 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clean()
-            need = int(_ROOM * sum(a.nbytes for a in jax.tree.leaves(tree)))
-            free = shutil.disk_usage(self.folder).free
-            if free < need:
-                raise OSError(f"the disk is full: {need} bytes are needed and {free} are free")
+            _check_free(self.folder, tree)
             if not target.exists():
                 with self._ocp.PyTreeCheckpointer() as checkpointer:
                     checkpointer.save(target.absolute(), tree)
@@ -130,3 +140,10 @@ class Checkpoints:
         """Remove what is left of writes and removals that were cut off."""
         for path in self._leftovers():
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_free(folder: Path, tree: Any) -> None:
+    need = int(_ROOM * sum(a.nbytes for a in jax.tree.leaves(tree)))
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise OSError(f"the disk is full: {need} bytes are needed and {free} are free")

@@ -1,0 +1,293 @@
+"""Reads the tool calls that a model writes, in Gemma 4's notation or nearly so.
+
+The notation is call:NAME{key:value,...} with strings between two <|"|> tokens (tools.py). Models
+drift from it to JSON and Python, and then a call is read as a person would: strings in " or ',
+keys in quotes, True and None, bare words, = for :, parentheses for braces, a comma too many, and
+{"name": ..., "arguments": ...}. What can be meant in two ways is no call. Text and quote tokens
+come apart, so no text can end a string that a token began. Nothing is evaluated, no step goes
+back, and depth is bounded.
+Source: reports of what models write, among them vllm #51284 and #51307, ollama #17882 and #18390,
+omlx #1854 and #1886, yzma #243.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from gemlax.chat.messages import CALL_NAME
+from gemlax.chat.tools import MAX_DEPTH
+
+__all__ = ["read_calls"]
+
+ARGUMENTS = ("arguments", "parameters")
+NAMED = {"name", "type", "id", *ARGUMENTS}
+NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+MAX_DIGITS = 4000  # int() refuses more than 4300
+WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
+WORDS |= {"TRUE": True, "FALSE": False, "NULL": None}
+# A word that is no text: a number in no notation of JSON, or what JSON has no value for.
+NO_TEXT = re.compile(r"[+-]?(\.?\d[\d._\s]*([eE][+-]?\d*)?|inf|infinity|nan)|undefined", re.I)
+# What a bare word may be made of.
+BARE = re.compile(r"[^,{}\[\]()\"'`\n\r]+")
+LAST_NAME = re.compile(r"[\s\"']([^\W\d]\w*)$")
+KEY = re.compile(r"[^:=,{}\[\]()\"'`\\\n\r]+")
+OPENING = re.compile(r"[{(]")
+SPACE = re.compile(r"\s*")
+# \uXXXX, of which two may be one character, or \ and a character.
+ESCAPE = re.compile(
+    r"\\(?:u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})|u([0-9a-f]{4})|(.))", re.S | re.I
+)
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
+ESCAPES |= {char: char for char in "\"'\\/"}
+
+
+def read_calls(parts: Sequence[str | None]) -> list[dict[str, Any]] | None:
+    """Read what stood between the call's two tokens; None if it is not one call or several.
+
+    Args:
+        parts: text, and None for each quote token.
+    """
+    text = "".join(part or "" for part in parts)
+    # A character that the text does not hold stands for the quote token.
+    used = set(text)
+    quote = next(chr(c) for c in range(0xE000, 0xE001 + len(used)) if chr(c) not in used)
+    reader = _Reader("".join(quote if part is None else part for part in parts).strip(), quote)
+    try:
+        return reader.calls()
+    except _Malformed:
+        return None
+
+
+class _Malformed(ValueError):
+    """The text is no call."""
+
+
+class _Reader:
+    """Recursive descent, at most MAX_DEPTH deep, never back."""
+
+    def __init__(self, text: str, quote: str):
+        self.text, self.quote, self.at = text, quote, 0
+
+    def calls(self) -> list[dict[str, Any]]:
+        if self.text[:1] in ("{", "["):
+            read = self.value(1)
+            calls = [self.said(one) for one in (read if isinstance(read, list) else [read])]
+        else:
+            calls = [self.call()]
+            while self.at < len(self.text):
+                self.takes(",")
+                calls.append(self.call())
+        if self.at != len(self.text) or not calls:
+            raise _Malformed
+        return calls
+
+    def call(self) -> dict[str, Any]:
+        self.expect("call:")
+        found = OPENING.search(self.text, self.at)
+        if found is None:
+            raise _Malformed
+        name, self.at = self.text[self.at : found.start()].strip(), found.start()
+        if not name:
+            return self.ended(self.said(self.object(1)))
+        if name[0] in "\"'" and name[-1] == name[0]:
+            name = name[1:-1]
+        name = name.removesuffix(":").rstrip()  # call:f: {...}
+        if not CALL_NAME.fullmatch(name):
+            raise _Malformed
+        arguments = self.object(1) if self.next() == "{" else self.in_parentheses()
+        return self.ended({"name": name, "arguments": arguments})
+
+    def ended(self, call: dict[str, Any]) -> dict[str, Any]:
+        self.skip()
+        return call
+
+    def said(self, value: Any) -> dict[str, Any]:
+        """Return the call that {"name", "arguments"} says, also inside {"function": ...}."""
+        if isinstance(value, dict) and isinstance(value.get("function"), dict):
+            if set(value) - {"function", "type", "id"}:
+                raise _Malformed
+            value = value["function"]
+        if not isinstance(value, dict) or set(value) - NAMED:
+            raise _Malformed
+        name, given = value.get("name"), [value[key] for key in ARGUMENTS if key in value]
+        if not isinstance(name, str) or not CALL_NAME.fullmatch(name) or len(given) > 1:
+            raise _Malformed
+        arguments = given[0] if given else {}
+        if isinstance(arguments, str):
+            inner = _Reader(arguments.strip(), self.quote)
+            arguments = inner.object(1)
+            if inner.at != len(inner.text):
+                raise _Malformed
+        if not isinstance(arguments, dict):
+            raise _Malformed
+        return {"name": name, "arguments": arguments}
+
+    def in_parentheses(self) -> dict[str, Any]:
+        """Read (key=value, ...) or ({...})."""
+        self.expect("(")
+        if self.next() != "{":
+            return self.pairs(")", 1)
+        found = self.object(1)
+        self.expect(")")
+        return found
+
+    def object(self, depth: int) -> dict[str, Any]:
+        self.expect("{")
+        return self.pairs("}", depth)
+
+    def pairs(self, end: str, depth: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        comma = True
+        while not self.takes(end):
+            if not comma:
+                raise _Malformed
+            key = self.key()
+            if not self.takes(":"):
+                self.expect("=")
+            if key in found:
+                raise _Malformed
+            closes = self.next() in (self.quote, "{", "[")
+            found[key] = self.value(depth)
+            # After what closes itself, and on a new line, the next key needs no comma.
+            ended = self.at
+            comma = self.takes(",") or closes or "\n" in self.text[ended : self.at]
+        return found
+
+    def list(self, depth: int) -> list[Any]:
+        found: list[Any] = []
+        comma = True
+        self.expect("[")
+        while not self.takes("]"):
+            if not comma:
+                raise _Malformed
+            found.append(self.value(depth))
+            comma = self.takes(",")
+        return found
+
+    def value(self, depth: int) -> Any:
+        char = self.next()
+        if char == self.quote:
+            return self.marked_string()
+        if char in ('"', "'"):
+            return self.string(char)
+        if char in ("{", "["):
+            if depth >= MAX_DEPTH:
+                raise _Malformed
+            return self.object(depth + 1) if char == "{" else self.list(depth + 1)
+        return self.word()
+
+    def key(self) -> str:
+        char = self.next()
+        if char == self.quote:
+            return self.marked_string()
+        if char in ('"', "'"):
+            return self.string(char)
+        key = self.bare(KEY)
+        if not key:
+            raise _Malformed
+        return key
+
+    def marked_string(self) -> str:
+        """Read to the next quote token; nothing in between is an escape."""
+        start = self.at + 1
+        end = self.text.find(self.quote, start)
+        if end < 0:
+            raise _Malformed
+        self.at = end + 1
+        return self.text[start:end]
+
+    def string(self, mark: str) -> str:
+        """Read a string of JSON or Python; a quote that nothing ends at is a part of it."""
+        start = at = self.at + 1
+        inner = False
+        while True:
+            at = self.text.find(mark, at)
+            if at < 0:
+                raise _Malformed
+            before = at
+            while before > start and self.text[before - 1] == "\\":
+                before -= 1
+            at += 1
+            escaped = (at - 1 - before) % 2
+            after = SPACE.match(self.text, at)
+            rest = self.text[after.end() : after.end() + 1] if after else ""
+            if not escaped and (not rest or rest in ",:=)]}"):
+                break
+            if not escaped and rest == mark:  # two strings, or three quotes
+                raise _Malformed
+            inner = inner or not escaped
+        self.at = at
+        inside = self.text[start : at - 1]
+        if self.quote in inside or (inner and _holds_pair(inside)):
+            raise _Malformed
+        return _unescaped(inside)
+
+    def word(self) -> Any:
+        word = self.bare(BARE)
+        if word in WORDS:
+            return WORDS[word]
+        number = NUMBER.fullmatch(word)
+        if number is None:
+            if not word or NO_TEXT.fullmatch(word) or _holds_pair(word):
+                raise _Malformed
+            return word
+        if len(word) > MAX_DIGITS:
+            raise _Malformed
+        value = float(word) if number[2] or number[3] else int(word)
+        if not math.isfinite(value):
+            raise _Malformed
+        return value
+
+    def bare(self, pattern: re.Pattern[str]) -> str:
+        found = pattern.match(self.text, self.at)
+        if found is None or self.quote in found[0]:
+            raise _Malformed
+        self.at = found.end()
+        return found[0].strip()
+
+    def takes(self, char: str) -> bool:
+        """Step over a character if it comes next."""
+        if self.next() != char:
+            return False
+        self.at += 1
+        return True
+
+    def expect(self, text: str) -> None:
+        self.skip()
+        if not self.text.startswith(text, self.at):
+            raise _Malformed
+        self.at += len(text)
+
+    def next(self) -> str:
+        """Return the next character that is no space, "" at the end."""
+        self.skip()
+        return self.text[self.at : self.at + 1]
+
+    def skip(self) -> None:
+        found = SPACE.match(self.text, self.at)
+        self.at = found.end() if found else self.at
+
+
+def _holds_pair(text: str) -> bool:
+    """Whether a text looks as if the next key and value were in it, their comma forgotten."""
+    pieces = re.split("[:=]", text)
+    return any(
+        LAST_NAME.search(before.rstrip()) and not after.startswith("//")
+        for before, after in itertools.pairwise(pieces)
+    )
+
+
+def _unescaped(text: str) -> str:
+    """Return what a string of JSON or Python means; an escape that neither has stays as it is."""
+
+    def one(found: re.Match[str]) -> str:
+        if found[1]:
+            return bytes.fromhex(found[1] + found[2]).decode("utf-16-be")
+        if found[3]:
+            half = found[3].lower().startswith(("d8", "d9", "da", "db", "dc", "dd", "de", "df"))
+            return found[0] if half else chr(int(found[3], 16))
+        return ESCAPES.get(found[4], found[0])
+
+    return ESCAPE.sub(one, text)

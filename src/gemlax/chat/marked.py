@@ -1,0 +1,245 @@
+"""Text that knows, for each of its characters, who wrote it.
+
+A prompt is put together from a format's own text and from what people and tools said. Only the
+first may name control tokens. `Marked` is a str that carries one mark per character through the
+operations that templates use; whatever other operation a text goes through gives a plain str,
+whose characters count as input. So a mark can get lost, and never appear.
+
+It knows nothing of gemlax: the worker that renders templates uses it as well.
+"""
+
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, SupportsIndex
+
+__all__ = ["INPUT", "OWN", "Marked", "join", "marks_of", "own", "runs"]
+
+# Marks are characters, so that they are sliced and put together as the text is. Those above OWN
+# name one input each (`mark_of_input`).
+INPUT, OWN = "\0", "\1"
+
+# One conversion of the % operator. Source: docs.python.org, "printf-style String Formatting".
+CONVERSION = re.compile(r"%(?:\((?P<key>[^()]*)\))?(?P<how>[-#0 +]*[*\d.]*[hlL]?)(?P<kind>.)", re.S)
+
+
+class Marked(str):
+    """A text and a mark for each character. `Marked(text)` takes over the marks that text has."""
+
+    __slots__ = ("_marks",)  # the sandbox denies templates what begins with an underscore
+    _marks: str
+
+    def __new__(cls, text: str = "", marks: str | None = None) -> "Marked":
+        """`marks`: one character each."""
+        made = super().__new__(cls, text)
+        made._marks = marks_of(text) if marks is None else marks
+        return made
+
+    def __str__(self) -> str:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Marked, (str.__str__(self), self._marks)
+
+    def __add__(self, other: str) -> str:
+        if type(other) not in (str, Marked):  # Markup escapes what it is joined to
+            return NotImplemented
+        return Marked(str.__add__(self, other), self._marks + marks_of(other))
+
+    def __radd__(self, other: str) -> str:
+        if not isinstance(other, str):
+            return NotImplemented
+        return Marked(str.__add__(other, self), marks_of(other) + self._marks)
+
+    def __mul__(self, count: SupportsIndex) -> str:
+        return Marked(str.__mul__(self, count), self._marks * count)
+
+    __rmul__ = __mul__
+
+    def __mod__(self, values: Any) -> str:
+        return _percent(self, values)
+
+    def __rmod__(self, form: str) -> str:
+        return _percent(Marked(form), self)
+
+    def __getitem__(self, key: SupportsIndex | slice) -> str:
+        return Marked(str.__getitem__(self, key), self._marks[key])
+
+    def __iter__(self) -> Iterator[str]:
+        for char, mark in zip(str.__str__(self), self._marks, strict=True):
+            yield Marked(char, mark)
+
+    def join(self, items: Iterable[str], /) -> str:
+        """Join, each item with its marks."""
+        listed = list(items)
+        return Marked(str.join(self, listed), self._marks.join(map(marks_of, listed)))
+
+    def replace(self, old: str, new: str, /, count: SupportsIndex = -1) -> str:
+        """Replace; what comes in keeps its own marks."""
+        text = str.replace(self, old, new, count)
+        parts, at = [], 0
+        for start in _matches(self, old, count.__index__()):
+            parts += [self._marks[at:start], marks_of(new)]
+            at = start + len(old)
+        return Marked(text, "".join([*parts, self._marks[at:]]))
+
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
+        """Split as str does."""
+        return self._pieces(str.split(self, sep, maxsplit), sep)
+
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
+        """Split as str does."""
+        return self._pieces(str.rsplit(self, sep, maxsplit), sep)
+
+    def splitlines(self, keepends: bool = False) -> list[str]:
+        """Split as str does."""
+        at, lines = 0, []
+        for whole, line in zip(
+            str.splitlines(self, True), str.splitlines(self, keepends), strict=True
+        ):
+            lines.append(self[at : at + len(line)])
+            at += len(whole)
+        return lines
+
+    def partition(self, sep: str, /) -> tuple[str, str, str]:
+        """Split at the first."""
+        before, middle, _ = str.partition(self, sep)
+        end = len(before) + len(middle)
+        return self[: len(before)], self[len(before) : end], self[end:]
+
+    def rpartition(self, sep: str, /) -> tuple[str, str, str]:
+        """Split at the last."""
+        before, middle, _ = str.rpartition(self, sep)
+        end = len(before) + len(middle)
+        return self[: len(before)], self[len(before) : end], self[end:]
+
+    def strip(self, chars: str | None = None, /) -> str:
+        """Strip both ends."""
+        start = len(self) - len(str.lstrip(self, chars))
+        return self[start : start + len(str.strip(self, chars))]
+
+    def lstrip(self, chars: str | None = None, /) -> str:
+        """Strip the beginning."""
+        return self[len(self) - len(str.lstrip(self, chars)) :]
+
+    def rstrip(self, chars: str | None = None, /) -> str:
+        """Strip the end."""
+        return self[: len(str.rstrip(self, chars))]
+
+    def removeprefix(self, prefix: str, /) -> str:
+        """Leave a beginning out."""
+        return self[len(self) - len(str.removeprefix(self, prefix)) :]
+
+    def removesuffix(self, suffix: str, /) -> str:
+        """Leave an end out."""
+        return self[: len(str.removesuffix(self, suffix))]
+
+    def upper(self) -> str:
+        """Change the case."""
+        return self._changed(str.upper(self))
+
+    def lower(self) -> str:
+        """Change the case."""
+        return self._changed(str.lower(self))
+
+    def capitalize(self) -> str:
+        """Change the case."""
+        return self._changed(str.capitalize(self))
+
+    def title(self) -> str:
+        """Change the case."""
+        return self._changed(str.title(self))
+
+    def swapcase(self) -> str:
+        """Change the case."""
+        return self._changed(str.swapcase(self))
+
+    def casefold(self) -> str:
+        """Change the case."""
+        return self._changed(str.casefold(self))
+
+    def _changed(self, text: str) -> str:
+        """Mark a text that was made character by character."""
+        if len(text) == len(self):  # no case mapping removes a character, so this is one to one
+            return Marked(text, self._marks)
+        alike = set(self._marks)
+        return Marked(text, alike.pop() * len(text)) if len(alike) == 1 else text
+
+    def _pieces(self, parts: list[str], sep: str | None) -> list[str]:
+        """Return the same parts with their marks; in their order, nothing but sep between."""
+        at, pieces = 0, []
+        for part in parts:
+            start = str.find(self, part, at) if sep is None else at
+            pieces.append(self[start : start + len(part)])
+            at = start + len(part) + len(sep or "")
+        return pieces
+
+
+def marks_of(text: str) -> str:
+    """Return the marks of any text."""
+    return text._marks if isinstance(text, Marked) else INPUT * len(text)
+
+
+@functools.lru_cache(maxsize=4096)
+def own(text: str) -> Marked:
+    """Return a text as the format's own."""
+    return Marked(text, OWN * len(text))
+
+
+def join(parts: Iterable[str]) -> str:
+    """Put texts together; plain if all of them are."""
+    listed = list(parts)
+    text = "".join(listed)
+    if not any(isinstance(part, Marked) for part in listed):
+        return text
+    return Marked(text, "".join(map(marks_of, listed)))
+
+
+def runs(text: str) -> Iterator[tuple[str, str]]:
+    """Yield (mark, text) of the longest runs of one mark, the text plain."""
+    plain = str.__str__(text)
+    for run in re.finditer(r"(.)\1*", marks_of(text), re.S):
+        yield run[1], plain[run.start() : run.end()]
+
+
+def _matches(text: str, old: str, most: int) -> Iterator[int]:
+    """Yield where `replace` replaces."""
+    at = 0
+    while most != 0:
+        at = str.find(text, old, at)
+        if at < 0:
+            return
+        yield at
+        at += len(old) or 1
+        most -= 1
+
+
+def _percent(form: Marked, values: Any) -> str:
+    """Follow the % operator where each conversion can be done alone; input otherwise."""
+    text = str.__mod__(form, values)
+    alike = set(form._marks)
+    if len(alike) != 1:
+        return text
+    mark, at = alike.pop(), 0
+    parts: list[str] = []
+    left = list(values) if isinstance(values, tuple) else [values]
+    for found in CONVERSION.finditer(form):
+        parts.append(Marked(form[at : found.start()], mark * (found.start() - at)))
+        at = found.end()
+        if found["kind"] == "%":
+            parts.append(Marked("%", mark))
+            continue
+        if "*" in found["how"]:
+            return text
+        if found["key"] is not None and isinstance(values, Mapping):
+            value = values[found["key"]]
+        elif left:
+            value = left.pop(0)
+        else:
+            return text
+        kept = isinstance(value, Marked) and found["kind"] == "s" and not found["how"]
+        one = f"%{found['how']}{found['kind']}"
+        parts.append(value if kept else str.__mod__(one, (value,)))
+    parts.append(Marked(form[at:], mark * (len(form) - at)))
+    followed = join(parts)
+    return followed if followed == text else text

@@ -1,0 +1,154 @@
+"""The files beside a vocabulary: settings, names, and the tokens that they add.
+
+`added_tokens.json` gives ids by content; `added_tokens_decoder` in `tokenizer_config.json` gives
+contents by id, with flags; `special_tokens_map.json` says which are special. What they add follows
+the vocabulary without a hole.
+Source: transformers, PreTrainedTokenizerBase._from_pretrained.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gemlax.errors import CheckpointError, UnsupportedError
+from gemlax.tokenizer.vocabulary import NAMES, SPACE
+
+__all__ = ["ADDED", "MAP", "SETTINGS", "Added", "Beside", "read_beside", "read_settings"]
+
+SETTINGS = "tokenizer_config.json"
+MAP = "special_tokens_map.json"
+ADDED = "added_tokens.json"
+LISTS = ("additional_special_tokens", "extra_special_tokens")
+
+logger = logging.getLogger(__name__)
+
+
+class Added(NamedTuple):
+    """A token that a file adds. `source` is the file."""
+
+    id: int
+    content: str
+    special: bool
+    source: Path
+
+
+class Beside(NamedTuple):
+    """What the files beside a vocabulary say.
+
+    `names` are the bos, eos, pad and unk tokens as the files call them, `added` is in the order of
+    ids.
+    """
+
+    settings: Mapping[str, Any]
+    names: Mapping[str, Any]
+    added: tuple[Added, ...] = ()
+
+    def extend(self, ids: Mapping[str, int]) -> tuple[list[Added], set[int]]:
+        """Return the tokens that are new to a vocabulary, and which of its ids are special.
+
+        Raises:
+            CheckpointError: a token has the id of another piece, or does not follow the last one.
+        """
+        size, special = len(ids), set[int]()
+        new: list[Added] = []
+        moved: list[Added] = []
+        pieces = {id: piece for piece, id in ids.items()}
+        for token in self.added:
+            content = token.content.replace(" ", SPACE)
+            known = ids.get(token.content, ids.get(content))
+            if known is not None:
+                special |= {known} if token.special else set()
+                moved += [token] if known != token.id else []
+            elif token.id < size:
+                raise CheckpointError(
+                    f"{token.source}: id {token.id} is {token.content!r}, "
+                    f"in the vocabulary it is {pieces[token.id]!r}"
+                )
+            elif token.id != size + len(new):
+                raise CheckpointError(
+                    f"{token.source}: {token.content!r} has id {token.id}; after the vocabulary "
+                    f"and the tokens added so far the next one is {size + len(new)}"
+                )
+            else:
+                new.append(token)
+        if moved:
+            logger.warning(
+                "%s gives %d tokens other ids than the vocabulary (%r: %d), which counts",
+                moved[0].source, len(moved), moved[0].content, moved[0].id,
+            )  # fmt: skip
+        return new, special
+
+
+def read_beside(files: Mapping[str, Path]) -> Beside:
+    """Read what lies beside a vocabulary, of files by name.
+
+    Raises:
+        CheckpointError: a file is damaged, or two disagree.
+        UnsupportedError: a special token that takes in the blanks beside it.
+    """
+    settings = read_settings(files[SETTINGS]) if SETTINGS in files else {}
+    mapped = read_settings(files[MAP]) if MAP in files else {}
+    names = {name: settings.get(f"{name}_token") or mapped.get(f"{name}_token") for name in NAMES}
+    special = {content_of(told) for told in names.values()}
+    for said in (settings, mapped):
+        for key in LISTS:
+            listed = said.get(key) or ()
+            listed = listed.values() if isinstance(listed, dict) else listed
+            special |= {content_of(told) for told in listed}
+    found: dict[int, Added] = {}
+    for token in (*read_decoder(settings, files), *read_added(files, special)):
+        if found.setdefault(token.id, token).content != token.content:
+            raise CheckpointError(
+                f"{token.source}: id {token.id} is {token.content!r}, "
+                f"in {found[token.id].source.name} it is {found[token.id].content!r}"
+            )
+    contents = [token.content for token in found.values()]
+    if len(set(contents)) != len(contents):
+        twice = next(content for content in contents if contents.count(content) > 1)
+        raise CheckpointError(f"{next(iter(found.values())).source}: {twice!r} is added twice")
+    return Beside(settings, names, tuple(found[id] for id in sorted(found)))
+
+
+def read_decoder(settings: Mapping[str, Any], files: Mapping[str, Path]) -> Iterator[Added]:
+    """Yield the tokens of `added_tokens_decoder`."""
+    listed = settings.get("added_tokens_decoder") or {}
+    path = files.get(SETTINGS, Path())
+    if not isinstance(listed, dict):
+        raise CheckpointError(f"{path}: added_tokens_decoder must be an object")
+    for key, said in listed.items():
+        content = content_of(said)
+        if not (key.isascii() and key.isdigit()) or not content or not isinstance(said, dict):
+            raise CheckpointError(f"{path}: added_tokens_decoder[{key!r}] is {said!r}, not a token")
+        special = said.get("special") is True
+        if special and any(said.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
+            raise UnsupportedError(f"{path}: the special token {content!r} strips its sides")
+        yield Added(int(key), content, special, path)
+
+
+def read_added(files: Mapping[str, Path], special: set[str | None]) -> Iterator[Added]:
+    """Yield the tokens of `added_tokens.json`; those that other files name are special."""
+    if ADDED not in files:
+        return
+    for content, id in read_settings(files[ADDED]).items():
+        if type(id) is not int or id < 0 or not content:
+            raise CheckpointError(f"{files[ADDED]}: the id of {content!r} is {id!r}")
+        yield Added(id, content, content in special, files[ADDED])
+
+
+def content_of(told: Any) -> str | None:
+    """Return the text of a token, which files write as it is or as {"content": text}."""
+    content = told.get("content") if isinstance(told, dict) else told
+    return content if isinstance(content, str) else None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read an object of JSON, with or without a byte order mark."""
+    try:
+        settings = json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} holds {type(settings).__name__}, expected an object")
+    return settings

@@ -1,0 +1,457 @@
+"""The forms that a line of training data may have, brought to two: texts, or a conversation.
+
+Columns that no form reads are named, so that the reader of a file can say which; those that would
+change what is learnt are refused. Nothing here knows a tokenizer.
+Sources: TRL's dataset formats, OpenAI's fine-tuning guide, LLaMA-Factory's data/README and
+axolotl's dataset formats.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from gemlax.errors import RequestError
+from gemlax.tune.lines import quote
+
+__all__ = ["Conversation", "Texts", "example_of", "pair_of"]
+
+EXPECTED = (
+    'expected the keys "messages" (or "conversations"), or "prompt" and "completion", or '
+    '"instruction" and "output", or "text"'
+)
+EXPECTED_PAIR = (
+    'expected the keys "chosen" and "rejected", and "prompt" (or "messages", or "instruction") '
+    "where they do not hold it themselves"
+)
+LISTS = ("messages", "conversations", "conversation")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# Who speaks, by the names that data give.
+ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "function": "tool", "observation": "tool", "tool_response": "tool",
+    "tool_call": "function_call", "developer": "system",
+}  # fmt: skip
+_SPEAKERS = ("system", "user", "assistant", "tool")
+# Keys of a message that say whether it is learnt: OpenAI's, axolotl's, ms-swift's, torchtune's.
+FLAGS = ("train", "training", "loss")
+MASKS = ("masked", "mask")
+DETAILS = ("train_detail", "training_detail")
+MARKS = {"weight", *FLAGS, *MASKS, *DETAILS}
+KNOWN = {
+    "role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "name",
+    "reasoning", "reasoning_content", "thinking", *MARKS,
+}  # fmt: skip
+# For models that are not talked to in turns. Source: Stanford Alpaca, train.py, PROMPT_DICT.
+_ALPACA = (
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{instruction}\n\n{given}### Response:\n"
+)
+_PAIRED = ", paired with an input that provides further context"
+
+
+class Texts(NamedTuple):
+    """A text that is learnt, after one that is not; `prompt` None: there is none."""
+
+    prompt: str | None
+    completion: str
+
+
+class Conversation(NamedTuple):
+    """Messages as `Model.chat` takes them, the last of them an answer.
+
+    Attributes:
+        learnt: which messages are learnt; the model's alone ever are.
+        tools: function declarations.
+        asked: how many messages lead up to what is learnt.
+    """
+
+    messages: list[dict[str, Any]]
+    learnt: list[bool]
+    tools: list[Any] | None = None
+    asked: int = 0
+
+
+Form = Texts | Conversation
+
+
+class _Line:
+    """A line's columns, those of them that were read, and what else was left aside."""
+
+    def __init__(self, line: Mapping[str, Any]):
+        # Tables that were written as JSON have null where there is nothing.
+        self.columns = {key: value for key, value in line.items() if value is not None}
+        self.read: set[str] = set()
+        self.more: set[str] = set()
+
+    def has(self, *keys: str) -> bool:
+        return all(key in self.columns for key in keys)
+
+    def take(self, key: str) -> Any:
+        self.read.add(key)
+        return self.columns.get(key)
+
+    def text(self, key: str) -> str:
+        value = self.take(key)
+        if not isinstance(value, str):
+            raise RequestError(f'"{key}" must be a text, got {quote(value)}')
+        return value
+
+    def aside(self) -> set[str]:
+        """Return what was not read, and refuse what would have made a difference."""
+        rest = self.columns.keys() - self.read
+        for key in rest & set(MEDIA):
+            if self.columns[key] not in ("", [], {}):
+                raise RequestError(f'"{key}" beside the text: training on it is not supported')
+        if self.columns.get("weight", 1) != 1 and "weight" in rest:
+            raise RequestError(f'"weight" of a line must be 1, got {quote(self.columns["weight"])}')
+        options = self.columns.get("chat_template_kwargs")
+        if (
+            "chat_template_kwargs" in rest
+            and isinstance(options, Mapping)
+            and any(options.values())
+        ):
+            raise RequestError(f'"chat_template_kwargs" is not supported, got {quote(options)}')
+        return rest - {key for key in rest if self.columns[key] in ("", [], {})} | self.more
+
+
+def example_of(line: Mapping[str, Any], *, chats: bool = True) -> tuple[Form, set[str]]:
+    """Return what is learnt of a line, and the columns that are not read.
+
+    Args:
+        line: of JSON.
+        chats: the model is talked to in turns; else an instruction becomes a text.
+
+    Raises:
+        RequestError: columns of no form, or values of other types.
+    """
+    own = _Line(line)
+    key = next((key for key in LISTS if own.has(key)), None)
+    if key is not None:
+        form: Form = _conversation(own, _listed(key, own.take(key)))
+    elif own.has("prompt", "completion"):
+        form = _completion(own)
+    elif own.has("instruction", "output"):
+        form = _instruction(own, own.text("output"), chats)
+    elif own.has("text"):
+        form = Texts(None, own.text("text"))
+    else:
+        raise RequestError(f"{EXPECTED}; got {_quoted(own.columns)}{_hint(own.columns)}")
+    return form, own.aside()
+
+
+def pair_of(line: Mapping[str, Any], *, chats: bool = True) -> tuple[Form, Form, set[str]]:
+    """Return the better and the worse answer to one prompt, and the columns that are not read.
+
+    Raises:
+        RequestError: columns of no form, or answers that have no prompt in common.
+    """
+    own = _Line(_from_openai(line))
+    if not own.has("chosen", "rejected"):
+        raise RequestError(f"{EXPECTED_PAIR}; got {_quoted(own.columns)}")
+    both = [own.take("chosen"), own.take("rejected")]
+    both = [[one] if isinstance(one, Mapping) else one for one in both]
+    if all(isinstance(one, str) for one in both):
+        forms = _text_pair(own, both, chats)
+    elif all(isinstance(one, list) for one in both):
+        forms = _message_pair(own, both)
+    else:
+        raise RequestError(
+            '"chosen" and "rejected" must be two texts or two lists of messages, got '
+            f"{quote(both[0])} and {quote(both[1])}"
+        )
+    return *forms, own.aside()
+
+
+# --- examples ----------------------------------------------------------------------------------
+
+
+def _completion(own: _Line) -> Form:
+    prompt, completion = own.take("prompt"), own.take("completion")
+    if isinstance(own.columns.get("label"), bool):
+        raise RequestError(
+            '"label" beside "completion" says whether it is good, which is not learnt from; '
+            "keep the good ones without it, or give pairs of chosen and rejected to --dpo"
+        )
+    if isinstance(prompt, list):
+        said = [{"role": "assistant", "content": completion}]
+        said = said if isinstance(completion, str) else _listed("completion", completion)
+        return _conversation(own, prompt, said)
+    if isinstance(prompt, str) and isinstance(completion, list):
+        raise RequestError(
+            '"prompt" and "completion" must both be texts, or both lists of messages'
+        )
+    return Texts(own.text("prompt"), own.text("completion"))
+
+
+def _instruction(own: _Line, output: str, chats: bool) -> Form:
+    """Return Alpaca's form as turns, as LLaMA-Factory does, or as Alpaca's own text."""
+    if not chats:
+        instruction, given = own.text("instruction"), own.take("input") or ""
+        if own.take("system") or own.take("history"):
+            raise RequestError('"system" and "history" need a model that is talked to in turns')
+        shown = f"### Input:\n{given}\n\n" if given else ""
+        text = _ALPACA.format(paired=_PAIRED if given else "", instruction=instruction, given=shown)
+        return Texts(text, output)
+    turns = _asked(own)
+    return _conversation(own, [*turns, {"role": "assistant", "content": output}])
+
+
+def _asked(own: _Line) -> list[dict[str, Any]]:
+    """Return the turns before an answer to an instruction; its history is learnt, too."""
+    turns = []
+    for turn in own.take("history") or []:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise RequestError(f'"history" holds pairs of texts, got {quote(turn)}')
+        turns += [
+            {"role": r, "content": t} for r, t in zip(("user", "assistant"), turn, strict=True)
+        ]
+    given = own.text("input") if own.has("input") else ""
+    question = "\n".join(part for part in (own.text("instruction"), given) if part)
+    return [*turns, {"role": "user", "content": question}]
+
+
+def _conversation(
+    own: _Line, messages: Sequence[Any], answer: Sequence[Any] | None = None
+) -> Conversation:
+    """Put a conversation together; with `answer`, that alone is learnt."""
+    before = [_message(own, m, f"messages[{i}]") for i, m in enumerate(messages)]
+    said = [_message(own, m, f"answer[{i}]") for i, m in enumerate(answer or ())]
+    before = _with_system(own, before)
+    asked = 0 if answer is None else len(before)
+    turns = before + said
+    if not turns:
+        raise RequestError("no messages: got an empty list")
+    roles = [message["role"] for message, _ in turns]
+    if "assistant" not in roles[asked:]:
+        raise RequestError(f"the last message must be of role assistant, got {roles[-1]}")
+    end = len(roles) - roles[::-1].index("assistant")
+    if end < len(turns):
+        own.more.add("the messages after the last answer")
+    messages, learnt = map(list, zip(*turns[:end], strict=True))
+    return Conversation(messages, learnt, _tools(own), asked)
+
+
+def _with_system(
+    own: _Line, turns: list[tuple[dict[str, Any], bool]]
+) -> list[tuple[dict[str, Any], bool]]:
+    """Put the column "system" first, where it is text that the conversation does not have."""
+    system = own.take("system")
+    if not system:
+        return turns
+    if not isinstance(system, str):
+        raise RequestError(f'"system" must be a text, got {quote(system)}')
+    if turns and turns[0][0]["role"] == "system":
+        if turns[0][0]["content"] != system:
+            raise RequestError('"system" differs from the system message of the conversation')
+        return turns
+    return [({"role": "system", "content": system}, False), *turns]
+
+
+# --- messages ----------------------------------------------------------------------------------
+
+
+def _listed(key: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise RequestError(f'"{key}" must be a list of messages, got {quote(value)}')
+    return value
+
+
+def _message(own: _Line, given: Any, where: str) -> tuple[dict[str, Any], bool]:
+    """Return a message in `Model.chat`'s form, and whether it is learnt."""
+    if not isinstance(given, Mapping):
+        raise RequestError(f"{where} must be an object, got {quote(given)}")
+    role, content = _speaker(given), given.get("content")
+    content = given.get("value") if content is None else content
+    rest = {k: v for k, v in given.items() if k not in MARKS and v is not None}
+    own.more |= {f"messages.{key}" for key in rest.keys() - KNOWN}
+    if role not in (*_SPEAKERS, "function_call"):
+        raise RequestError(
+            f"{where}: role must be one of {', '.join(_SPEAKERS)} (or human, gpt, function_call, "
+            f"observation), got {quote(role)}"
+        )
+    message = {k: v for k, v in rest.items() if k not in ("from", "value", "role", "content")}
+    if role == "function_call":
+        role, message["tool_calls"], content = "assistant", _calls(content, where), ""
+    if call := message.pop("function_call", None):
+        message["tool_calls"] = [{"type": "function", "function": call}]
+    if thought := message.pop("thinking", None):
+        message.setdefault("reasoning", thought)
+    return {"role": role, "content": content, **message}, _is_learnt(given, role, where)
+
+
+def _calls(text: Any, where: str) -> list[dict[str, Any]]:
+    """Read tool calls that are written as JSON."""
+    calls = _json(text, f"{where}: a tool call") if isinstance(text, str) else text
+    calls = calls if isinstance(calls, list) else [calls]
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _is_learnt(message: Mapping[str, Any], role: Any, where: str) -> bool:
+    """Tell whether the marks of a message let it be learnt.
+
+    Raises:
+        RequestError: marks that say less than all or nothing, that disagree, or that want the
+            turn of another than the model learnt.
+    """
+    marks: dict[str, bool] = {}
+    for key in MARKS & message.keys():
+        value = message[key]
+        if value is None or value in ([], {}):
+            continue
+        if key in DETAILS or not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise RequestError(
+                f"{where}: {key} must say that the turn is learnt or not, got {quote(value)}; "
+                "parts of turns and fractions are not supported"
+            )
+        marks[key] = bool(value) != (key in MASKS)
+    if role == "assistant":
+        if len(set(marks.values())) > 1:
+            raise RequestError(f"{where}: {', '.join(sorted(marks))} disagree")
+        return all(marks.values())
+    wanted = [key for key in FLAGS if marks.get(key)]
+    if wanted:
+        raise RequestError(
+            f"{where}: {wanted[0]} wants the turn of {quote(role)} learnt; the model's alone are"
+        )
+    return False
+
+
+def _tools(own: _Line) -> list[Any] | None:
+    """Return function declarations: a list, or JSON of one."""
+    key = "tools" if own.has("tools") else "functions"
+    found = own.take(key)
+    if isinstance(found, str) and found.strip():
+        found = _json(found, f'"{key}"')
+    found = [found] if isinstance(found, Mapping) else found
+    if not found:
+        return None
+    if not isinstance(found, list):
+        raise RequestError(f'"{key}" must be a list of function declarations, got {quote(found)}')
+    each = [_json(one, f'"{key}"') if isinstance(one, str) else one for one in found]
+    return [_without_nulls(one) for one in each]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a schema without the nulls that a table of several schemas puts into each."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{what} is not JSON: {error}") from error
+
+
+# --- preferences -------------------------------------------------------------------------------
+
+
+def _from_openai(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return OpenAI's form of preferences with the columns that others give it."""
+    given = line.get("input")
+    if not {"preferred_output", "non_preferred_output"} <= line.keys() or not isinstance(
+        given, Mapping
+    ):
+        return line
+    rest = {k: v for k, v in line.items() if not k.endswith("preferred_output") and k != "input"}
+    tools = {"tools": given["tools"]} if given.get("tools") else {}
+    both = {"chosen": line["preferred_output"], "rejected": line["non_preferred_output"]}
+    return {**rest, "prompt": given.get("messages"), **tools, **both}
+
+
+def _text_pair(own: _Line, both: list[str], chats: bool) -> tuple[Form, Form]:
+    """Return two answers that are texts, after a prompt of any form."""
+    if isinstance(own.columns.get("prompt"), str):
+        prompt = own.text("prompt")
+        return Texts(prompt, both[0]), Texts(prompt, both[1])
+    if (messages := _prompt_messages(own)) is not None:
+        said = [[{"role": "assistant", "content": text}] for text in both]
+        return _conversation(own, messages, said[0]), _conversation(own, messages, said[1])
+    if own.has("instruction"):
+        first, second = (_instruction(own, text, chats) for text in both)
+        return _last_only(first), _last_only(second)
+    at = _common(*both)
+    # TRL takes the space before the answers into them.
+    at -= at > 0 and both[0][at - 1] == " "
+    return Texts(both[0][:at], both[0][at:]), Texts(both[1][:at], both[1][at:])
+
+
+def _last_only(form: Form) -> Form:
+    return form if isinstance(form, Texts) else form._replace(asked=len(form.messages) - 1)
+
+
+def _message_pair(own: _Line, both: list[list[Any]]) -> tuple[Form, Form]:
+    """Return two answers that are messages, after a prompt, or each after the prompt itself."""
+    prompt = own.columns.get("prompt")
+    messages = _prompt_messages(own)
+    alone = [bool(one) and _speaker(one[0]) == "assistant" for one in both]
+    if messages is None and isinstance(prompt, str) and all(alone):
+        messages = [{"role": "user", "content": own.text("prompt")}]
+    if messages is None and own.has("instruction") and all(alone):
+        messages = _asked(own)
+    if messages is None:
+        at = _common(*both)
+        if not at:
+            raise RequestError(
+                '"chosen" and "rejected" begin with different messages: they must answer one prompt'
+            )
+        messages, both = both[0][:at], [one[at:] for one in both]
+    else:
+        size = len(messages)
+        both = [one[size:] if one[:size] == messages and len(one) > size else one for one in both]
+    return _conversation(own, messages, both[0]), _conversation(own, messages, both[1])
+
+
+def _prompt_messages(own: _Line) -> list[Any] | None:
+    """Return the messages before the answers; a column of whole conversations is not that."""
+    for key in ("prompt", *LISTS):
+        found = own.columns.get(key)
+        if (
+            isinstance(found, list)
+            and found
+            and (key == "prompt" or _speaker(found[-1]) != "assistant")
+        ):
+            return list(own.take(key))
+    return None
+
+
+def _speaker(message: Any) -> Any:
+    """Return the role of a message, by our names where we know it by another."""
+    if not isinstance(message, Mapping):
+        return None
+    said = message.get("role")
+    said = message.get("from") if said is None else said
+    return ROLES.get(said, said) if isinstance(said, str) else said
+
+
+def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    """Return how much two answers begin with alike; where one is all of that, one less of it.
+
+    Source: TRL, data_utils.py, extract_prompt.
+    """
+    if chosen == rejected:
+        raise RequestError('"chosen" and "rejected" are the same: nothing is better')
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    shorter = min(len(chosen), len(rejected))
+    return next((i for i, (a, b) in pairs if a != b), max(shorter - 1, 0))
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+def _quoted(keys: Iterable[str]) -> str:
+    return ", ".join(f'"{key[:80]}"' for key in sorted(keys)[:10]) or "none"
+
+
+def _hint(columns: Mapping[str, Any]) -> str:
+    """Return what a line of no form may have been meant as."""
+    if "chosen" in columns and "rejected" in columns:
+        return "; preferences are learnt with --dpo"
+    for key, value in columns.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return f'; "{key[:80]}" holds a list: write each of its objects on a line of its own'
+    return ""
