@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,15 +21,11 @@ CONFIG = tiny(preset("gemma-3-270m"), num_hidden_layers=6)
 PATTERN = [40, 41, 42, 43]
 
 
-def row_of(seed=0, **sampling):
-    return jax.tree.map(lambda x: np.asarray(x)[0], make_sampling(1, 512, [seed], **sampling))
-
-
 def request(prompt, new, *, seed=0, stop_ids=(), num_drafts=0, logprobs=False, **sampling):
     return Request(
         tuple(map(int, prompt)),
         len(prompt) + new,
-        row_of(seed, **sampling),
+        make_sampling(1, 512, [seed], **sampling),
         tuple(stop_ids),
         num_drafts=num_drafts,
         logprobs=logprobs,
@@ -110,9 +105,7 @@ def test_who_shares_the_batch_changes_no_token(programs, alone, arrivals, interl
     while len(numbers) < len(arrivals) or engine.num_running or engine.num_waiting:
         for i, (seed, size, how, come, drafts, leave) in enumerate(arrivals):
             if come == step:
-                numbers[i] = engine.submit(
-                    request(prompt_of(seed, size), num_drafts=drafts, **how)
-                )
+                numbers[i] = engine.submit(request(prompt_of(seed, size), num_drafts=drafts, **how))
             if leave is not None and step == come + leave and engine.cancel(numbers[i]):
                 cancelled.add(numbers[i])
         for event in engine.step(steps):

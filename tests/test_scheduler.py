@@ -1,4 +1,4 @@
-"""The scheduler and the allocator of slots against a model of what caches hold, without a device."""
+"""The scheduler and the allocator of slots against a model of the caches, without a device."""
 
 import dataclasses
 
@@ -66,9 +66,7 @@ class Slots(RuleBasedStateMachine):
             highest = max(highest, position + 1)
         held.places = {place: p for place, p in held.places.items() if p < filled}
         held.tokens = tokens[:filled]
-        self.allocator.free(
-            slot, tokens[:filled], held.adapter, num_cached=cached, highest=highest
-        )
+        self.allocator.free(slot, tokens[:filled], held.adapter, num_cached=cached, highest=highest)
 
     @invariant()
     def every_slot_is_free_or_running(self):

@@ -120,8 +120,7 @@ class Decoder(nnx.Module):
                 A position beyond the capacity of a dense cache is dropped, so check lengths.
             attention_metadata: what paged caches need: `ops.AttentionMetadata`, or a dict of them
                 by kind, or by layer ("layer.0"). Every layer gets it as it is.
-            cache_rows: with stacked caches, which of their rows those of this call are, so that a
-                few of many rows can run. None: all, in order.
+            cache_rows: which rows of stacked caches those of this call are; None: all, in order.
             segments: without caches, which of the texts of its row each token belongs to; it
                 attends to that one alone, and positions begin anew in each. None: one text.
             remat: keep only what goes from layer to layer for the backward pass, and compute the
@@ -143,10 +142,7 @@ class Decoder(nnx.Module):
         if flat:
             tokens, positions = tokens[None], positions[None]
         x = self.embed_tokens(tokens)
-        if segments is not None and kv_caches is not None:
-            raise ValueError("segments are for calls without kv_caches, which keep no segments")
-        if cache_rows is not None and not isinstance(kv_caches, dict):
-            raise ValueError("cache_rows are for kv_caches by kind, stacked")
+        _check_call(kv_caches, segments, cache_rows)
         step = _Step(
             positions,
             self._per_layer_inputs(tokens, x),
@@ -224,6 +220,13 @@ class Decoder(nnx.Module):
         for segment, stacks in zip(plan.segments, self.layers, strict=True):
             x, held = _scan_segment(plan, segment, stacks, self.read, x, step, held)
         return x, held
+
+
+def _check_call(kv_caches: Any, segments: Any, cache_rows: Any) -> None:
+    if segments is not None and kv_caches is not None:
+        raise ValueError("segments are for calls without kv_caches, which keep no segments")
+    if cache_rows is not None and not isinstance(kv_caches, dict):
+        raise ValueError("cache_rows are for kv_caches by kind, stacked")
 
 
 class _Step(NamedTuple):

@@ -86,8 +86,7 @@ class SlotAllocator:
             raise ValueError(f"slot {slot} is free already")
         before = self._slots[slot].oldest if num_cached else (0,) * len(self.rings)
         oldest = tuple(
-            max(first, highest - ring.size)
-            for first, ring in zip(before, self.rings, strict=True)
+            max(first, highest - ring.size) for first, ring in zip(before, self.rings, strict=True)
         )
         self._slots[slot] = _Slot(tuple(tokens), adapter, oldest)
         self._free.append(slot)

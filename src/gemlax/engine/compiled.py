@@ -98,24 +98,18 @@ class Programs:
         adapters = np.zeros(num_slots, np.int32) if self.adapters else None
         return State(caches, **self.put(rows), adapters=self.put(adapters))
 
-    def grow(self, state: State, capacity: int, places: int) -> State:
-        """Return a state with room for `capacity` tokens and `places` biased ids; `state` is used up."""
+    def grow(self, state: State, capacity: int, places: tuple[int, ...]) -> State:
+        """Return a state for `capacity` tokens and more places of settings; `state` is used up."""
         kept = self.put(np.full(len(state.lengths), capacity, np.int32))
         caches = self._make_caches(
             lambda old, kept: resume(self.config, old, kept, capacity), state.caches, kept
         )
-        rest = state._replace(caches={})
         more = capacity - state.tokens.shape[1]
         tokens = np.pad(
-            np.asarray(rest.tokens), ((0, 0), (0, more)), constant_values=self.num_tokens
+            np.asarray(state.tokens), ((0, 0), (0, more)), constant_values=self.num_tokens
         )
-        settings = jax.tree.map(np.asarray, rest.settings)
-        wider = ((0, 0), (0, places - settings.bias_ids.shape[1]))
-        settings = settings._replace(
-            bias_ids=np.pad(settings.bias_ids, wider, constant_values=self.num_tokens),
-            bias=np.pad(settings.bias, wider),
-        )
-        return rest._replace(caches=caches, tokens=self.put(tokens), settings=self.put(settings))
+        settings = state.settings.widened(places, self.num_tokens)
+        return state._replace(caches=caches, tokens=self.put(tokens), settings=self.put(settings))
 
     def _make_caches(self, make: Any, *args: Any) -> Caches:
         """Run what makes caches; on a mesh each device makes its own part."""
@@ -227,6 +221,7 @@ class Programs:
         self, name: str, shape: tuple, make: Callable[[], Any], args: tuple, *, donated: int
     ) -> Any:
         """Return the compiled program of a bucket; compile it at first use."""
+        ops.check_compiles("generating")
         key = (name, _shape_of(args[donated]), *shape)
         if key not in self._compiled:
             begin = time.perf_counter()
@@ -244,6 +239,6 @@ class Programs:
         return self._compiled[key]
 
 
-def _shape_of(state: State) -> tuple[int, int, int]:
-    """Return what of a state's shape differs between programs: slots, capacity, biased ids."""
-    return (*state.tokens.shape, state.settings.bias_ids.shape[1])
+def _shape_of(state: State) -> tuple[int, ...]:
+    """Return what of a state's shape differs between programs: slots, capacity, places."""
+    return (*state.tokens.shape, *state.settings.places())

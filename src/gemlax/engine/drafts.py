@@ -73,6 +73,6 @@ class Proposer:
         return []
 
     def account(self, num_added: int, extra: float | None) -> None:
-        """Count a step that added tokens; `extra` is the time its drafts took, None: it had none."""
+        """Count a step; `extra` is the time that its drafts took, None: it had none."""
         gain = _INCOME if extra is None else num_added - 1 - extra
         self.budget = min(self.budget + gain, _MOST_SAVED)

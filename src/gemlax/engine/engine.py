@@ -1,8 +1,5 @@
 """The engine: requests come, share one batch of slots, and leave, one step at a time."""
 
-from typing import Any
-
-import jax
 import numpy as np
 
 from gemlax import ops
@@ -14,7 +11,7 @@ from gemlax.engine.compiled import Programs, bucket
 from gemlax.engine.programs import MAX_STEPS, Output
 from gemlax.engine.request import STOP_PLACES, Event, FinishReason, Request
 from gemlax.engine.scheduler import Chunk, Row, Scheduler
-from gemlax.engine.state import State, bias_places, joining
+from gemlax.engine.state import State, joining
 from gemlax.errors import RequestError
 
 __all__ = ["Engine"]
@@ -44,12 +41,11 @@ class Engine:
         self._programs = programs
         self._num_slots = programs.num_slots(slots)
         self._capacity = round_capacity(capacity)
-        self._places = 0
-        self._state: State | None = None
+        self._places: tuple[int, ...] = ()
         self._next_id = 0
         self._ended: list[Event] = []
-        self._allocator, self._interleaved = self._new_allocator(), interleaved
-        self._scheduler = Scheduler(self._allocator, chunk=CHUNK, interleaved=interleaved)
+        self._interleaved = interleaved
+        self._reset()
 
     @property
     def num_running(self) -> int:
@@ -119,12 +115,9 @@ class Engine:
 
     def _reset(self) -> None:
         """End every request and forget the device state."""
-        self._state = None
-        self._allocator = self._new_allocator()
+        self._state: State | None = None
+        self._allocator = SlotAllocator(self._num_slots, self._rings())
         self._scheduler = Scheduler(self._allocator, chunk=CHUNK, interleaved=self._interleaved)
-
-    def _new_allocator(self) -> SlotAllocator:
-        return SlotAllocator(self._num_slots, self._rings())
 
     def _rings(self) -> list[Ring]:
         specs = {spec.kind: spec for spec in self._programs.config.layers if spec.owns_kv}
@@ -138,27 +131,25 @@ class Engine:
         """Make the state, or let it grow, so that it holds these requests."""
         requests = [row.request for row in joining_rows]
         capacity = max(self._capacity, *(round_capacity(r.max_length) for r in requests))
-        places = max(self._places, *(bias_places(r.settings) for r in requests))
+        wanted = [self._places, *(r.settings.places() for r in requests)]
+        places = tuple(map(max, zip(*(sizes for sizes in wanted if sizes), strict=True)))
         if self._state is None:
-            settings = max((r.settings for r in requests), key=bias_places)
+            settings = requests[0].settings.widened(places, self._programs.num_tokens)
             self._state = self._programs.new_state(self._num_slots, capacity, settings)
-        elif capacity > self._capacity or places > self._places:
+        elif capacity > self._capacity or places != self._places:
             self._state = self._programs.grow(self._state, capacity, places)
         self._capacity, self._places = capacity, places
         self._allocator.rings = tuple(self._rings())
 
     def _join(self, row: Row) -> None:
         assert self._state is not None
-        new = joining(
-            row.request, row.slot, row.num_cached, self._capacity, self._programs.num_tokens,
-            self._places,
-        )  # fmt: skip
+        new = joining(row.request, row.slot, row.num_cached, self._state, self._programs.num_tokens)
         self._state = self._programs.join(self._state, new)
 
     def _prefill(self, chunks: list[Chunk]) -> None:
         longest = max(chunk.stop - chunk.start for chunk in chunks)
         width = bucket(longest, 16)
-        slots, order = self._rows("prefill", [chunk.row for chunk in chunks], (width,))
+        slots, order = self._call_rows("prefill", [chunk.row for chunk in chunks], (width,))
         tokens = np.zeros((len(order), width), np.int32)
         positions = np.full((len(order), width), ops.EMPTY, np.int32)
         for index, chunk in zip(order[: len(chunks)], chunks, strict=True):
@@ -170,7 +161,7 @@ class Engine:
         for chunk in chunks:
             self._scheduler.filled(chunk)
 
-    def _rows(
+    def _call_rows(
         self, name: str, rows: list[Row], rest: tuple, slack: int = 2
     ) -> tuple[np.ndarray | None, list[int]]:
         """Return the slots of a call, and where each row lies in it; a bucket is filled up.
@@ -196,7 +187,7 @@ class Engine:
         else:
             remaining = max(row.request.max_length - len(row.tokens) for row in rows)
             slack = 2 if remaining >= WORTH_COMPILING else self._num_slots
-            slots, order = self._rows("decode", rows, (logprobs,), slack)
+            slots, order = self._call_rows("decode", rows, (logprobs,), slack)
             running = np.zeros(len(order), bool)
             running[order[: len(rows)]] = True
             drafting = any(row.proposer is not None for row in rows)
@@ -225,7 +216,7 @@ class Engine:
         self, rows: list[Row], proposals: list[list[int]], logprobs: bool
     ) -> tuple[Output, list[int]]:
         width = self._num_drafts(rows)
-        slots, order = self._rows("verify", rows, (width, logprobs))
+        slots, order = self._call_rows("verify", rows, (width, logprobs))
         running = np.zeros(len(order), bool)
         drafts = np.zeros((len(order), width), np.int32)
         counts = np.zeros(len(order), np.int32)
@@ -265,7 +256,3 @@ class Engine:
         if reason is not None:
             self._scheduler.leave(row)
         return Event(row.request_id, tokens, logprobs, reason)
-
-    def synchronize(self) -> None:
-        """Wait until the device has done all that was asked of it."""
-        jax.block_until_ready(self._state)

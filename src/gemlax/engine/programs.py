@@ -197,9 +197,7 @@ def _local(fixed: _Fixed, state: State, running: Array, width: int, logprobs: bo
             jnp.zeros((batch, width, best), jnp.int32),
             jnp.zeros((batch, width, best), jnp.float32),
         )
-    output = Output(
-        jnp.zeros((batch, width), jnp.int32), jnp.zeros((batch,), jnp.int32), zeros
-    )
+    output = Output(jnp.zeros((batch, width), jnp.int32), jnp.zeros((batch,), jnp.int32), zeros)
     tokens, lengths = _take((state.tokens, state.lengths), fixed.rows)
     return _Local(tokens, lengths, running, output)
 
@@ -207,9 +205,7 @@ def _local(fixed: _Fixed, state: State, running: Array, width: int, logprobs: bo
 def _append(fixed: _Fixed, raw: Array, local: _Local, index: Array) -> _Local:
     """Sample a token from the logits `raw` [b, V] for each row that runs; note it at `index`."""
     tokens, lengths, running, output = local
-    columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    is_output = (columns >= fixed.prompts[:, None]) & (columns < lengths[:, None])
-    logits = sampling.adjust(raw, fixed.settings, tokens, is_output)
+    logits = sampling.adjust(raw, fixed.settings, tokens, fixed.prompts, lengths)
     native = {"arg_max": ops.cpu.arg_max} if fixed.mesh is None and ops.cpu.live() else {}
     token = sampling.sample(logits, fixed.settings, lengths - fixed.prompts, **native)
     each = jnp.arange(len(lengths), dtype=jnp.int32)

@@ -17,7 +17,7 @@ class Request:
     Attributes:
         prompt: token ids, at least one.
         max_length: tokens of prompt and answer at which it ends with "length".
-        settings: its row of `sampling.Sampling`, as NumPy arrays without the axis of rows.
+        settings: a `sampling.Sampling` of one row.
         stop_ids: ids that end it with "stop", at most STOP_PLACES.
         adapter: its entry of the decoder's tables of adapters; 0 is none.
         num_drafts: the most tokens drafted in one step; 0 turns drafts off.

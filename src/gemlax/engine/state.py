@@ -11,7 +11,7 @@ from gemlax.cache import Caches
 from gemlax.engine.request import STOP_PLACES, Request
 from gemlax.sampling import Sampling
 
-__all__ = ["Joining", "State", "bias_places", "join", "joining", "new_rows"]
+__all__ = ["Joining", "State", "join", "joining", "new_rows"]
 
 
 class State(NamedTuple):
@@ -43,14 +43,14 @@ class Joining(NamedTuple):
     adapter: Any
 
 
-def new_rows(num_slots: int, capacity: int, num_tokens: int, settings: Any) -> dict[str, Any]:
+def new_rows(num_slots: int, capacity: int, num_tokens: int, settings: Sampling) -> dict[str, Any]:
     """Return the arrays of a state without its caches, on the host; every slot is free.
 
-    `settings` is any request's row: it says how wide the arrays of settings are.
+    `settings` [1, ...] are any request's: they say how wide the arrays are.
     """
 
     def zeros(row: Any) -> np.ndarray:
-        return np.zeros((num_slots, *np.shape(row)), np.asarray(row).dtype)
+        return np.zeros((num_slots, *np.shape(row)[1:]), np.asarray(row).dtype)
 
     return {
         "tokens": np.full((num_slots, capacity), num_tokens, np.int32),
@@ -62,25 +62,13 @@ def new_rows(num_slots: int, capacity: int, num_tokens: int, settings: Any) -> d
     }
 
 
-def bias_places(settings: Any) -> int:
-    """Return how many biased ids a request's settings have places for."""
-    return int(np.shape(settings.bias_ids)[0])
-
-
-def joining(
-    request: Request, slot: int, num_cached: int, capacity: int, num_tokens: int, places: int
-) -> Joining:
-    """Lay out a request for `join`, with `places` for biased ids."""
-    tokens = np.full(capacity, num_tokens, np.int32)
+def joining(request: Request, slot: int, num_cached: int, state: State, num_tokens: int) -> Joining:
+    """Lay out a request for `join`, as wide as the state is."""
+    tokens = np.full(state.tokens.shape[1], num_tokens, np.int32)
     tokens[: len(request.prompt)] = request.prompt
     stop_ids = np.full(STOP_PLACES, -1, np.int32)
     stop_ids[: len(request.stop_ids)] = request.stop_ids
-    settings, more = request.settings, places - bias_places(request.settings)
-    if more:
-        settings = settings._replace(
-            bias_ids=np.pad(settings.bias_ids, (0, more), constant_values=num_tokens),
-            bias=np.pad(settings.bias, (0, more)),
-        )
+    settings = request.settings.widened(state.settings.places(), num_tokens)
     return Joining(
         slot=np.int32(slot),
         num_cached=np.int32(num_cached),
@@ -88,7 +76,7 @@ def joining(
         length=np.int32(len(request.prompt)),
         max_length=np.int32(request.max_length),
         stop_ids=stop_ids,
-        settings=settings,
+        settings=jax.tree.map(lambda row: np.asarray(row)[0], settings),
         adapter=np.int32(request.adapter),
     )
 
