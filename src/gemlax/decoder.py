@@ -121,8 +121,8 @@ class Decoder(nnx.Module):
             attention_metadata: what paged caches need: `ops.AttentionMetadata`, or a dict of them
                 by kind, or by layer ("layer.0"). Every layer gets it as it is.
             cache_rows: which rows of stacked caches those of this call are; None: all, in order.
-            segments: without caches, which of the texts of its row each token belongs to; it
-                attends to that one alone, and positions begin anew in each. None: one text.
+            segments: without caches, the text of its row that each token belongs to and alone
+                attends to; positions begin anew in each. None: one text.
             remat: keep only what goes from layer to layer for the backward pass, and compute the
                 inside of each layer again.
             scan: the loop over layers; Linen hands in its own.
@@ -143,15 +143,8 @@ class Decoder(nnx.Module):
             tokens, positions = tokens[None], positions[None]
         x = self.embed_tokens(tokens)
         _check_call(kv_caches, segments, cache_rows)
-        step = _Step(
-            positions,
-            self._per_layer_inputs(tokens, x),
-            metadata,
-            scan,
-            segments,
-            remat,
-            cache_rows,
-        )
+        inputs = self._per_layer_inputs(tokens, x)
+        step = _Step(positions, inputs, metadata, scan, segments, remat, cache_rows)
         x, kv_caches = self._run(x, step, kv_caches)
         x = self.norm(x)
         return (x[0] if flat else x), kv_caches
