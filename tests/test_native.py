@@ -255,6 +255,12 @@ def test_attention_over_a_cache_equals_the_reference(length, kv_heads, window, d
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-6)
     if length > 1:
         assert not np.asarray(found[1, 0]).any()  # padding sees nothing
+    # The same with the rows of the cache in another order, and fewer of them.
+    order = jnp.array([2, 0], jnp.int32)
+    some = jax.jit(functools.partial(cpu.attend, ring=ring, window=window, scale=0.2))(
+        q[order], k, v, jnp.asarray(at), jnp.int32(1), jnp.asarray(positions)[order], order
+    )
+    np.testing.assert_array_equal(some, found[order])
 
 
 @pytest.mark.parametrize("size", [8, 16])
