@@ -64,7 +64,7 @@ def read_tokenizer(files: Mapping[str, Path]) -> Tokenizer:
     if "tokenizer.json" in files:
         path = files["tokenizer.json"]
         vocabulary, encoder = fast.read_json(path, beside)
-        return Tokenizer(vocabulary, encoder, path.read_text, files)
+        return Tokenizer(vocabulary, encoder, encoder.tokenizer.to_str, files)
     return read_model(files["tokenizer.model"], beside, files)
 
 
