@@ -397,7 +397,7 @@ def load(
     Args:
         path_or_name: a folder (Hugging Face safetensors, Google's Orbax), a `.gguf` file, "demo"
             (the `demo` extra), or a Hugging Face name that is in the local cache (the `hub` extra).
-        dtype: of weights and activations, "float32" or "bfloat16"; None or "auto": float32 on CPU, bfloat16 elsewhere.
+        dtype: "float32", "bfloat16"; None or "auto": float32 on CPU, bfloat16 elsewhere.
         layers: "scan", "unroll", or None for the faster one of this backend.
         progress: told (bytes filled, bytes in all).
         mesh: spread the model over all devices, as "data=2,tensor=4" says: rows over data and
@@ -435,8 +435,7 @@ def load(
             mesh=placed, codes=codes_of(source, quantize or ("stored" if as_stored else "dense")),
         )  # fmt: skip
         decoder.base = lora.base_of(path_or_name, source.source, source.config)
-        if stored:
-            lora.put_tables(decoder, stored)
+        lora.put_tables(decoder, stored)
         return Model(
             source.config, decoder, tokenizer, source.generation_config, template, mesh=placed,
             kv_cache=kv_cache, implementation=implementation, adapters=stored,
@@ -465,9 +464,7 @@ def _mesh(mesh: Any, quantize: Rules | None, implementation: Any) -> tuple[Mesh 
     return sharding.make_mesh(mesh), implementation if quantize in (None, "dense") else "xla"
 
 
-def _check_options(
-    layers: Any, kv_cache: Any, implementation: Any, quantize: Any
-) -> None:
+def _check_options(layers: Any, kv_cache: Any, implementation: Any, quantize: Any) -> None:
     ops.backend()  # says what is wrong with jax, if anything
     if layers not in (None, "scan", "unroll"):
         raise RequestError(f"layers must be 'scan', 'unroll' or None, got {layers!r}")
@@ -482,17 +479,24 @@ def _dtype(given: Any) -> jnp.dtype:
     """Return a dtype given by any of its names, of NumPy, jax or torch; None and "auto": ours.
 
     Ours is float32 on CPU and bfloat16 elsewhere.
+
+    Raises:
+        RequestError: another one.
     """
     if given is None or (isinstance(given, str) and given == "auto"):
         return jnp.dtype(jnp.float32 if ops.backend() == "cpu" else jnp.bfloat16)
-    known = {"float32": jnp.float32, "fp32": jnp.float32}
-    known |= {"bfloat16": jnp.bfloat16, "bf16": jnp.bfloat16}
-    name = str(getattr(given, "name", None) or getattr(given, "__name__", None) or given)
-    name = name.removeprefix("torch.")
-    if name not in known:
-        why = " (Gemma's activations overflow float16)" if name in ("float16", "fp16") else ""
-        raise RequestError(f"dtype must be float32, bfloat16 or 'auto', got {name[:40]!r}{why}")
-    return jnp.dtype(known[name])
+    name = str(given)
+    short = name.removeprefix("torch.")
+    short = {"fp32": "float32", "bf16": "bfloat16"}.get(short, short)
+    expected = "dtype must be float32, bfloat16 or 'auto', got"
+    try:
+        dtype = jnp.dtype(given if short == name and not isinstance(given, str) else short)
+    except TypeError as error:
+        raise RequestError(f"{expected} {name[:40]!r}") from error
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        why = " (Gemma's activations overflow float16)" if dtype == jnp.float16 else ""
+        raise RequestError(f"{expected} {dtype.name}{why}")
+    return dtype
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

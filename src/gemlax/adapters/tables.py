@@ -88,6 +88,8 @@ def put_tables(decoder: Decoder, stored: Mapping[str, Stored], *, dtype: Any = n
     Raises:
         RequestError: the decoder has an adapter, or one of them was trained on another base.
     """
+    if not stored:
+        return
     for one in stored.values():
         check_same_base(one, decoder)
     if decoder.adapter is not None or any(adapted(decoder)):

@@ -30,6 +30,7 @@ from gemlax.tokenizer import Tokenizer, find_chat_template
 
 __all__ = [
     "BFLOAT16",
+    "NOT_FINITE",
     "READABLE",
     "Checkpoint",
     "cast",
@@ -59,6 +60,7 @@ MAX_THREADS = 8
 # More names than this are counted, not listed: the largest Gemma has 832.
 MAX_LISTED = 2000
 MAX_NEAREST = 200
+NOT_FINITE = "holds NaN or infinity: the file is damaged, or its training had diverged"
 # Where one sentence says what the matter is, the tensors that are shown with it.
 MAX_EXAMPLES = 5
 # How every format writes the number of a layer.
@@ -363,9 +365,7 @@ def cast(out: np.ndarray, values: np.ndarray, name: str) -> None:
             f"{name} has values beyond {out.dtype}'s {float(limit):.6g}{hint}"
         ) from error
     if not _is_finite(out):
-        raise CheckpointError(
-            f"{name} holds NaN or infinity: the file is damaged, or was when it was written"
-        )
+        raise CheckpointError(f"{name} {NOT_FINITE}")
 
 
 def _is_finite(values: np.ndarray) -> bool:

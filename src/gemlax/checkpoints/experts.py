@@ -1,7 +1,8 @@
 """Experts as other tools lay them out: gate and up apart, or each expert in tensors of its own.
 
-Source: transformers 5.23.0, conversion_mapping.py (experts one by one); mlx-lm, models/switch_layers.py
-(`switch_glu`); llama.cpp, src/models/gemma4.cpp (`ffn_gate_exps`, `ffn_up_exps`).
+Source: transformers 5.23.0, conversion_mapping.py (experts one by one); mlx-lm,
+models/switch_layers.py (`switch_glu`); llama.cpp,
+src/models/gemma4.cpp (`ffn_gate_exps`, `ffn_up_exps`).
 """
 
 from collections.abc import Callable, Collection

@@ -77,8 +77,8 @@ def _unknown(given: str) -> str:
     """Say what else could have been meant."""
     if re.fullmatch(r"[\w.-]+:[\w.-]+", given) and "\\" not in given:
         return (
-            f"no model at {given!r}: it looks like a name of ollama's, which is not looked up; give "
-            f"the path of its file: `ollama show {given} --modelfile` names it after FROM"
+            f"no model at {given!r}: it looks like a name of ollama's, which is not looked up; "
+            f"give the path of its file: `ollama show {given} --modelfile` names it after FROM"
         )
     parent = Path(given).expanduser()
     while not parent.exists():

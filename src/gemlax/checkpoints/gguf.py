@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gemlax.checkpoints.base import (
+    NOT_FINITE,
     Checkpoint,
     fill,
     fit_vocab,
@@ -35,7 +36,15 @@ from gemlax.checkpoints.gguf_defaults import (
 )
 from gemlax.checkpoints.gguf_header import MAGIC, Tensor, parse_header
 from gemlax.checkpoints.gguf_parts import open_parts
-from gemlax.checkpoints.gguf_types import FLOATS, INTEGERS, KEPT, QUANTISED, T, decoder
+from gemlax.checkpoints.gguf_types import (
+    FLOATS,
+    INTEGERS,
+    KEPT,
+    QUANTISED,
+    T,
+    decoder,
+    has_finite_scales,
+)
 from gemlax.checkpoints.names import Weight, unused
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, UnsupportedError
@@ -337,6 +346,8 @@ class GGUFCheckpoint(Checkpoint):
             if tensor is None or tensor.shape != shape or self._scale(own, shape) is not None:
                 return None
             data = np.frombuffer(self._map(tensor), np.uint8, tensor.nbytes, tensor.start)
+            if not has_finite_scales(data, tensor.type):
+                raise CheckpointError(f"{self.source}: {own} {NOT_FINITE}")
             blocks.append(data.reshape(*tensor.shape[:-1], -1))
         codes = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
         return Coded(KEPT[kinds.pop()], codes)

@@ -292,7 +292,9 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         return {
-            name: shape for weight in self._weights.values() for name, shape in self._lies_in(weight)
+            name: shape
+            for weight in self._weights.values()
+            for name, shape in self._lies_in(weight)
         }
 
     def _stored_name(self, weight: Weight) -> str:

@@ -7,7 +7,7 @@ vocabulary: no different ids in 16,000 random texts).
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
