@@ -318,6 +318,9 @@ def random_blocks(rng: np.random.Generator, shape: tuple[int, ...], kind: T) -> 
     for at in SCALES[kind]:
         scale = rng.normal(size=len(blocks)).astype(np.float16)
         blocks[:, at : at + 2] = scale.view(np.uint8).reshape(-1, 2)
+    # The highest bit of other exponents: without it all scales are finite.
+    if kind in (T.IQ1_M, T.MXFP4):
+        blocks[:, 55 if kind == T.IQ1_M else 0] &= 0xBF if kind == T.IQ1_M else 0x7F
     return blocks.reshape(shape[0], -1)
 
 

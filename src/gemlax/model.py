@@ -405,7 +405,7 @@ def load(
     Args:
         path_or_name: a folder (Hugging Face safetensors, Google's Orbax), a `.gguf` file, "demo"
             (the `demo` extra), or a Hugging Face name that is in the local cache (the `hub` extra).
-        dtype: of weights and activations; None: float32 on CPU, bfloat16 elsewhere.
+        dtype: "float32", "bfloat16"; None or "auto": float32 on CPU, bfloat16 elsewhere.
         layers: "scan", "unroll", or None for the faster one of this backend.
         progress: told (bytes filled, bytes in all).
         mesh: spread the model over all devices, as "data=2,tensor=4" says: rows over data and
@@ -426,14 +426,15 @@ def load(
         UnsupportedError: another architecture or format.
         RequestError: an option out of range, an unfit mesh, or an adapter of another base.
     """
-    dtype = jnp.dtype(_default_dtype() if dtype is None else dtype)
-    _check_options(dtype, layers, kv_cache, implementation, quantize)
+    dtype = _dtype(dtype)
+    _check_options(layers, kv_cache, implementation, quantize)
     placed, implementation = _mesh(mesh, quantize, implementation)
     with ops.implementation(implementation):
         native = ops.cpu.live() is not None
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
         source.check()
-        tokenizer = _tokenizer(source)
+        tokenizer, template = _tokenizer(source), source.chat_template
+        stored = lora.read_folders(adapters, source.config.text, source.source)
         as_stored = placed is None and (native or source.keeps_codes)
         rules = quantize or ("stored" if as_stored else "dense")
         decoder = build_decoder(
@@ -441,10 +442,10 @@ def load(
             mesh=placed, codes=codes_of(source, rules, calibration),
         )  # fmt: skip
         decoder.base = lora.base_of(path_or_name, source.source, source.config)
+        lora.put_tables(decoder, stored)
         return Model(
-            source.config, decoder, tokenizer, source.generation_config, source.chat_template,
-            mesh=placed, kv_cache=kv_cache, implementation=implementation,
-            adapters=lora.put_folders(decoder, adapters, source.source),
+            source.config, decoder, tokenizer, source.generation_config, template, mesh=placed,
+            kv_cache=kv_cache, implementation=implementation, adapters=stored,
         )  # fmt: skip
 
 
@@ -470,15 +471,8 @@ def _mesh(mesh: Any, quantize: Rules | None, implementation: Any) -> tuple[Mesh 
     return sharding.make_mesh(mesh), implementation if quantize in (None, "dense") else "xla"
 
 
-def _check_options(
-    dtype: Any, layers: Any, kv_cache: Any, implementation: Any, quantize: Any
-) -> None:
+def _check_options(layers: Any, kv_cache: Any, implementation: Any, quantize: Any) -> None:
     ops.backend()  # says what is wrong with jax, if anything
-    if dtype not in (jnp.float32, jnp.bfloat16):
-        raise RequestError(
-            f"dtype must be float32 or bfloat16, got {dtype.name} "
-            "(Gemma's activations overflow float16)"
-        )
     if layers not in (None, "scan", "unroll"):
         raise RequestError(f"layers must be 'scan', 'unroll' or None, got {layers!r}")
     if kv_cache not in (None, "int8"):
@@ -488,8 +482,28 @@ def _check_options(
     check_rules(quantize)
 
 
-def _default_dtype() -> Any:
-    return jnp.float32 if ops.backend() == "cpu" else jnp.bfloat16
+def _dtype(given: Any) -> jnp.dtype:
+    """Return a dtype given by any of its names, of NumPy, jax or torch; None and "auto": ours.
+
+    Ours is float32 on CPU and bfloat16 elsewhere.
+
+    Raises:
+        RequestError: another one.
+    """
+    if given is None or (isinstance(given, str) and given == "auto"):
+        return jnp.dtype(jnp.float32 if ops.backend() == "cpu" else jnp.bfloat16)
+    name = str(given)
+    short = name.removeprefix("torch.")
+    short = {"fp32": "float32", "bf16": "bfloat16"}.get(short, short)
+    expected = "dtype must be float32, bfloat16 or 'auto', got"
+    try:
+        dtype = jnp.dtype(given if short == name and not isinstance(given, str) else short)
+    except TypeError as error:
+        raise RequestError(f"{expected} {name[:40]!r}") from error
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        why = " (Gemma's activations overflow float16)" if dtype == jnp.float16 else ""
+        raise RequestError(f"{expected} {dtype.name}{why}")
+    return dtype
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

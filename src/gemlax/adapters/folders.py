@@ -7,6 +7,7 @@ from pathlib import Path
 from gemlax import checkpoints
 from gemlax.adapters.rules import Base
 from gemlax.checkpoints.base import read_json
+from gemlax.checkpoints.gguf import MAGIC
 from gemlax.config import GemmaConfig
 from gemlax.errors import UnsupportedError
 
@@ -78,7 +79,9 @@ def beside(folder: Path) -> Path | None:
 
 
 def _refuse_file(path: Path) -> None:
-    if path.suffix == ".gguf":
+    with path.open("rb") as file:
+        is_gguf = file.read(len(MAGIC)) == MAGIC
+    if is_gguf or path.suffix == ".gguf":
         raise UnsupportedError(
             f"{path} is a GGUF file: gemlax reads adapters as peft writes them; give the folder "
             "that llama.cpp's convert_lora_to_gguf.py made it of"

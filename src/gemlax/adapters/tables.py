@@ -17,10 +17,11 @@ from gemlax.adapters.attach import LoRAChoice, adapted, places, set_parts
 from gemlax.adapters.folders import beside
 from gemlax.adapters.peft import Stored, check_same_base, read_folder
 from gemlax.adapters.rules import Adapter, Module
+from gemlax.config import TextConfig
 from gemlax.decoder import Decoder
 from gemlax.errors import RequestError
 
-__all__ = ["DEFAULT", "Choice", "choose", "entries", "put_folders", "put_tables"]
+__all__ = ["DEFAULT", "Choice", "choose", "entries", "put_tables", "read_folders"]
 
 _log = logging.getLogger(__name__)
 
@@ -54,16 +55,15 @@ def entries(names: Sequence[str], choice: Choice, count: int) -> tuple[int, ...]
     return tuple(known[name] for name in chosen)
 
 
-def put_folders(decoder: Decoder, given: Any, model: Path) -> dict[str, Stored]:
-    """Read adapters and put them on a decoder as tables; return them by name.
+def read_folders(given: Any, config: TextConfig, model: Path) -> dict[str, Stored]:
+    """Read and check adapters, before the weights of their base; return them by name.
 
     Args:
-        decoder: of the model.
         given: a folder, several by name, or None: the adapter that lies beside the model's weights.
-        model: the model's folder or file.
+        config: of the model.
+        model: its folder or file.
 
-    Raises:
-        RequestError: an adapter of another base; see `read_folder` for others.
+    Raises: see `read_folder`.
     """
     own = beside(model)
     if own is not None and given is None:
@@ -74,11 +74,7 @@ def put_folders(decoder: Decoder, given: Any, model: Path) -> dict[str, Stored]:
     if not given:
         return {}
     named = dict(given) if isinstance(given, Mapping) else {DEFAULT: given}
-    stored = {name: read_folder(folder, decoder.config) for name, folder in named.items()}
-    for one in stored.values():
-        check_same_base(one, decoder)
-    put_tables(decoder, stored)
-    return stored
+    return {name: read_folder(folder, config) for name, folder in named.items()}
 
 
 def _folders(given: Any) -> list[Path]:
@@ -90,8 +86,12 @@ def put_tables(decoder: Decoder, stored: Mapping[str, Stored], *, dtype: Any = n
     """Put several adapters on a decoder, in place: entry i + 1 of the tables is the i-th of them.
 
     Raises:
-        RequestError: the decoder has an adapter.
+        RequestError: the decoder has an adapter, or one of them was trained on another base.
     """
+    if not stored:
+        return
+    for one in stored.values():
+        check_same_base(one, decoder)
     if decoder.adapter is not None or any(adapted(decoder)):
         raise RequestError("the decoder has an adapter; detach or merge it first")
     each = list(stored.values())

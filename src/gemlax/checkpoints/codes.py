@@ -44,6 +44,8 @@ _DTYPES = {
     np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8", np.dtype(np.uint16): "U16", BFLOAT16: "BF16",
 }  # fmt: skip
 _SHOWN = 5
+# Where mlx-lm says its own, beside a copy under `KEY`.
+_MLX = "quantization"
 
 
 class Entry(NamedTuple):
@@ -60,11 +62,12 @@ def read_formats(config: Mapping[str, Any], source: Path) -> dict[str, Format]:
         CheckpointError: it says something that this version never writes.
         UnsupportedError: another method, or another version.
     """
-    found = config.get(KEY)
+    found = config.get(KEY) or config.get(_MLX)
     if not found:  # null or empty: nothing is quantised
         return {}
     if not isinstance(found, Mapping) or found.get("quant_method") != METHOD:
         method = found.get("quant_method") if isinstance(found, Mapping) else found
+        method = "mlx" if not method and found.keys() >= {"group_size", "bits"} else method
         raise UnsupportedError(
             f"{source}: the weights are quantised by {show(repr(method))}, which gemlax does not "
             "read; it reads what `gemlax quantize` wrote, GGUF files, and folders of floats"

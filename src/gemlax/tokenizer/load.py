@@ -63,7 +63,8 @@ def read_tokenizer(files: Mapping[str, Path]) -> Tokenizer:
     beside = read_beside(files)
     if "tokenizer.json" in files:
         path = files["tokenizer.json"]
-        tokenizer = Tokenizer(*fast.read_json(path, beside), path.read_text, files)
+        vocabulary, encoder = fast.read_json(path, beside)
+        tokenizer = Tokenizer(vocabulary, encoder, encoder.tokenizer.to_str, files)
     else:
         tokenizer = read_model(files["tokenizer.model"], beside, files)
     tokenizer.named_pieces = beside.named_pieces
