@@ -47,6 +47,18 @@ def flat_tree(weights: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarr
     return tree
 
 
+def nested_tree(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return the layout of a Flax model: nested, and no `w` in the MLP."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat_tree(weights).items():
+        *above, last = path.split("/")[1:]
+        node = tree
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = leaf["w"] if "mlp" in above else leaf
+    return tree
+
+
 def flat_tree_of_gemma4(
     weights: Mapping[str, np.ndarray], config: GemmaConfig, stored_kv: bool = False
 ) -> dict[str, dict[str, np.ndarray]]:

@@ -216,3 +216,38 @@ def test_gemma_4_metadata_must_have_its_epsilon():
     less = {k: v for k, v in E2B.items() if not k.endswith("rms_epsilon")}
     with pytest.raises(UnsupportedError, match=r"lacks gemma4.attention.layer_norm_rms_epsilon"):
         GemmaConfig.from_gguf(less)
+
+
+def four(**keys):
+    """Return keys of Gemma 4, of which a double underscore is a dot."""
+    return {f"gemma4.{key.replace('__', '.')}": value for key, value in keys.items()}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        four(attention__sliding_window_pattern=5),
+        four(rope__scaling__type="none"),
+        four(rope__scaling__type="none", rope__scaling__factor=8.0),
+        four(rope__scaling__type="linear", rope__scaling__factor=1.0),
+        four(rope__scaling__factor=0.0),
+    ],
+    ids=str,
+)
+def test_other_spellings_of_gemma_4_give_the_preset(keys):
+    assert GemmaConfig.from_gguf(E2B | keys).text == preset("gemma-4-e2b").text
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (four(attention__sliding_window_pattern=0), "needs sliding_window_pattern"),
+        (four(rope__scaling__type="linear", rope__scaling__factor=8.0), "scaling.factor = 8.0"),
+        (four(rope__scaling__factor=8.0), "rope.scaling.factor = 8.0"),
+        (four(rope__scaling__type="yarn", rope__scaling__factor=1.0), "scaling.type = 'yarn'"),
+    ],
+    ids=str,
+)
+def test_a_gemma_4_of_another_rope_or_without_kinds_is_refused(keys, said):
+    with pytest.raises(UnsupportedError, match=said):
+        GemmaConfig.from_gguf(E2B | keys)

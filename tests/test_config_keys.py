@@ -43,6 +43,10 @@ INERT = {
         "model_name": "unsloth/gemma-3-270m-it", "unsloth_version": "2026.4.4",
         "unsloth_fixed": True, "unsloth_training": {"rank": 8},
     },
+    "mlx and training": {
+        "ignore_index": -100, "skip_vision": True, "loss_type": "ForCausalLMLoss", "seed": 42,
+        "device_map": "auto", "trust_remote_code": True, "router_aux_loss_coef": 0.001,
+    },
     "remote code": {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}},
     "easydel": {
         "attn_mechanism": "vanilla", "easy_method": "train", "blocksize_q": 512, "platform": "jax",
@@ -66,6 +70,7 @@ REFUSED = [
     ("270m", "use_qk_norm", False, "use_qk_norm = False (the model has True)"),
     ("270m", "num_experts", 8, "num_experts = 8 (not known)"),
     ("270m", "global_head_dim", 512, "global_head_dim = 512 (the model has 256)"),
+    ("270m", "rope_global_base_freq", 1e4, "(the model has 1000000.0)"),
     ("270m", "attn_logit_softcapping", 50.0, "attn_logit_softcapping = 50.0"),
     ("4b", "hidden_size", 2304, "hidden_size = 2304 (the model has 2560)"),
     ("4b", "head_dim", 128, "head_dim = 128 (the model has 256)"),
@@ -356,6 +361,17 @@ def test_ids_without_a_per_layer_embedding_are_counted_out(caplog):
     assert grown.refusal(262_143) is None
     assert "token id 262145 has no per-layer embedding" in str(grown.refusal(262_145))
     assert grown.refusal(262_150) == "token id 262150 is outside [0, 262150)"
+
+
+def test_what_a_file_is_warned_of_is_not_said_again_where_it_is_written(caplog):
+    GemmaConfig.from_hf(within("e2b", vocab_size=262_150)).to_hf()
+    assert len(caplog.records) == 1
+
+
+def test_mlxs_name_of_the_global_base_passes_where_it_agrees():
+    assert GemmaConfig.from_hf(within("270m", rope_global_base_freq=1e6)) == GemmaConfig.from_hf(
+        within("270m")
+    )
 
 
 @pytest.mark.parametrize("name", ["26b", "12b"])

@@ -4,13 +4,12 @@ import json
 import logging
 import random
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 from disk import BFLOAT16, CONFIG, GEMMA4, assert_same_bits, random_weights, read_all
-from orbax_trees import flat_tree, flat_tree_of_gemma4, write
+from orbax_trees import flat_tree, flat_tree_of_gemma4, nested_tree, write
 
 from gemlax.checkpoints import open_checkpoint, text_weights
 from gemlax.checkpoints.names import from_orbax, resolve, to_orbax
@@ -30,18 +29,6 @@ ROW = {
                 "query_pre_attn_scalar", "sliding_window", "max_position_embeddings",
                 "rope_scaling")
 }  # fmt: skip
-
-
-def nested_tree(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Return the layout of a Flax model: nested, and no `w` in the MLP."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat_tree(weights).items():
-        *above, last = path.split("/")[1:]
-        node = tree
-        for key in above:
-            node = node.setdefault(key, {})
-        node[last] = leaf["w"] if "mlp" in above else leaf
-    return tree
 
 
 @pytest.fixture

@@ -96,6 +96,8 @@ def _check_keys(own: Mapping[str, Any], architecture: str) -> None:
         "attention.value_length_swa": own.get("attention.key_length"),
         "rope.dimension_count_swa": own.get("attention.key_length"),
     }
+    if _is_unscaled(own):
+        same |= {key: own[key] for key in own if key.startswith("rope.scaling.")}
     wrong, aside = [], []
     for key in sorted(own.keys() - _KEYS[architecture] - _INERT):
         value = own[key]
@@ -114,6 +116,12 @@ def _check_keys(own: Mapping[str, Any], architecture: str) -> None:
     if missing:
         names = ", ".join(f"{architecture}.{key}" for key in missing)
         raise UnsupportedError(f"GGUF metadata lacks {names}")
+
+
+def _is_unscaled(own: Mapping[str, Any]) -> bool:
+    """Return whether the rope stays as it is: of no type whatever the factor, or linear by 1."""
+    kind, factor = own.get("rope.scaling.type"), own.get("rope.scaling.factor", 1.0)
+    return kind == "none" or (kind in (None, "", "linear") and factor in (0.0, 1.0))
 
 
 def _join_equal(value: Any, count: object) -> Any:
@@ -188,7 +196,7 @@ def _gemma3_scaling(own: Mapping[str, Any]) -> dict[str, Any] | None:
     if not given and theirs and own["context_length"] >= 131_072:
         return {"rope_type": "linear", "factor": 8.0}
     factor = float(own.get("rope.scaling.factor", 1.0))
-    if own.get("rope.scaling.type") == "none" or factor in (0.0, 1.0):
+    if _is_unscaled(own):
         return None
     return {"rope_type": "linear", "factor": factor}
 
@@ -196,8 +204,10 @@ def _gemma3_scaling(own: Mapping[str, Any]) -> dict[str, Any] | None:
 def _gemma4(own: Mapping[str, Any]) -> dict[str, Any]:
     count = own["block_count"]
     pattern = own.get("attention.sliding_window_pattern")
-    if pattern is None or isinstance(pattern, int):
+    if is_neutral(pattern):
         raise UnsupportedError("GGUF metadata: gemma4 needs sliding_window_pattern, one per layer")
+    if isinstance(pattern, int):  # a period, as Gemma 3 has it
+        pattern = [(i + 1) % pattern != 0 for i in range(count)]
     kinds = _kinds(_per_layer(pattern, count, "sliding_window_pattern"))
     heads = _per_layer(own["attention.head_count_kv"], count, "head_count_kv")
     inner = _per_layer(own["feed_forward_length"], count, "feed_forward_length")

@@ -16,7 +16,7 @@ from gemlax.config.rope import read_ropes
 from gemlax.config.spec import KINDS, GemmaConfig, Kind, LayerSpec, TextConfig
 from gemlax.errors import UnsupportedError
 
-__all__ = ["GEMMA3_DEFAULTS", "GEMMA4_DEFAULTS", "placeholders", "read", "read_text"]
+__all__ = ["GEMMA3_DEFAULTS", "GEMMA4_DEFAULTS", "placeholders", "read", "read_text", "resolve"]
 
 _log = logging.getLogger(__name__)
 
@@ -106,6 +106,19 @@ _POSITIVE = _COUNTS[:8]
 
 
 def read(config: Mapping[str, Any]) -> GemmaConfig:
+    """Resolve a config.json, and say if its table is short; see `GemmaConfig.from_hf`."""
+    found = resolve(config)
+    if found.text.num_ids < found.text.vocab_size:
+        _log.warning(
+            "config: vocab_size is %d, vocab_size_per_layer_input only %d: an id beyond has no "
+            "per-layer embedding, so it is refused in a prompt and never generated",
+            found.text.vocab_size,
+            found.text.num_ids,
+        )
+    return found
+
+
+def resolve(config: Mapping[str, Any]) -> GemmaConfig:
     """Resolve a config.json; see `GemmaConfig.from_hf`."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in {**_DEFAULTS, **_TEXT_OF}:
@@ -205,6 +218,7 @@ def _sort_text_keys(
         same |= {
             "global_head_dim": c["head_dim"],
             "num_global_key_value_heads": c["num_key_value_heads"],
+            "rope_global_base_freq": c["rope_theta"],  # mlx's name
         }
     else:
         allowed = _ALLOWED | _ALLOWED_GEMMA4
@@ -235,7 +249,7 @@ def _resolve(c: Mapping[str, Any]) -> TextConfig:
             )
         if spec.head_dim % 2:
             raise UnsupportedError(f"config: head_dim must be even, got {spec.head_dim}")
-    text = TextConfig(
+    return TextConfig(
         model_type=c["model_type"],
         vocab_size=c["vocab_size"],
         hidden_size=c["hidden_size"],
@@ -247,14 +261,6 @@ def _resolve(c: Mapping[str, Any]) -> TextConfig:
         tie_word_embeddings=bool(c.get("tie_word_embeddings", True)),
         **(_gemma3_facts if gemma3 else _gemma4_facts)(c),
     )
-    if text.num_ids < text.vocab_size:
-        _log.warning(
-            "config: vocab_size is %d, vocab_size_per_layer_input only %d: an id beyond has no "
-            "per-layer embedding, so it is refused in a prompt and never generated",
-            text.vocab_size,
-            text.num_ids,
-        )
-    return text
 
 
 def placeholders(text: TextConfig) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ def write(config: GemmaConfig) -> dict[str, Any]:
         "eos_token_id": list(eos) if len(eos) != 1 else eos[0],
         "pad_token_id": config.pad_token_id,
     }
-    _check_equal(config, hf.read(written))
+    _check_equal(config, hf.resolve(written))
     return written
 
 

@@ -56,6 +56,10 @@ _GENERATION = {
 }  # fmt: skip
 # What tools that train, convert and serve leave behind.
 _TOOLS = {
+    # mlx, and arguments of losses and of `from_pretrained`.
+    "ignore_index", "skip_vision", "loss_type", "label_smoothing", "neftune_noise_alpha",
+    "output_router_logits", "router_aux_loss_coef", "use_liger_kernel", "device_map", "revision",
+    "trust_remote_code", "seed",
     "auto_map", "model_name", "base_model", "license", "library_name", "tags",
     "sentence_transformers", "custom_pipelines", "transformers.js_config", "processor_class",
     "max_seq_length", "model_max_length", "padding_side", "truncation_side", "use_flash_attn",
