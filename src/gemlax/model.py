@@ -434,10 +434,11 @@ def load(
             mesh=placed, codes=codes_of(source, quantize or ("stored" if as_stored else "dense")),
         )  # fmt: skip
         decoder.base = lora.base_of(path_or_name, source.source, source.config)
+        stored = lora.put_folders(decoder, adapters, source.source)
         return Model(
-            source.config, decoder, tokenizer, source.generation_config, source.chat_template,
-            mesh=placed, kv_cache=kv_cache, implementation=implementation,
-            adapters=lora.put_folders(decoder, adapters, source.source),
+            source.config, decoder, tokenizer, source.generation_config,
+            lora.template_of(stored, source.chat_template, source.source),
+            mesh=placed, kv_cache=kv_cache, implementation=implementation, adapters=stored,
         )  # fmt: skip
 
 
