@@ -433,8 +433,9 @@ def load(
         native = ops.cpu.live() is not None
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
         source.check()
-        tokenizer, template = _tokenizer(source), source.chat_template
+        tokenizer = _tokenizer(source)
         stored = lora.read_folders(adapters, source.config.text, source.source)
+        template = lora.template_of(stored, source.chat_template, source.source)
         as_stored = placed is None and (native or source.keeps_codes)
         rules = quantize or ("stored" if as_stored else "dense")
         decoder = build_decoder(

@@ -17,7 +17,15 @@ from gemlax.adapters.attach import (
 from gemlax.adapters.folders import base_of, beside
 from gemlax.adapters.peft import Stored, check_same_base, read_folder, restore, save, updates
 from gemlax.adapters.rules import Adapter, Base, Module, Rule, Rules, resolve
-from gemlax.adapters.tables import DEFAULT, Choice, choose, entries, put_tables, read_folders
+from gemlax.adapters.tables import (
+    DEFAULT,
+    Choice,
+    choose,
+    entries,
+    put_tables,
+    read_folders,
+    template_of,
+)
 
 __all__ = [
     "DEFAULT",
@@ -50,6 +58,7 @@ __all__ = [
     "resolve",
     "restore",
     "save",
+    "template_of",
     "unmerge",
     "updates",
 ]

@@ -23,6 +23,8 @@ _CONVERT = (
 )
 # What the demo model was quantised from, by the name that other programs load it by.
 _DEMO_BASE = "google/gemma-3-270m"
+# What vLLM and LLaVA read beside the weights: rows of embeddings, and weights that are no LoRA.
+_MORE = ("new_embeddings.safetensors", "new_embeddings.bin", "non_lora_trainables.bin")
 _SHOWN = 3
 
 
@@ -59,6 +61,12 @@ def find_folder(given: str | Path) -> Path:
         )
     if "lora_parameters" in read_json(folder / CONFIG):
         raise _foreign(folder, "mlx-lm")
+    for name in _MORE:
+        if (folder / name).exists():
+            raise UnsupportedError(
+                f"{folder / name}: weights that were trained beside LoRA, which gemlax does not "
+                "apply; merge them into the base with what trained them, and load the result"
+            )
     return folder
 
 

@@ -4,6 +4,7 @@ Entry 0 of every table is no adapter: zeros. The choice is traced, so that anoth
 program. Smaller ranks, and modules that an adapter leaves alone, are filled up with zeros.
 """
 
+import filecmp
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,13 +21,15 @@ from gemlax.adapters.rules import Adapter, Module
 from gemlax.config import TextConfig
 from gemlax.decoder import Decoder
 from gemlax.errors import RequestError
+from gemlax.tokenizer import find_chat_template
 
-__all__ = ["DEFAULT", "Choice", "choose", "entries", "put_tables", "read_folders"]
+__all__ = ["DEFAULT", "Choice", "choose", "entries", "put_tables", "read_folders", "template_of"]
 
 _log = logging.getLogger(__name__)
 
 # The adapter that is taken where nothing is said, if one has this name.
 DEFAULT = "default"
+Template = str | Mapping[str, str] | None
 # An adapter by name for all rows, None for none of them, or one of these for each row.
 Choice = str | None | Sequence[str | None]
 
@@ -75,6 +78,31 @@ def read_folders(given: Any, config: TextConfig, model: Path) -> dict[str, Store
         return {}
     named = dict(given) if isinstance(given, Mapping) else {DEFAULT: given}
     return {name: read_folder(folder, config) for name, folder in named.items()}
+
+
+def template_of(stored: Mapping[str, Stored], base: Template, model: Path) -> Template:
+    """Return the chat template of a model with adapters: that of the only one, else the base's.
+
+    A tokenizer beside an adapter is left aside, with a line in the log.
+    """
+    chosen = base
+    for one in stored.values():
+        found = find_chat_template(one.source)
+        if found is not None and found != base:
+            used = list(stored) == [DEFAULT]
+            chosen = found if used else base
+            _log.info(
+                "%s: its chat template, which differs from the base's, is %s",
+                one.source, "used" if used else "left aside: it is one of several adapters",
+            )  # fmt: skip
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (one.source / name).is_file() and not _is_same(one.source / name, model / name):
+                _log.info("%s: left aside for the base's tokenizer", one.source / name)
+    return chosen
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(path, other, shallow=False)
 
 
 def _folders(given: Any) -> list[Path]:
