@@ -153,18 +153,19 @@ inline void attend_many(const ManyQueries& s, const uint16_t* k, const uint16_t*
 // Queries of a prompt: by pieces, each with all that it sees.
 template <class T>
 void run_many(ffi::ThreadPool& pool, const Shapes& s, const float* q, const T* k, const T* v,
-              const int32_t* at, const int32_t* positions, int32_t window, float scale,
-              float* out) {
+              const int32_t* at, const int32_t* positions, const int32_t* rows, int32_t window,
+              float scale, float* out) {
   const int64_t pieces = (s.length + kQueries - 1) / kQueries;
   parallel_for(pool, s.batch * s.kv_heads * pieces, [&](int64_t index) {
     // The last pieces see the most keys: they come first.
     const int64_t first = (pieces - 1 - index % pieces) * kQueries;
     const int64_t kv_head = index / pieces % s.kv_heads, row = index / pieces / s.kv_heads;
     const int64_t place = ((row * s.length + first) * s.heads + kv_head * s.groups) * s.size;
-    const int64_t offset = (row * s.slots * s.kv_heads + kv_head) * s.size;
+    const int64_t held = rows[row];
+    const int64_t offset = (held * s.slots * s.kv_heads + kv_head) * s.size;
     const ManyQueries own = {q + place,
                              positions + row * s.length + first,
-                             at + row * s.slots,
+                             at + held * s.slots,
                              std::min(kQueries, s.length - first),
                              s.heads,
                              s.groups,
@@ -179,10 +180,10 @@ void run_many(ffi::ThreadPool& pool, const Shapes& s, const float* q, const T* k
 
 template <class T>
 void run(ffi::ThreadPool& pool, const Shapes& s, const float* q, const T* k, const T* v,
-         const int32_t* at, const int32_t* positions, bool ring, int32_t window, float scale,
-         float* out) {
+         const int32_t* at, const int32_t* positions, const int32_t* rows, bool ring,
+         int32_t window, float scale, float* out) {
   if (s.length >= kMany && kernels().attend_many)
-    return run_many(pool, s, q, k, v, at, positions, window, scale, out);
+    return run_many(pool, s, q, k, v, at, positions, rows, window, scale, out);
   int32_t last = -1;
   for (int64_t i = 0; i < s.batch * s.length; ++i) last = std::max(last, positions[i]);
   // Where slot = position, nothing behind the last query is seen.
@@ -199,16 +200,16 @@ void run(ffi::ThreadPool& pool, const Shapes& s, const float* q, const T* k, con
   };
   parallel_for(pool, owners * parts, [&](int64_t index) {
     const int64_t row = index / parts / s.kv_heads, kv_head = index / parts % s.kv_heads;
-    const int64_t first = index % parts * step;
+    const int64_t first = index % parts * step, held = rows[row];
     const Task task = {q + row * s.length * s.heads * s.size,
                        positions + row * s.length,
-                       at + row * s.slots,
+                       at + held * s.slots,
                        kv_head,
                        std::min(first, slots),
                        std::min(first + step, slots),
                        scale,
                        window};
-    const int64_t offset = (row * s.slots * s.kv_heads + kv_head) * s.size;
+    const int64_t offset = (held * s.slots * s.kv_heads + kv_head) * s.size;
     attend(s, task, k + offset, v + offset, partial(index));
   }, true);
   for (int64_t owner = 0; owner < owners; ++owner) {
@@ -220,28 +221,31 @@ void run(ffi::ThreadPool& pool, const Shapes& s, const float* q, const T* k, con
 
 ffi::Error handle(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                   ffi::Buffer<ffi::S32> at, ffi::Buffer<ffi::S32> row,
-                  ffi::Buffer<ffi::S32> positions, ffi::Result<ffi::Buffer<ffi::F32>> out,
+                  ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> rows, ffi::Result<ffi::Buffer<ffi::F32>> out,
                   bool ring, int32_t window, float scale) {
   const Meter meter(kAttention);
   const auto asked = q.dimensions(), held = k.dimensions();
   if (asked.size() != 4 || held.size() != 5)
     return ffi::Error::InvalidArgument("attention needs q [B, T, N, H] and k [n, B, S, K, H]");
   Shapes s = {asked[0], asked[1], asked[2], asked[3], held[2], held[3], 0};
-  const bool fits = held[1] == s.batch && held[4] == s.size && s.kv_heads > 0 &&
+  const bool fits = int64_t(rows.element_count()) == s.batch && held[4] == s.size && s.kv_heads > 0 &&
                     s.heads % s.kv_heads == 0 && v.element_count() == k.element_count() &&
-                    int64_t(at.element_count()) == s.batch * s.slots &&
+                    int64_t(at.element_count()) == held[1] * s.slots &&
                     int64_t(positions.element_count()) == s.batch * s.length &&
                     v.element_type() == k.element_type();
   const int32_t layer = *row.typed_data();
   if (!fits || layer < 0 || layer >= held[0])
     return ffi::Error::InvalidArgument("attention: shapes, or the layer, do not fit");
+  for (int64_t i = 0; i < s.batch; ++i)
+    if (rows.typed_data()[i] < 0 || rows.typed_data()[i] >= held[1])
+      return ffi::Error::InvalidArgument("attention: a row that the cache does not have");
   if (s.batch == 0 || s.length == 0) return ffi::Error::Success();
   s.groups = s.heads / s.kv_heads;
-  const int64_t offset = layer * s.batch * s.slots * s.kv_heads * s.size;
+  const int64_t offset = layer * held[1] * s.slots * s.kv_heads * s.size;
   const auto go = [&]<class T>(const T*) {
     run(pool, s, q.typed_data(), static_cast<const T*>(k.untyped_data()) + offset,
         static_cast<const T*>(v.untyped_data()) + offset, at.typed_data(), positions.typed_data(),
-        ring, window, scale, out->typed_data());
+        rows.typed_data(), ring, window, scale, out->typed_data());
     return ffi::Error::Success();
   };
   if (k.element_type() == ffi::F32) return go(static_cast<const float*>(nullptr));
@@ -258,6 +262,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gemlax_attention, gemlax::handle,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()

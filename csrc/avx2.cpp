@@ -74,12 +74,6 @@ struct Groups<Int8> {
 };
 
 template <>
-struct Groups<Int4> {
-  static Codes codes(const uint8_t* block) { return widen_unsigned(halves(block), 8); }
-  static float scale(const uint8_t*, const uint16_t* scales) { return from_bfloat16(*scales); }
-};
-
-template <>
 struct Groups<Q8_0> {
   static Codes codes(const uint8_t* block) { return widen(load(block + 2)); }
   static float scale(const uint8_t* block, const uint16_t*) { return half(block); }
@@ -146,6 +140,71 @@ inline void dot_groups(const Weights& w, int64_t first, const Activations& x, fl
         sums.of[n][r] = _mm256_fmadd_ps(
             scale, _mm256_cvtepi32_ps(multiply(codes, own + r * kGroup)), sums.of[n][r]);
     }
+  sums.store(x, out, stride);
+}
+
+// A group of int4 with R rows of activations.
+template <int R>
+inline void add_group(const uint8_t* block, __m256 scale, const int16_t* x, __m256 (&sums)[R]) {
+  fetch_ahead(block);
+  const Codes codes = widen_unsigned(halves(block), 0);
+  for (int r = 0; r < R; ++r)
+    sums[r] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(multiply(codes, x + r * kGroup)), sums[r]);
+}
+
+// 8 or 4 groups: a zero point takes its share of the sum of the activations away. `totals` has
+// `step` sums of each row.
+template <int R, int G>
+inline void add_groups(const uint8_t* block, const uint16_t* entries, const int16_t* x,
+                      const float* totals, int64_t step, __m256 (&sums)[R]) {
+  const __m128i all = G == 8 ? load128(entries)
+                             : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(entries));
+  const __m128i halves =
+      _mm_slli_epi16(_mm_and_si128(all, _mm_set1_epi16(Int4::kScaleMask)), Int4::kScaleShift);
+  const __m256i eighths = _mm256_cvtepu16_epi32(_mm_srli_epi16(all, Int4::kScaleBits));
+  const __m256 scales = _mm256_cvtph_ps(halves);
+  const __m256 zeros = _mm256_mul_ps(_mm256_cvtepi32_ps(eighths), _mm256_set1_ps(Int4::kZeroStep));
+  const __m256 worth = _mm256_mul_ps(scales, zeros);
+  alignas(32) float scale[8];
+  _mm256_store_ps(scale, scales);
+  for (int r = 0; r < R; ++r) {
+    const float* own = totals + r * step;
+    const __m256 held = G == 8 ? _mm256_loadu_ps(own) : _mm256_zextps128_ps256(_mm_loadu_ps(own));
+    sums[r] = _mm256_fnmadd_ps(worth, held, sums[r]);
+  }
+#pragma GCC unroll 8
+  for (int g = 0; g < G; ++g)
+    add_group<R>(block + g * Int4::kBytes, _mm256_broadcast_ss(scale + g), x + g * R * kGroup, sums);
+}
+
+inline __m256 first_lane(float value) { return _mm256_zextps128_ps256(_mm_set_ss(value)); }
+
+template <class F, int R, int N>
+inline void dot_int4(const Weights& w, int64_t first, const Activations& x, float* out,
+                     int64_t stride) {
+  static_assert(N == 1);
+  Sums<1, R> sums;
+  const int groups = x.width / kGroup;
+  const uint8_t* blocks = w.codes + first * w.row_bytes;
+  const uint16_t* entries = w.scales + first * w.groups;
+  int g = 0;
+  for (; g + 8 <= groups; g += 8)
+    add_groups<R, 8>(blocks + g * F::kBytes, entries + g, x.codes + g * R * kGroup, x.sums + g,
+                     x.groups(), sums.of[0]);
+  if (g + 4 <= groups) {
+    add_groups<R, 4>(blocks + g * F::kBytes, entries + g, x.codes + g * R * kGroup, x.sums + g,
+                     x.groups(), sums.of[0]);
+    g += 4;
+  }
+  for (; g < groups; ++g) {
+    const float scale =
+        _cvtsh_ss(uint16_t((entries[g] & Int4::kScaleMask) << Int4::kScaleShift));
+    const __m256 worth = first_lane(scale * Int4::zero(entries[g]));
+    for (int r = 0; r < R; ++r)
+      sums.of[0][r] = _mm256_fnmadd_ps(worth, first_lane(x.sums[r * x.groups() + g]), sums.of[0][r]);
+    add_group<R>(blocks + g * F::kBytes, _mm256_set1_ps(scale), x.codes + g * R * kGroup,
+                 sums.of[0]);
+  }
   sums.store(x, out, stride);
 }
 
@@ -282,6 +341,7 @@ inline void dot_plain(const Weights& w, int64_t first, const Activations& x, flo
     for (; first < last; ++first) WHAT<F, R, 1>(w, first, x, out + first, stride);          \
   }
 OVER_ROWS(groups, dot_groups, 1)
+OVER_ROWS(int4, dot_int4, 1)
 OVER_ROWS(q4_k, dot_q4_k, 1)
 OVER_ROWS(q6_k, dot_q6_k, 1)
 OVER_ROWS(plain, dot_plain, 2)
@@ -318,7 +378,7 @@ const Kernels kAvx2 = {
     nullptr,
     nullptr,
     encode_plainly,
-    {ROWS(plain, float), ROWS(plain, uint16_t), ROWS(groups, Int8), ROWS(groups, Int4),
+    {ROWS(plain, float), ROWS(plain, uint16_t), ROWS(groups, Int8), ROWS(int4, Int4),
      ROWS(groups, Q8_0), ROWS(groups, Q4_0), ROWS(groups, Q5_0), ROWS(q4_k, Q4_K),
      ROWS(q6_k, Q6_K)},
     {false, false, true, true, true, true, true, true, true},

@@ -148,6 +148,76 @@ inline void dot_groups(const Weights& w, int64_t first, const Activations& x, fl
   }
 }
 
+// The scales of `some` of 8 groups of int4, and what their zero points are worth; the rest is zero.
+struct Entries {
+  __m256 scales, zeros;
+};
+
+inline Entries entries(const uint16_t* p, __mmask8 some) {
+  const __m128i all = _mm_maskz_loadu_epi16(some, p);
+  const __m128i halves =
+      _mm_slli_epi16(_mm_and_si128(all, _mm_set1_epi16(Int4::kScaleMask)), Int4::kScaleShift);
+  const __m256i eighths = _mm256_cvtepu16_epi32(_mm_srli_epi16(all, Int4::kScaleBits));
+  const __m256 scales = _mm256_cvtph_ps(halves);
+  const __m256 steps = _mm256_mul_ps(scales, _mm256_set1_ps(Int4::kZeroStep));
+  return {scales, _mm256_mul_ps(steps, _mm256_cvtepi32_ps(eighths))};
+}
+
+// G groups of N rows of weights from `start` on, times R rows of activations, into S sums each.
+template <int G, int R, int N, int S>
+inline void add_int4(const Weights& w, int64_t first, int start, const Activations& x,
+                     __m256 (&sums)[S][N][R]) {
+  constexpr __mmask8 some = (1u << G) - 1;
+  alignas(32) float scale[N][8];
+  for (int n = 0; n < N; ++n) {
+    const Entries held = entries(w.scales + (first + n) * w.groups + start, some);
+    _mm256_store_ps(scale[n], held.scales);
+    for (int r = 0; r < R; ++r)
+      sums[0][n][r] = _mm256_fnmadd_ps(
+          held.zeros, _mm256_maskz_loadu_ps(some, x.sums + r * x.groups() + start), sums[0][n][r]);
+  }
+  const uint8_t* blocks = w.codes + first * w.row_bytes + start * Int4::kBytes;
+  const int16_t* own = x.codes + int64_t{start} * R * kGroup;
+#pragma GCC unroll 8
+  for (int g = 0; g < G; ++g, blocks += Int4::kBytes, own += R * kGroup) {
+    Codes codes[N];
+    for (int n = 0; n < N; ++n) {
+      fetch_ahead(blocks + n * w.row_bytes);
+      codes[n] = nibbles(blocks + n * w.row_bytes);
+    }
+    for (int r = 0; r < R; ++r) {
+      __m256i even = load(own + r * kGroup), odd = load(own + r * kGroup + 16);
+      asm("" : "+v"(even), "+v"(odd));
+      for (int n = 0; n < N; ++n) {
+        const __m256i products =
+            dot2(dot2(_mm256_setzero_si256(), codes[n].even, even), codes[n].odd, odd);
+        __m256& sum = sums[g % S][n][r];
+        sum = _mm256_fmadd_ps(_mm256_broadcast_ss(scale[n] + g), _mm256_cvtepi32_ps(products), sum);
+      }
+    }
+  }
+}
+
+template <class F, int R, int N>
+inline void dot_int4(const Weights& w, int64_t first, const Activations& x, float* out,
+                     int64_t stride) {
+  constexpr int S = R == 1 ? 4 : R == 2 ? 2 : 1;  // sums that do not wait for one another
+  __m256 sums[S][N][R];
+  for (int s = 0; s < S; ++s)
+    for (int n = 0; n < N; ++n)
+      for (int r = 0; r < R; ++r) sums[s][n][r] = _mm256_setzero_ps();
+  const int groups = x.width / kGroup;
+  int start = 0;
+  for (; start + 8 <= groups; start += 8) add_int4<8>(w, first, start, x, sums);
+  for (; start + 4 <= groups; start += 4) add_int4<4>(w, first, start, x, sums);
+  for (; start < groups; ++start) add_int4<1>(w, first, start, x, sums);
+  Sums<N, R> total;
+  for (int s = 0; s < S; ++s)
+    for (int n = 0; n < N; ++n)
+      for (int r = 0; r < R; ++r) total.of[n][r] = _mm256_add_ps(total.of[n][r], sums[s][n][r]);
+  total.store(x, out, stride);
+}
+
 // The 6-bit scales and minima of a Q4_K block: 8 bytes of each.
 inline void unpack_scales(const uint8_t* packed, uint64_t* scales, uint64_t* minima) {
   uint32_t a, b, c;
@@ -407,6 +477,7 @@ float encode(const float* x, int width, int64_t step, int16_t* codes, float* sum
     for (; first < last; ++first) WHAT<F, R, 1>(w, first, x, out + first, stride);          \
   }
 OVER_ROWS(groups, dot_groups, 1, 2)
+OVER_ROWS(int4, dot_int4, 1, 2)
 OVER_ROWS(q4_k, dot_q4_k, 1, 2)
 OVER_ROWS(q6_k, dot_q6_k, 1, 2)
 OVER_ROWS(plain, dot_plain, 1, 2)
@@ -446,7 +517,7 @@ const Kernels kAvx512 = {
     &kManyAvx512,
     &kAttendAvx512,
     encode,
-    {ROWS(plain, float), ROWS(plain, uint16_t), ROWS(groups, Int8), ROWS(groups, Int4),
+    {ROWS(plain, float), ROWS(plain, uint16_t), ROWS(groups, Int8), ROWS(int4, Int4),
      ROWS(groups, Q8_0), ROWS(groups, Q4_0), ROWS(groups, Q5_0), ROWS(q4_k, Q4_K),
      ROWS(q6_k, Q6_K)},
     {false, false, true, true, true, true, true, true, true},

@@ -79,13 +79,6 @@ struct Groups<Int8> {
 };
 
 template <>
-struct Groups<Int4> {
-  static constexpr int kOffset = 8;
-  static Codes codes(const uint8_t* block) { return nibbles(block); }
-  static __m256 scale(const uint8_t*, const uint16_t* scales) { return scale_at(scales); }
-};
-
-template <>
 struct Groups<Q8_0> {
   static constexpr int kOffset = 0;
   static Codes codes(const uint8_t* block) { return widen(load(block + 2)); }

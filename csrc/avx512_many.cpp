@@ -31,6 +31,15 @@ inline Floats group_of(const uint8_t* row, const uint16_t* scales, int g) {
 }
 
 template <>
+inline Floats group_of<Int4>(const uint8_t* row, const uint16_t* entries, int g) {
+  const Codes codes = nibbles(row + int64_t{g} * Int4::kBytes);
+  const __m512 zero = _mm512_set1_ps(Int4::zero(entries[g]));
+  const __m512 scale = _mm512_set1_ps(Int4::scale(entries[g]));
+  return {_mm512_mul_ps(_mm512_sub_ps(to_floats(codes.even), zero), scale),
+          _mm512_mul_ps(_mm512_sub_ps(to_floats(codes.odd), zero), scale)};
+}
+
+template <>
 inline Floats group_of<Q4_K>(const uint8_t* row, const uint16_t*, int g) {
   const uint8_t* block = row + int64_t{g / 8} * Q4_K::kBytes;
   int scale, minimum;

@@ -2,7 +2,8 @@
 //
 // A row of `width` weights is `width / kBlock` blocks of `kBytes` bytes. The formats of GGUF files
 // are byte for byte as in the file (github.com/ggml-org/ggml, ggml-common.h and ggml-quants.c);
-// int8 and int4 hold their scales, one bfloat16 per 32 weights, in an array of their own.
+// int8 and int4 have 16 bits per 32 weights in an array of their own: the scale of int8 in bfloat16,
+// a scale and a zero point of int4.
 #pragma once
 
 #include <bit>
@@ -55,14 +56,22 @@ struct Int8 {
   }
 };
 
-// Byte i holds weight i in its low half and weight i + 16 in its high half, both plus 8.
+// Byte i holds the code of weight i in its low half and that of weight i + 16 in its high half.
+// weight = scale * (code - zero): the lower 9 bits of a group's entry are those of a float16 below 2
+// from its highest exponent bit but one on, the upper 7 are the zero point in eighths.
 struct Int4 {
   static constexpr int kBlock = 32, kBytes = 16, kGroup = 32;
-  static void decode(const uint8_t* block, const uint16_t* scales, float* out) {
-    const float scale = from_bfloat16(*scales);
+  static constexpr int kScaleBits = 9, kScaleShift = 5, kScaleMask = (1 << kScaleBits) - 1;
+  static constexpr float kZeroStep = 0.125f;
+  static float scale(uint16_t entry) {
+    return from_float16(uint16_t((entry & kScaleMask) << kScaleShift));
+  }
+  static float zero(uint16_t entry) { return kZeroStep * float(entry >> kScaleBits); }
+  static void decode(const uint8_t* block, const uint16_t* entry, float* out) {
+    const float own_scale = scale(*entry), own_zero = zero(*entry);
     for (int i = 0; i < 16; ++i) {
-      out[i] = scale * float((block[i] & 15) - 8);
-      out[i + 16] = scale * float((block[i] >> 4) - 8);
+      out[i] = own_scale * (float(block[i] & 15) - own_zero);
+      out[i + 16] = own_scale * (float(block[i] >> 4) - own_zero);
     }
   }
 };

@@ -12,6 +12,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as T
 from safetensors.numpy import save_file
 
+from gemlax.calibration import measure, random_rows
 from gemlax.checkpoints import Checkpoint, text_weights
 from gemlax.checkpoints.names import HEAD
 from gemlax.config import GemmaConfig
@@ -116,6 +117,15 @@ def read_all(checkpoint: Checkpoint, dtype: Any = np.float32) -> dict[str, np.nd
         found[name] = np.full(shape, np.nan, dtype)
         checkpoint.read(name, found[name])
     return found
+
+
+def importance_of(weights: Mapping[str, np.ndarray], config: GemmaConfig = CONFIG) -> Any:
+    """Return what the columns of matrices weigh, as int4 is made where no text is given."""
+
+    def fill(name: str, out: np.ndarray) -> None:
+        out[...] = weights[name]
+
+    return measure(config.text, fill, random_rows(config))
 
 
 def assert_same_bits(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
@@ -308,6 +318,9 @@ def random_blocks(rng: np.random.Generator, shape: tuple[int, ...], kind: T) -> 
     for at in SCALES[kind]:
         scale = rng.normal(size=len(blocks)).astype(np.float16)
         blocks[:, at : at + 2] = scale.view(np.uint8).reshape(-1, 2)
+    # The highest bit of other exponents: without it all scales are finite.
+    if kind in (T.IQ1_M, T.MXFP4):
+        blocks[:, 55 if kind == T.IQ1_M else 0] &= 0xBF if kind == T.IQ1_M else 0x7F
     return blocks.reshape(shape[0], -1)
 
 

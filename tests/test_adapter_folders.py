@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import jax
 import numpy as np
@@ -324,6 +325,54 @@ def test_keys_that_change_nothing_pass(source, folder):
     changes = {k: v for k, v in NEUTRAL.items() if k != "alpha_pattern"}
     config_of(folder, **changes)
     assert adapters.read_folder(folder, CONFIG.text).adapter == source.adapter
+
+
+def modules_of(folder):
+    return [module.name for module in adapters.read_folder(folder, CONFIG.text).adapter]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"layers_to_transform": [3]}, r"layers\.3\..*"),
+        ({"layers_to_transform": 0}, r"layers\.0\..*"),
+        ({"layers_to_transform": [0, 3], "layers_pattern": "layers"}, r"layers\.[03]\..*"),
+        ({"exclude_modules": ["q_proj", "layers.1.mlp.up_proj"]},
+         r"(?!.*q_proj|layers\.1\.mlp\.up_proj).*"),
+        ({"exclude_modules": r".*\.mlp\..*"}, r".*self_attn.*"),
+        ({"target_modules": ["q_proj"]}, r".*q_proj"),
+        ({"target_modules": r".*q_proj|.*mlp.*"}, ".*"),
+    ],
+)  # fmt: skip
+def test_modules_that_the_config_leaves_out_are_left_aside(folder, changes, expected, caplog):
+    names = modules_of(folder)
+    config_of(folder, **{"target_modules": None} | changes)
+    left = [name for name in names if re.fullmatch(expected, name)]
+    assert modules_of(folder) == left
+    assert ("left aside" in caplog.text) == (left != names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"layers_to_transform": [9]}, "holds no module that"),
+        ({"layers_to_transform": [0], "layers_pattern": "h"}, "holds no module that"),
+        ({"layers_to_transform": ["0"]}, "layers_to_transform must list int, got '0'"),
+        ({"exclude_modules": "("}, "exclude_modules has the pattern"),
+        ({"target_modules": ["k_proj", "q_proj"], "layers_to_transform": [0]}, "lacks 1 of the 2"),
+    ],
+)
+def test_a_config_that_names_what_is_not_there_is_an_error(folder, changes, match):
+    config_of(folder, **{"target_modules": None} | changes)
+    with pytest.raises(CheckpointError, match=match):
+        modules_of(folder)
+
+
+@pytest.mark.parametrize("name", ["new_embeddings.safetensors", "non_lora_trainables.bin"])
+def test_weights_beside_lora_in_files_of_their_own_are_refused(folder, name):
+    (folder / name).write_bytes(b"x")
+    with pytest.raises(UnsupportedError, match=name):
+        modules_of(folder)
 
 
 def test_patterns_of_users_give_ranks_and_alphas(folder):

@@ -75,6 +75,20 @@ def test_rows_without_an_adapter_are_those_of_a_model_without_any(folders):
         np.testing.assert_array_equal(found, alone(folders, None))
 
 
+def test_the_template_of_the_only_adapter_is_used_and_others_are_named(folders, tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("one", "two"):
+        shutil.copytree(folders / name, tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text(name)
+    (tmp_path / "one" / "tokenizer.json").write_text("{}")
+    assert gemlax.load(folders / "base", adapters=tmp_path / "one").chat_template == "one"
+    assert "differs from the base's, is used" in caplog.text
+    assert "tokenizer.json: left aside" in caplog.text
+    both = {name: tmp_path / name for name in ("one", "two")}
+    assert gemlax.load(folders / "base", adapters=both).chat_template is None
+    assert caplog.text.count("is left aside: it is one of several") == 2
+
+
 def generated(model, ids, **settings):
     found = model.generate(ids, max_new_tokens=6, stop_ids=(), **settings)
     return [completion.tokens for completion in found]

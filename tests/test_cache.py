@@ -48,14 +48,14 @@ def run(decoder):
     graphdef, state = nnx.split(decoder)
 
     @functools.partial(jax.jit, donate_argnums=3)
-    def step(state, tokens, at, caches):
+    def step(state, tokens, at, caches, rows):
         model = nnx.merge(graphdef, state)
-        hidden, caches = model(tokens, at, caches)
+        hidden, caches = model(tokens, at, caches, cache_rows=rows)
         return model.logits(hidden), caches
 
-    def call(tokens, at, caches):
+    def call(tokens, at, caches, rows=None):
         arrays = (jnp.asarray(tokens, jnp.int32), jnp.asarray(at, jnp.int32))
-        out, caches = step(state, *arrays, caches)
+        out, caches = step(state, *arrays, caches, None if rows is None else jnp.asarray(rows))
         return np.asarray(out), caches
 
     return call
@@ -205,6 +205,37 @@ def test_a_snapshot_gives_the_same_bits_as_the_prefix_run_again(run, tokens):
     feed(run, cache.snapshot(saved), other, starts, LENGTHS)
     again, _ = feed(run, saved, tokens, starts, LENGTHS)
     np.testing.assert_array_equal(first, again)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+def test_a_few_rows_of_a_larger_cache_run_alone_and_touch_no_other(
+    run, tokens, full, implementation
+):
+    with ops.implementation(implementation):
+        caches = rings(5)
+        rows = np.array([4, 0, 2], np.int32)
+        on_rows = functools.partial(run, rows=rows)
+        _, caches = feed(on_rows, caches, tokens, ZERO, LENGTHS - 20)
+        others = {kind: np.asarray(stack.k)[:, [1, 3]] for kind, stack in caches.items()}
+        assert not any(map(np.any, others.values()))
+        saved = {kind: np.array(stack.k[:, 4]) for kind, stack in caches.items()}
+        # The second row goes on alone, then the other two in another order.
+        order = [1], [2, 0]
+        for some in order:
+            out, caches = feed(
+                functools.partial(run, rows=rows[some]), caches, tokens[some],
+                LENGTHS[some] - 20, LENGTHS[some],
+            )  # fmt: skip
+            assert worst(out, full[some], LENGTHS[some] - 20, LENGTHS[some]) < SAME * full.std()
+            if some == [1]:
+                for kind, stack in caches.items():
+                    np.testing.assert_array_equal(stack.k[:, 4], saved[kind])
+
+
+def test_pages_and_lists_have_no_rows_to_choose(decoder):
+    one = jnp.zeros((1, 1), jnp.int32)
+    with pytest.raises(ValueError, match="stacked"):
+        decoder(one, one, cache.new_list(TEXT, 1, 16, jnp.float32), cache_rows=one[0])
 
 
 @pytest.mark.parametrize(("storage", "limit"), [(None, SAME), ("int8", 0.4)])

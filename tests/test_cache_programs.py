@@ -24,25 +24,30 @@ def made(front, dtype):
     decoder = build_decoder(TINY, lambda name, out: None, dtype=dtype, layers="scan")
     if front == "NNX":
         graphdef, state = nnx.split(decoder)
-        return state, lambda state, *args: nnx.merge(graphdef, state)(*args)
+        return state, lambda state, *args, **rows: nnx.merge(graphdef, state)(*args, **rows)
     module = linen.Decoder(TINY, read="index", dtype=jnp.dtype(dtype))
     return linen.to_linen(decoder), module.apply
 
 
-def compile_step(front, dtype, caches, metadata=None, *, donate=True, implementation="xla"):
+def compile_step(
+    front, dtype, caches, metadata=None, *, donate=True, implementation="xla", rows=None
+):
     """Compile a loop of decode steps, as an engine runs it, over donated caches.
 
-    Attention is XLA's unless the native kernel's program is what is asked for.
+    Attention is XLA's unless the native kernel's program is what is asked for. `rows`: of the
+    caches, those that run.
     """
     state, call = made(front, dtype)
-    tokens = 2
+    tokens = 2 if rows is None else rows.shape[0]
     flat = metadata is not None
     ids = jax.ShapeDtypeStruct((tokens,) if flat else (tokens, 1), jnp.int32)
 
-    def run(state, ids, caches, metadata, steps):
+    def run(state, ids, caches, metadata, steps, rows=None):
+        some = {} if rows is None else {"cache_rows": rows}
+
         def body(i, carry):
             at = jnp.full(ids.shape, i, jnp.int32)
-            hidden, caches = call(state, carry[0], at, carry[1], metadata)
+            hidden, caches = call(state, carry[0], at, carry[1], metadata, **some)
             return carry[0] + hidden[..., 0].astype(jnp.int32), caches
 
         return jax.lax.fori_loop(0, steps, body, (ids, caches))
@@ -50,7 +55,7 @@ def compile_step(front, dtype, caches, metadata=None, *, donate=True, implementa
     jitted = jax.jit(run, donate_argnums=2 if donate else ())
     steps = jax.ShapeDtypeStruct((), jnp.int32)
     with ops.implementation(implementation):
-        return jitted.lower(state, ids, caches, metadata, steps).compile()
+        return jitted.lower(state, ids, caches, metadata, steps, rows).compile()
 
 
 def stacked(capacity, dtype, **options):
@@ -67,6 +72,42 @@ def test_scanned_steps_write_dense_and_ring_caches_in_place(front, dtype, implem
     growth = num_bytes(caches[1]) - num_bytes(caches[0])
     assert growth_faults(*programs, growth) == []
     assert copy_faults(programs[1], caches[1]) == []
+
+
+ONE_ROW = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+
+@pytest.mark.parametrize(("dtype", "implementation"), [("float32", "xla"), ("bfloat16", "cpu")])
+def test_a_row_of_many_runs_without_a_copy_of_them(dtype, implementation):
+    caches = [stacked(capacity, dtype) for capacity in CAPACITIES]
+    programs = [
+        compile_step("NNX", dtype, c, implementation=implementation, rows=ONE_ROW) for c in caches
+    ]
+    growth = num_bytes(caches[1]) - num_bytes(caches[0])
+    assert growth_faults(*programs, growth) == []
+    assert copy_faults(programs[1], caches[1]) == []
+
+
+def test_twin_that_takes_the_row_out_and_puts_it_back_fails():
+    state, call = made("NNX", "float32")
+
+    def run(state, ids, caches, rows):
+        one = jax.tree.map(lambda x: x[:, rows] if x.ndim > 2 else x[rows], caches)
+        hidden, one = call(state, ids, ids, one)
+
+        def put(old, new):
+            return old.at[:, rows].set(new) if old.ndim > 2 else old.at[rows].set(new)
+
+        return hidden, jax.tree.map(put, caches, one)
+
+    programs, caches = [], [stacked(capacity, "float32") for capacity in CAPACITIES]
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    for own in caches:
+        jitted = jax.jit(run, donate_argnums=2)
+        with ops.implementation("xla"):
+            programs.append(jitted.lower(state, ids, own, ONE_ROW).compile())
+    growth = num_bytes(caches[1]) - num_bytes(caches[0])
+    assert growth_faults(*programs, growth)
 
 
 def test_twin_of_linen_without_donation_fails():

@@ -66,9 +66,64 @@ def test_tools_reach_a_template_with_all_their_fields():
     tool = {"type": "function", "strict": True, "function": {"name": "a b", "x": "<"}}
     given = [tool, {"type": "web_search"}]
     assert dumped(HI, source="{{ tools | tojson }}", tools=given) == given
-    assert dumped(HI, source="{{ tools | tojson }}", tools=[WEATHER]) == [
+
+
+@pytest.mark.parametrize("reads", ["tool.function.name", "tool['function']['name']"])
+def test_a_plain_tool_becomes_openais_only_for_a_template_that_reads_those(reads):
+    source = "{{ tools | tojson }}"
+    assert dumped(HI, source=source, tools=[WEATHER]) == [WEATHER]
+    source = f"{{% for tool in [] %}}{{{{ {reads} }}}}{{% endfor %}}{source}"
+    assert dumped(HI, source=source, tools=[{"type": "function"} | WEATHER]) == [
         {"type": "function", "function": WEATHER}
     ]
+
+
+@pytest.mark.parametrize("name", ["input_schema", "inputSchema", "parametersJsonSchema"])
+def test_parameters_are_read_under_each_of_their_names(name):
+    tool = {"name": "get_weather", "description": "Weather in a city", name: WEATHER["parameters"]}
+    assert rendered("gemma4", [HI], tools=[tool]) == rendered("gemma4", [HI], tools=[WEATHER])
+    source = "{# tool.function #}{{ tools | tojson }}"
+    assert dumped(HI, source=source, tools=[tool])[0]["function"] == WEATHER
+    with pytest.raises(RequestError, match=rf"tools\[0\]: parameters and {name} are one thing"):
+        rendered("gemma4", [HI], tools=[tool | WEATHER])
+
+
+def test_an_older_function_call_is_a_tool_call():
+    function = {"name": "f", "arguments": '{"a": 1}'}
+    said = {"role": "assistant", "content": "", "function_call": function}
+    answer = {"role": "function", "name": "f", "content": "1"}
+    prompt = rendered("gemma4", [HI, said, answer])
+    assert prompt.endswith(
+        "<|tool_call>call:f{a:1}<tool_call|>"
+        '<|tool_response>response:f{value:<|"|>1<|"|>}<tool_response|>'
+    )
+    call = {"type": "function", "function": function | {"arguments": {"a": 1}}}
+    assert dumped(HI, said, answer)[1:] == [
+        {"role": "assistant", "content": "", "tool_calls": [call]}, answer | {"role": "tool"}
+    ]  # fmt: skip
+    source = "{# function_call #}{{ messages | tojson }}"
+    assert dumped(HI, said, answer, source=source)[1:] == [said, answer]
+    with pytest.raises(RequestError, match=r"messages\[1\]: function_call and tool_calls"):
+        rendered("gemma4", [HI, said | {"tool_calls": [call]}])
+
+
+@pytest.mark.parametrize("key", ["content", "parts"])
+def test_parts_without_a_type_are_text(key):
+    asked = {"role": "user", key: [{"text": "H"}, {"text": "i", "thought": None}]}
+    typed = [{"type": "text", "text": text} for text in "Hi"]
+    assert rendered("gemma4", [asked]) == rendered("gemma4", [{"role": "user", "content": typed}])
+    assert dumped(asked) == [{"role": "user", "content": typed}]
+
+
+@pytest.mark.parametrize("part", ["inlineData", "functionCall", "function_response", "image"])
+@pytest.mark.parametrize("template", [None, "{{ messages | tojson }}"], ids=["built-in", "own"])
+def test_a_part_of_gemini_that_is_no_text_is_refused_by_name(part, template):
+    asked = {"role": "user", "parts": [{"text": "a"}, {part: {"name": "f"}}]}
+    with pytest.raises(RequestError, match=rf"messages\[0\]: a part with {part} is not supported"):
+        rendered("gemma4", [asked], template=template)
+    call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
+    data = [HI, call, {"role": "tool", "content": [{"text": "a"}, {part: 1}]}]
+    assert part in rendered("gemma4", data, template=template)
 
 
 def test_what_a_model_cannot_see_is_refused_for_a_template_too():
@@ -119,6 +174,14 @@ def test_later_system_messages_get_turns_of_their_own_in_gemma4():
         "<bos><|turn>system\na<turn|>\n<|turn>developer\nb<turn|>\n<|turn>user\nHi<turn|>\n"
         "<|turn>model\n"
     )
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_turn_that_was_closed_after_a_call_is_followed_by_one_of_the_model(thinking):
+    said = {"role": "assistant", "content": "I look", "tool_calls": [{"name": "f"}]}
+    prompt = rendered("gemma4", [HI, said, {"role": "tool", "content": "1"}], thinking=thinking)
+    opened = "" if thinking else "<|channel>thought\n<channel|>"
+    assert prompt.endswith("<tool_response|>I look<turn|>\n<|turn>model\n" + opened)
 
 
 def test_leading_system_messages_are_put_together_in_gemma3():

@@ -47,8 +47,9 @@ HOSTILE = {
     "mutation": ("{{ x.append(1) }}", "SecurityError"),
     "import": ("{% include 'x.jinja' %}", "no loader"),
     "raises": ("{{ raise_exception('tools must be ' ~ x) }}", "TemplateError: tools must be [1]"),
-    "syntax": ("{% if %}", "TemplateSyntaxError"),
-    "zero": ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    "syntax": ("a\n{% if %}", "got 'end of statement block' (line 2)"),
+    "a block that stays open": ("a\n{% for x in y %}", "closed is 'for'. (line 2)"),
+    "zero": ("a\n\n{{ 1 // 0 }}", "ZeroDivisionError: integer division or modulo by zero (line 3)"),
     "1 GB": ("{{ 'a' * 10 ** 9 }}", "memory"),
     "a long output": (
         f"{BIG}{{{{ 'a' * 9999 }}}}{{% endfor %}}{{% endfor %}}",

@@ -128,6 +128,13 @@ NEARLY = {
     '{"name": "f", "parameters": {"a": [true, null]}}': {"a": [True, None]},
     '{"type":"function","function":{"name":"f","arguments":"{\\"a\\": 1}"}}': {"a": 1},
     'call:{"name":"f","arguments":{}}': {},
+    "call:f{a:+5,b:.5,c:5.,d:-.5e1}": {"a": 5, "b": 0.5, "c": 5.0, "d": -5.0},
+    'call:f{a:<|"|>d(<|"|><|"|><|"|>S<|"|><|"|><|"|>)<|"|>,n:1}': {"a": 'd("""S""")', "n": 1},
+    'call:f{a:[<|"|>x = {<|"|>b<|"|>: 1}<|"|>]}': {"a": ['x = {"b": 1}']},
+    'call:f{a:<|"|>say <|"|>hi<|"|><|"|>,n:1}': {"a": 'say "hi"', "n": 1},
+    'call:f{a:<|"|>/tmp<|"|>,b:<|"|>ls ${x}}': {"a": "/tmp", "b": "ls ${x}"},
+    'call:f{a:[{b:<|"|>x}]}': {"a": [{"b": "x"}]},
+    """call:f{a:<|"|>*.py<|"|>,b:':\\s*\\w+'<|"|>}""": {"a": "*.py", "b": ":\\s*\\w+"},
 }  # fmt: skip
 
 
@@ -152,8 +159,13 @@ def test_several_calls_may_stand_between_one_pair_of_tokens():
 MALFORMED = [
     "", "f{}", "call:{}", "call:f", "call:f{", "call:f{}x", "call:f{a}", "call:f{a:}",
     "call:f{,}", "call:f{a:1 b:2}",
-    "call:f{a:1,a:2}", "call:f{a:01}", "call:f{a:1e999}", "call:f{a:NaN}", "call:f{a:+1}",
-    'call:f{a:<|"|>x}', 'call:f{a:<|"|>x<|"|>y}', "call:f(){a:1}",
+    "call:f{a:1,a:2}", "call:f{a:01}", "call:f{a:1e999}", "call:f{a:NaN}",
+    "call:f{a:+491701234567}", "call:f{a:1.2.3}",
+    'call:f{a:<|"|>x', 'call:f{a:<|"|>x<|"|>y}', 'call:f{a:<|"|>x,b:1}', 'call:f{a:[<|"|>x}',
+    'call:f{a:<|"|>x}call:g{}', 'call:f{a:<|"|>x<|"|> <|"|>y<|"|>}',
+    'call:f{a:<|"|>x<|"|> + <|"|>y<|"|>}', 'call:f{a:[<|"|>x<|"|><|"|>y<|"|>]}',
+    'call:f{a:<|"|>p(<|"|>x<|"|>,b=<|"|>y<|"|>)<|"|>}',
+    'call:f{a:<|"|><|"|><|"|>x<|"|><|"|><|"|>}', """call:f{a:'x'<|"|>y}""", "call:f(){a:1}",
     "call:f{a:٣}",
     'call:f{a:"x" b:"y"}', "call:f{a:1}}", 'call:f{a:"x', "call:f{a:'x,b:1}",
     'call:f{"a:1}',
@@ -177,8 +189,15 @@ def test_a_call_that_cannot_be_read_stays_in_the_content(text):
 def test_a_call_that_is_cut_off_stays_in_the_content():
     parser, _ = parsed(ids("<|tool_call>call:f{a:1"))
     assert (parser.content, parser.tool_calls) == ("<|tool_call>call:f{a:1", [])
-    parser, _ = parsed(ids("<|tool_call>call:f{<turn|>"))
-    assert parser.content == "<|tool_call>call:f{"
+    for text in ("<|tool_call>call:f{", '<|tool_call>call:f{a:<|"|>{b}'):
+        assert parsed(ids(text + "<turn|>"))[0].content == text
+
+
+@pytest.mark.parametrize("end", ["", "<turn|>", "<|tool_response>", "<|tool_call>call:f{a:1}"])
+def test_a_whole_call_without_its_last_token_is_a_call(end):
+    parser, _ = parsed(ids("a<|tool_call>call:f{a:1}" + end))
+    assert parser.content == "a"
+    assert parser.tool_calls[0] == {"name": "f", "arguments": {"a": 1}}
 
 
 @pytest.mark.parametrize(
@@ -192,6 +211,7 @@ def test_reading_takes_time_by_length_alone(text):
     begin = time.process_time()
     for end in ("", "}"):
         read_calls([f"call:f{{a:{text}{end}"])
+        read_calls(["call:f{a:", *([None, text[:9], " "] * 20000), text, end])
     assert time.process_time() - begin < 5
 
 

@@ -158,6 +158,7 @@ def test_a_name_may_have_a_revision_and_a_type(cache, name, path):
         ("unsloth/other:Q4_K_M", "fetch it with: hf download unsloth/other"),
         ("gemma3:4b", "looks like a name of ollama's.*`ollama show gemma3:4b --modelfile`"),
         ("https://localhost/a/b", "no model at"),
+        (" ", "the path of the model is empty"),
     ],
 )
 def test_a_name_that_leads_nowhere_says_what_to_do(cache, name, says):

@@ -12,6 +12,7 @@ from disk import (
     BFLOAT16,
     CONFIG,
     GEMMA4,
+    NARROW,
     assert_same_bits,
     gemma4,
     gguf_tensors,
@@ -367,3 +368,90 @@ def test_the_tokenizer_goes_by_merges(tmp_path, scored):
     ids = tokenizer.encode("ab a")
     assert [tokenizer.piece(i) for i in ids] == ["<bos>", "ab", "▁a"]
     assert tokenizer.decode(ids) == "ab a"
+
+
+# Experts as other tools lay them out.
+
+EXPERTS = NARROW["26b-a4b"]
+
+
+def apart(weights, layout):
+    """Lay experts out as other tools do."""
+    found = {}
+    for name, array in weights.items():
+        base, experts, own = name.partition("experts.")
+        if not experts or layout == "moe":
+            found[name.replace("experts.", "moe.experts.")] = array
+            continue
+        halves = own.removesuffix("_proj").split("_")
+        for half, part in zip(halves, np.split(array, len(halves), axis=1), strict=True):
+            if layout == "mlx":
+                found[f"{base}experts.switch_glu.{half}_proj.weight"] = part.copy()
+                continue
+            for i, one in enumerate(part):
+                found[f"{base}experts.{i}.{half}_proj.weight"] = one.copy()
+    return found
+
+
+@pytest.mark.parametrize("layout", ["alone", "mlx", "moe"])
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
+def test_experts_that_lie_apart_are_put_together(tmp_path, layout, dtype):
+    weights = random_weights(EXPERTS, dtype)
+    folder = write_hf(tmp_path / "m", apart(weights, layout), config=EXPERTS.to_hf())
+    with open_checkpoint(folder) as checkpoint:
+        checkpoint.check()
+        assert_same_bits(read_all(checkpoint, dtype), weights)
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path):
+    tensors = apart(random_weights(EXPERTS), "alone")
+    del tensors["layers.1.experts.2.up_proj.weight"]
+    folder = write_hf(tmp_path / "m", tensors, config=EXPERTS.to_hf())
+    with (
+        open_checkpoint(folder) as checkpoint,
+        pytest.raises(CheckpointError, match=r"missing: model.layers.1.experts.2.up_proj.weight"),
+    ):
+        checkpoint.check()
+
+
+def split(tensors, axis=1):
+    for name in [name for name in tensors if "gate_up" in name]:
+        both, kind = tensors.pop(name)
+        for half, part in zip(("gate", "up"), np.split(both, 2, axis=axis), strict=True):
+            tensors[name.replace("gate_up", half)] = (part.copy(), kind)
+    return tensors
+
+
+def test_a_gguf_may_hold_gate_and_up_apart(tmp_path):
+    weights = random_weights(EXPERTS)
+    path = write_gguf(tmp_path / "m.gguf", split(gguf_tensors(weights, EXPERTS)), EXPERTS)
+    with open_checkpoint(path) as checkpoint:
+        checkpoint.check()
+        assert_same_bits(read_all(checkpoint), weights)
+
+
+def test_codes_of_gate_and_up_apart_are_those_of_both(tmp_path):
+    name, found = "layers.0.experts.gate_up_proj", []
+    for change in (dict, split):
+        tensors = gguf_tensors(random_weights(EXPERTS), EXPERTS)
+        own = next(n for n in tensors if n.startswith("blk.0") and "gate_up" in n)
+        blocks = gguf.quants.quantize(tensors[own][0], gguf.GGMLQuantizationType.Q8_0)
+        tensors[own] = (blocks, gguf.GGMLQuantizationType.Q8_0)
+        path = write_gguf(tmp_path / f"{change.__name__}.gguf", change(tensors), EXPERTS)
+        with open_checkpoint(path) as checkpoint:
+            assert not checkpoint.is_float(name)
+            found.append(checkpoint.stored(name).codes.copy())
+    assert np.array_equal(*found)
+
+
+def test_a_layer_without_an_output_scale_has_one_of_1(tmp_path, caplog):
+    weights = random_weights(EXPERTS)
+    tensors = gguf_tensors(weights, EXPERTS)
+    del tensors["blk.1.layer_output_scale.weight"]
+    with caplog.at_level(logging.INFO, "gemlax"):
+        checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors, EXPERTS))
+    with checkpoint:
+        checkpoint.check()
+        expected = weights | {"layers.1.layer_scalar": np.ones(1, np.float32)}
+        assert_same_bits(read_all(checkpoint), expected)
+    assert "blk.1.layer_output_scale.weight is not there and taken as 1" in caplog.text

@@ -1,5 +1,6 @@
 """GGUF files: config, vocabulary, every quantised type, hostile headers. The oracle is gguf."""
 
+import contextlib
 import json
 import random
 import struct
@@ -14,9 +15,11 @@ import pytest
 from disk import (
     BFLOAT16,
     CONFIG,
+    SCALES,
     WIDE,
     assert_same_bits,
     gguf_tensors,
+    gguf_vocabulary,
     random_weights,
     read_all,
     wide_tensors,
@@ -68,7 +71,9 @@ def test_every_type_is_dequantised_as_gguf_does(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", [T.Q4_K, *QUANTISED - KEPT.keys()], ids=lambda kind: kind.name)
-def test_blocks_full_of_ones_are_what_gguf_makes_of_them(tmp_path, kind):
+def test_blocks_full_of_ones_are_what_gguf_makes_of_them_or_refused_where_that_is_nan(
+    tmp_path, kind
+):
     # Each scale is NaN, where a scale can be.
     tensors, _ = wide_tensors(kind)
     blocks, _ = tensors["blk.0.attn_k.weight"]
@@ -76,9 +81,23 @@ def test_blocks_full_of_ones_are_what_gguf_makes_of_them(tmp_path, kind):
     with np.errstate(all="ignore"):
         expected = gguf.quants.dequantize(blocks, kind)
     found = np.empty(expected.shape, np.float32)
-    with open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors, WIDE)) as checkpoint:
+    finite = np.isfinite(expected).all()
+    refused = contextlib.nullcontext() if finite else pytest.raises(CheckpointError, match=r"NaN")
+    with open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors, WIDE)) as checkpoint, refused:
         checkpoint.read("layers.0.self_attn.k_proj.weight", found)
-    assert found.tobytes() == expected.tobytes()
+        assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("kind", KEPT, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_codes_with_a_scale_that_is_not_finite_are_refused(tmp_path, kind, value):
+    tensors, _ = wide_tensors(kind)
+    name, at = "layers.0.self_attn.k_proj.weight", SCALES[kind][-1]
+    tensors["blk.0.attn_k.weight"][0][3, at : at + 2] = np.float16([value]).view(np.uint8)
+    with open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors, WIDE)) as checkpoint:
+        assert checkpoint.stored(name.replace("k_proj", "q_proj")) is not None
+        with pytest.raises(CheckpointError, match=r"attn_k.weight holds NaN or infinity"):
+            checkpoint.stored(name)
 
 
 def test_a_type_that_is_slow_to_decode_needs_little_memory(tmp_path):
@@ -270,7 +289,7 @@ def test_another_kind_of_vocabulary_gives_no_tokenizer(tmp_path, caplog):
         ({}, "tokens must be an array of str"),
         ({"tokenizer.ggml.tokens": "abc"}, "tokens must be an array of str"),
         ({"tokenizer.ggml.tokens": [1, 2]}, "tokens must be an array of str"),
-        ({"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.scores": [1]}, "an array of float"),
+        ({"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.scores": ["1"]}, "an array of float"),
     ],
 )
 def test_a_damaged_vocabulary_is_named(tmp_path, extra, message):
@@ -278,6 +297,42 @@ def test_a_damaged_vocabulary_is_named(tmp_path, extra, message):
     path = write_plain(tmp_path / "m.gguf", vocabulary=False, extra=extra)
     with open_checkpoint(path) as checkpoint, pytest.raises(CheckpointError, match=message):
         checkpoint.tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("extra", "gone"),
+    [
+        ({}, b"tokenizer.ggml.token_type"),
+        ({"tokenizer.ggml.padding_token_id": 2**32 - 1}, None),
+        ({"tokenizer.ggml.unknown_token_id": 2**32 - 1}, None),
+    ],
+)
+def test_what_a_vocabulary_leaves_unsaid_is_gemmas_own(tmp_path, extra, gone):
+    expected = load_tokenizer(write_plain(tmp_path / "a.gguf"))
+    path = write_plain(tmp_path / "m.gguf", extra=extra)
+    if gone:
+        path.write_bytes(path.read_bytes().replace(gone, b"x" * len(gone)))
+    found = load_tokenizer(path)
+    text = "ab <start_of_turn>é\n"
+    assert found.encode(text) == expected.encode(text)
+    assert (found.pad_id, found.unk_id) == (expected.pad_id, expected.unk_id)
+    assert found.special_ids == expected.special_ids
+
+
+@pytest.mark.parametrize("kind", [3, 4, 1])
+def test_tokens_without_a_row_are_left_out_where_no_text_is_split_into_them(tmp_path, kind):
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "gemma3")
+    gguf_vocabulary(writer, 513)
+    extra = {key: part.value for key, part in writer.kv_data[0].items() if "ggml" in key}
+    extra["tokenizer.ggml.token_type"][-1] = kind
+    path = write_plain(tmp_path / "m.gguf", vocabulary=False, extra=extra)
+    with open_checkpoint(path) as checkpoint:
+        if kind == 1:
+            with pytest.raises(CheckpointError, match=r"expected \[513, "):
+                checkpoint.check()
+        else:
+            checkpoint.check()
+            assert checkpoint.config.text.vocab_size == 512
 
 
 def test_a_wrong_id_is_named(tmp_path):

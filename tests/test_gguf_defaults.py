@@ -86,22 +86,23 @@ def test_a_setting_that_is_no_number_is_named(value):
     [
         ({}, None),
         ({TEMPLATE: " "}, None),
-        ({TEMPLATE: "a", f"{TEMPLATE}.tool_use": "b", f"{TEMPLATE}s": ["tool_use"]}, "a"),
+        (
+            {TEMPLATE: "a", f"{TEMPLATE}.tool_use": "b", f"{TEMPLATE}s": ["tool_use"]},
+            {"default": "a", "tool_use": "b"},
+        ),
         ({f"{TEMPLATE}.chat": "b"}, "b"),
-        ({f"{TEMPLATE}.rag": "b", f"{TEMPLATE}.default": "c"}, "c"),
-        ({f"{TEMPLATE}.rag": "b", f"{TEMPLATE}.tool_use": "c"}, None),
+        ({f"{TEMPLATE}.rag": "b", f"{TEMPLATE}.default": "c"}, {"rag": "b", "default": "c"}),
+        ({f"{TEMPLATE}.rag": "b", f"{TEMPLATE}.tool_use": "c"}, {"rag": "b", "tool_use": "c"}),
     ],
 )
-def test_the_template_is_the_default_or_the_only_one(metadata, template):
+def test_templates_come_by_name_where_there_are_several(metadata, template):
     assert find_template(metadata, HERE) == template
 
 
-def test_templates_that_are_not_used_are_named(caplog):
-    with caplog.at_level("INFO", "gemlax"):
-        find_template({TEMPLATE: "a", f"{TEMPLATE}.tool_use": "b"}, HERE)
-        find_template({f"{TEMPLATE}.rag": "b", f"{TEMPLATE}.tool_use": "c"}, HERE)
-    assert "left aside chat templates: tool_use" in caplog.text
-    assert "none of its chat templates is the default: rag, tool_use" in caplog.text
+def test_suppressed_ids_are_those_of_generation_config(tmp_path):
+    path = toy(tmp_path, **{"tokenizer.ggml.suppress_tokens": [7, 2**31 - 1, 300]})
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.generation_config == {"suppress_tokens": [7, 300]}
 
 
 def test_all_of_it_goes_along_when_converted(tmp_path):

@@ -192,7 +192,7 @@ def test_attention_metadata_reaches_every_layer_unchanged(decoders, layers, monk
     seen = []
     layer = cache.PagedPool.layer
 
-    def spy(self, row, positions, spec, metadata):
+    def spy(self, row, positions, spec, metadata, rows=None):
         seen.append(metadata)
         return layer(self, row, positions, spec, metadata)
 

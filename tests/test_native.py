@@ -81,6 +81,16 @@ def test_a_product_of_odd_size_equals_the_reference(format, features, width, row
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.sqrt(width))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 40])
+@pytest.mark.parametrize("groups", [3, 20, 22, 66])
+def test_int4_of_any_number_of_groups_equals_the_reference(groups, rows):
+    """Entries are read eight, four and one at a time; 640 weights are 20 groups, 2112 are 66."""
+    width = 32 * groups
+    x = draw(rows, width) + 0.5  # zero points and the sums of activations count
+    found, expected = both(x, stored("int4", 0, 5, width))
+    assert np.abs(found - expected).max() < ROUNDED * expected.std()
+
+
 @pytest.mark.parametrize("format", KERNELS)
 def test_one_feature_of_one_block_and_no_rows(format):
     width = 256 if format.endswith("_k") else 32
@@ -245,6 +255,12 @@ def test_attention_over_a_cache_equals_the_reference(length, kv_heads, window, d
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-6)
     if length > 1:
         assert not np.asarray(found[1, 0]).any()  # padding sees nothing
+    # The same with the rows of the cache in another order, and fewer of them.
+    order = jnp.array([2, 0], jnp.int32)
+    some = jax.jit(functools.partial(cpu.attend, ring=ring, window=window, scale=0.2))(
+        q[order], k, v, jnp.asarray(at), jnp.int32(1), jnp.asarray(positions)[order], order
+    )
+    np.testing.assert_array_equal(some, found[order])
 
 
 @pytest.mark.parametrize("size", [8, 16])

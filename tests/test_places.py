@@ -1,8 +1,10 @@
 """What people give in place of a model is named; what stands for one is read."""
 
 import json
+import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from disk import CONFIG, gguf_tensors, random_weights, write_gguf, write_hf
@@ -175,6 +177,7 @@ def test_a_folder_without_a_model_says_what_it_holds(tmp_path, names, says):
         ("model", b"\x1c\0\0\0TFL3", "is a LiteRT file"),
         ("model.mlmodel", b"x", "is a Core ML file"),
         ("ggml-model.bin.old", b"tjgg", "is a GGML file, from before GGUF"),
+        ("gemma3-4b-it-sfp.sbs", b"SBS", "is a file of gemma.cpp"),
         ("gemma.tar.gz", b"\x1f\x8b", "is an archive; unpack it"),
         ("model.safetensors.incomplete", b"x", "is a download that did not end"),
         ("notes.txt", b"hello", "begins with b'hell'; expected a Hugging Face folder"),
@@ -258,3 +261,40 @@ def test_info_reads_what_load_reads_and_refuses_what_it_refuses(
     else:
         assert (status, out, err) == (1, "", f"gemlax: {expected}\n")
     assert (expected is None) == (name in list(INPUTS)[:5])
+
+
+# What is wrong is said before the weights are read.
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"adapters": "/no/such"}, "no adapter at /no/such"),
+        ({"dtype": "float16"}, "activations overflow float16"),
+        ({"dtype": "bf17"}, "dtype must be float32, bfloat16 or 'auto', got 'bf17'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_a_weight_is_read(tmp_path, given, says):
+    seen = []
+    with pytest.raises((gemlax.Error, FileNotFoundError), match=says):
+        gemlax.load(toy(tmp_path), progress=lambda *done: seen.append(done), **given)
+    assert not seen
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "bfloat16", jnp.bfloat16, "torch.bfloat16"])
+def test_a_dtype_has_all_its_names(tmp_path, dtype):
+    assert gemlax.load(toy(tmp_path), dtype=dtype).dtype == "bfloat16"
+
+
+def test_a_model_whose_folder_is_gone_is_saved_with_its_vocabulary(tmp_path, caplog):
+    source = toy(tmp_path / "source")
+    whole = write_gguf(tmp_path / "m.gguf", gguf_tensors(WEIGHTS))
+    gemlax.load_tokenizer(whole).save(source)
+    model = gemlax.load(source, dtype="auto")
+    ids = model.tokenizer.encode("ab <bos>", parse_special=True)
+    shutil.rmtree(source)
+    gemlax.save(model, tmp_path / "saved")
+    assert "tokenizer.json, tokenizer_config.json cannot be copied" in caplog.text
+    saved = gemlax.load_tokenizer(tmp_path / "saved")
+    assert saved.encode("ab <bos>", parse_special=True) == ids
+    assert saved.special_ids == model.tokenizer.special_ids

@@ -19,6 +19,7 @@ from disk import (
     NARROW,
     WIDE,
     assert_same_bits,
+    importance_of,
     random_weights,
     read_all,
     wide_tensors,
@@ -116,7 +117,7 @@ def test_the_file_holds_codes_scales_and_floats_by_name(folder, weights):
     assert written["dtype"] == "float32"
     own = written["quantization_config"]
     assert own["quant_method"] == "gemlax"
-    assert own["version"] == 1
+    assert own["version"] == 2
     assert own["formats"][DOWN] == "int8"
     assert own["formats"]["layers.3.self_attn.k_proj.weight"] == "nf4"
     matrices = {name for name, weight in weights.items() if weight.ndim > 1}
@@ -220,7 +221,8 @@ def test_a_model_that_is_codes_is_decoded_first_and_keeps_the_rest(folder):
     assert (again.kv_cache, again.implementation) == ("int8", "xla")
     was = dict(named_weights(model.decoder))
     held = dict(held_weights(again.decoder))[DOWN]
-    np.testing.assert_array_equal(held.codes, encode(was[DOWN], "int4")[0])
+    importance = importance_of(was)[DOWN]
+    np.testing.assert_array_equal(held.codes, encode(was[DOWN], "int4", importance)[0])
     dense = gemlax.quantize(model, "dense")
     assert_same_bits(dict(named_weights(dense.decoder)), was)
     assert isinstance(dense.decoder.embed_tokens.weight.get_value(), jax.Array)
@@ -233,6 +235,18 @@ def test_what_cannot_be_quantised_in_memory_says_why(plain, model):
         gemlax.quantize(model, "int5")
     with pytest.raises(RequestError, match="on a mesh cannot be quantised"):
         gemlax.quantize(gemlax.load(plain, mesh="data=8"), "int8")
+
+
+def test_a_calibration_text_is_for_int4_and_has_tokens(plain, model):
+    for rules, text, wrong in (
+        ("int8", "a text", "is for int4, which these rules do not make"),
+        ("stored", "a text", "is for int4; 'stored' takes codes as they are"),
+        ("int4", "a text", "needs a tokenizer, which the model does not have"),
+    ):
+        with pytest.raises(RequestError, match=wrong):
+            gemlax.load(plain, quantize=rules, calibration=text)
+    with pytest.raises(RequestError, match="needs a tokenizer"):
+        gemlax.quantize(model, "int4", calibration=["a text", "another"])
 
 
 # On the command line.
@@ -273,6 +287,7 @@ def test_the_command_says_what_it_did_and_replaces_only_when_told(plain, tmp_pat
     assert "is not empty; pass --overwrite to replace it" in err
     assert run(capsys, target, target, "--format", "int4", "--overwrite")[0] == 0
     formats = config_of(target)["quantization_config"]["formats"]
+    assert formats.pop("embed_tokens.weight") == "int8"
     assert set(formats.values()) == {"int4"}
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
@@ -293,7 +308,7 @@ def test_experts_and_per_layer_tables_lie_in_the_folder_as_codes(tmp_path, capsy
     for name in kept:
         codes, scales = encode(weights[name].astype(np.float32), "int4")
         np.testing.assert_array_equal(found[f"model.{name}.codes"], codes)
-        np.testing.assert_array_equal(found[f"model.{name}.scales"], scales.view(BFLOAT16))
+        np.testing.assert_array_equal(found[f"model.{name}.scales"], scales)
     assert len(kept) == 1
     assert all(found[f"model.{name}"].dtype == BFLOAT16 for name in routers)
 
@@ -324,7 +339,7 @@ def test_a_weight_that_is_not_finite_leaves_nothing_half_written(tmp_path, weigh
     source = write_hf(tmp_path / "source", damaged)
     status, _, err = run(capsys, source, tmp_path / "m", "--format", "int8")
     assert status == 1
-    assert f"{DOWN}: weights to be quantised must be finite" in err
+    assert f"{DOWN} holds NaN or infinity" in err
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -431,7 +446,7 @@ def test_a_weight_that_was_not_checked_is_checked_when_it_is_read(
 @pytest.mark.parametrize(
     ("own", "error", "message"),
     [
-        ({"version": 2}, UnsupportedError, "has version 2; this gemlax reads version 1"),
+        ({"version": 1}, UnsupportedError, "has version 1; this gemlax reads version 2"),
         ({"version": None}, UnsupportedError, "has version None"),
         ({"quant_method": "gptq"}, UnsupportedError,
          "quantised by 'gptq', which gemlax does not read; it reads what `gemlax quantize` wrote"),

@@ -52,6 +52,22 @@ def check_like_toy(tokenizer) -> None:
     assert tokenizer.special_ids == toy().special_ids
 
 
+def test_the_names_that_settings_give_to_tokens_are_kept(folder, tmp_path):
+    edit(folder / "tokenizer_config.json", lambda settings: settings.update(
+        boi_token="<b>", sot_token={"content": "<start_of_turn>"}, add_bos_token=True,
+        extra_special_tokens={"eot_token": "<end_of_turn>", "think": "<t>"}, none_token=None,
+    ))  # fmt: skip
+    (folder / "special_tokens_map.json").write_text('{"boi_token": "<x>", "mask_token": "<m>"}')
+    load_tokenizer(folder).save(tmp_path / "copy")
+    for tokenizer in (load_tokenizer(folder), load_tokenizer(tmp_path / "copy")):
+        named = {name: piece for name, piece in tokenizer.named_pieces.items()
+                 if name not in ("bos_token", "eos_token", "pad_token", "unk_token")}  # fmt: skip
+        assert named == {
+            "boi_token": "<b>", "sot_token": "<start_of_turn>", "eot_token": "<end_of_turn>",
+            "think": "<t>", "mask_token": "<m>",
+        }  # fmt: skip
+
+
 # Where it looks.
 
 

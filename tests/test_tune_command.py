@@ -61,6 +61,26 @@ def test_a_file_of_another_kind_is_told_before_a_model_is_loaded(folder, capsys,
     assert "there is no file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "held", "message"),
+    [
+        ([], {"run.json": "{}"}, "holds a run already"),
+        ([], {"log.jsonl": ""}, "log.jsonl is there already, of no run that is known"),
+        (["--resume"], {}, "holds no run to go on with"),
+        (["--resume"], {"run.json": '{"seed": 7}'}, "holds another run: "),
+        (["--adapter", "some"], {}, "the model has adapters beside its weights"),
+    ],
+)
+def test_a_run_that_cannot_be_is_told_before_a_model_is_loaded(
+    folder, tmp_path, capsys, monkeypatch, arguments, held, message
+):
+    monkeypatch.setattr(gemlax, "load", None)
+    for name, text in held.items():
+        (tmp_path / name).write_text(text)
+    assert tune(folder, *arguments, output=tmp_path) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_markers_in_texts_are_an_option():
     given = make_parser().parse_args(["tune", "d", "--output", "o", "--no-parse-special"])
     assert not settings_of(given).parse_special

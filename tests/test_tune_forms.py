@@ -53,6 +53,10 @@ SAME = {
     },
     "no tools": {"messages": [USER, YES], "tools": ""},
     "Alpaca": {"instruction": "hi", "input": "", "output": "yes"},
+    "Gemini": {
+        "contents": [{"role": "user", "parts": [{"text": "hi"}]},
+                     {"role": "model", "parts": [{"text": "ye", "fileData": None}, {"text": "s"}]}]
+    },
     "Alpaca without input": {"instruction": "hi", "output": "yes"},
 }  # fmt: skip
 
@@ -78,6 +82,34 @@ def test_roles_of_sharegpt_with_tools_become_calls_and_answers():
     assert form.messages == [system, USER, CALLED, {"role": "tool", "content": "2"}, YES]
     assert form.learnt == [False, False, True, False, True]
     assert form.tools == [TOOL["function"]]
+
+
+GEMINI = {
+    "systemInstruction": {"parts": [{"text": "short"}]},
+    "tools": [{"functionDeclarations": [TOOL["function"]]}],
+    "contents": [
+        {"role": "user", "parts": [{"text": "hi"}]},
+        {"role": "model", "parts": [{"text": "so", "thought": True},
+                                    {"functionCall": {"name": "f", "args": {"a": 1}}}]},
+        {"role": "user", "parts": [{"functionResponse": {"name": "f", "response": {"b": 2}}}]},
+        {"role": "model", "parts": [{"text": "yes"}]},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("snake", [False, True])
+def test_geminis_parts_become_calls_answers_and_thoughts(snake):
+    text = json.dumps(GEMINI)
+    for name in ("systemInstruction", "functionDeclarations", "functionCall", "functionResponse"):
+        java = name.replace("I", "_i").replace("D", "_d").replace("C", "_c").replace("R", "_r")
+        text = text.replace(name, java) if snake else text
+    form, aside = example_of(json.loads(text))
+    assert form.messages == [
+        {"role": "system", "content": "short"}, USER,
+        {**CALLED, "reasoning": "so"}, {"role": "tool", "name": "f", "content": {"b": 2}}, YES,
+    ]  # fmt: skip
+    assert (form.tools, aside) == ([TOOL["function"]], set())
+    assert learnt(encoder("gemma4").example(json.loads(text)), "gemma4").endswith("yes<turn|>")
 
 
 def test_calls_and_functions_of_old_openai_data_are_read():
@@ -294,6 +326,8 @@ def test_both_answers_of_a_conversation_are_learnt_after_what_they_share():
     [
         ({"prompt": "a", "chosen": "b"}, 'expected the keys "chosen" and "rejected"'),
         ({"chosen": "a", "rejected": "a"}, "are the same"),
+        ({"prompt": "b", "chosen": "a", "rejected": "a"}, "are the same"),
+        ({"prompt": [USER], "chosen": [YES], "rejected": [YES]}, "are the same"),
         ({"chosen": [USER, YES], "rejected": [ASK, NO]}, "must answer one prompt"),
         ({"chosen": "a", "rejected": [NO]}, "two texts or two lists of messages"),
         ({"prompt": [USER], "chosen": [ASK], "rejected": [NO]}, "must be of role assistant"),
@@ -302,6 +336,13 @@ def test_both_answers_of_a_conversation_are_learnt_after_what_they_share():
 def test_pairs_that_are_none_are_refused(line, match):
     with pytest.raises(RequestError, match=match):
         pair_of(line)
+
+
+def test_answers_that_truncation_makes_the_same_are_refused(tmp_path):
+    lines = [{"prompt": "a", "chosen": word + "c", "rejected": word + "d"} for word in ("", "bbbb")]
+    path = written(tmp_path, *lines)
+    with pytest.raises(Error, match='line 2: "chosen" and "rejected" have the same tokens'):
+        read_pairs(path, encoder(), 4, truncate=True)
 
 
 # --- columns -----------------------------------------------------------------------------------
@@ -349,6 +390,8 @@ def test_columns_of_preferences_that_are_not_read_are_named(tmp_path, caplog):
         ({"messages": [USER, YES], "tools": 3}, '"tools" must be a list'),
         ({"messages": [{**USER, "role": "system"}, YES], "system": "b"}, '"system" differs'),
         ({"messages": ["hi"]}, r"messages\[0\] must be an object"),
+        ({"contents": [{"role": "user", "parts": [{"inlineData": {}}]}]}, "part must have text"),
+        ({"contents": [{"role": "user"}]}, r'contents\[0\] must be an object with "parts"'),
         ({"conversations": [{"from": "human", "value": "hi"}]}, "must be of role assistant"),
         ({"conversations": [{"from": ["a"], "value": "hi"}]}, "role must be one of"),
         ({"instruction": "a", "output": ["b"]}, '"output" must be a text'),
@@ -396,6 +439,12 @@ FILES = {
     b"<!DOCTYPE html>": "a web page",
     b'{"text": ' + b"9" * 5000 + b"}": "line 1: not JSON: ",
     b'{"text": ' + b"[" * 100_000: "line 1: not JSON: ",
+    b"prompt,completion\na,b": "is a table: .*read_csv",
+    b'\xef\xbb\xbf"prompt"\t"score.1"\r\na\tb': "is a table: .*read_table",
+    b",a;b\n": "line 1: not JSON: ",
+    b"a;b\n1;2\n": "is a table: .*sep=';'",
+    b",text,n\n0,a,1\n": "is a table",
+    b"Hello, world": "line 1: not JSON: ",
     b'{"text": "\\ud800"}': "line 1: the text holds a lone surrogate",
 }
 

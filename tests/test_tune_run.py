@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from gemlax.errors import CheckpointError, Error, RequestError
 from gemlax.sharding import make_mesh
 from gemlax.tune import Settings, run, state, train
 from gemlax.tune.state import Checkpoints
-from gemlax.tune.train import Trainer
+from gemlax.tune.train import Measured, Trainer
 
 # The same code in this process and in those that are killed.
 pytestmark = pytest.mark.optimised
@@ -133,6 +134,34 @@ def leaves(decoder):
     return jax.tree.leaves(nnx.state(decoder, nnx.LoRAParam))
 
 
+def test_an_interrupted_run_keeps_its_steps_and_goes_on(folder, data, whole, caplog):
+    """Stopped after step 2, between two checkpoints."""
+    output = folder / "stopped"
+
+    def stop(line, steps):
+        if line["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model(), data, output, HOW, progress=stop)
+    assert Checkpoints(output / "checkpoints").steps() == [2]
+    assert "stopped; step 2 of 6 is kept: run the same command with --resume" in caplog.text
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(model(), data, output, HOW, resume=True)
+    assert losses(output) == losses(whole[2])
+
+
+def test_an_interrupt_in_the_middle_of_a_step_keeps_nothing_of_it(data, tmp_path, monkeypatch):
+    def step(*_):
+        os.kill(os.getpid(), signal.SIGINT)  # noted
+        os.kill(os.getpid(), signal.SIGINT)  # at once
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train(model(), data, tmp_path / "out", HOW)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_twenty_moments_has_the_losses_of_one_that_was_not(folder, data):
     """A checkpoint after each step, so that most moments are in the middle of a write."""
@@ -239,6 +268,16 @@ def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(tmp_path):
         assert held == ["1"] and same
 
 
+def test_all_weights_are_written_where_the_base_is_gone(tmp_path, data, monkeypatch, caplog):
+    gemlax.save(model(), tmp_path / "base")
+    given = gemlax.load(tmp_path / "base", quantize="dense")
+    shutil.rmtree(tmp_path / "base")
+    monkeypatch.setattr(Trainer, "step", lambda *_: Measured(1.0, 1, 1.0, None))
+    train(given, data, tmp_path / "out", full=True, steps=1, max_length=48)
+    again = gemlax.load(tmp_path / "out" / "model")
+    np.testing.assert_array_equal(again.logits([[2, 5]]), given.logits([[2, 5]]))
+
+
 # --- what is looked for before the first step --------------------------------------------------
 
 
@@ -330,7 +369,7 @@ def test_what_training_needs_is_looked_for_first(tmp_path, data, monkeypatch, mi
 
 def test_held_out_data_are_read_first(tmp_path, data, no_step):
     (tmp_path / "bad.jsonl").write_text("[]")
-    with pytest.raises(Error, match="is a JSON array"):
+    with pytest.raises(Error, match="is empty"):
         train(model(), data, tmp_path / "out", HOW, eval_data=tmp_path / "bad.jsonl")
     assert not (tmp_path / "out").exists()
 

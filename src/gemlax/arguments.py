@@ -38,6 +38,7 @@ transformers and gemlax read. The text decoder is written, encoders are left out
 """,
     "quantize": """examples:
   gemlax quantize gemma-3-1b-pt/ gemma-3-1b-int8/ --format int8
+  gemlax quantize gemma-3-1b-pt/ gemma-3-1b-int4/ --format int4 --calibration text.txt
   gemlax quantize model.gguf smaller/ --rules rules.json --json
 
 Rules are a JSON object: a format (int8, int4, nf4 or dense) by pattern of weight names, as in
@@ -222,6 +223,8 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--format", choices=["int8", "int4", "nf4"], help="of every matrix")
     how.add_argument("--rules", type=Path, metavar="F", help="a JSON file: formats by name")
+    text = "a text that int4 shall suit, some thousand tokens; default: a page of ours"
+    parser.add_argument("--calibration", type=Path, metavar="F", help=text)
 
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:

@@ -196,7 +196,7 @@ def _dim(text: str, end: str = "\n") -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    done, seconds = _rewrite(args, "converting", lambda config: {"dtype": args.dtype})
+    done, seconds = _rewrite(args, "converting", lambda source: {"dtype": args.dtype})
     if args.json:
         _write_rewritten(args, done, seconds)
     else:
@@ -207,17 +207,20 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _quantize(args: argparse.Namespace) -> int:
     from gemlax.checkpoints.base import read_json
-    from gemlax.quantization import formats_by_rules
+    from gemlax.quantization import formats_by_rules, importance_by_rules
 
     rules = args.format or read_json(args.rules)
+    text = None if args.calibration is None else args.calibration.read_text(encoding="utf-8")
     counts: dict[str, int] = {}
 
-    def options(config: Any) -> dict[str, Any]:
-        formats = formats_by_rules(rules, config.text)
+    def options(source: Any) -> dict[str, Any]:
+        formats = formats_by_rules(rules, source.config.text)
         if not formats:
             raise Error(f"the rules fit no matrix of {args.source}; nothing would be quantised")
         counts.update(Counter(formats.values()))
-        return {"formats": formats}
+        tokenizer = source.tokenizer()
+        found = importance_by_rules(rules, source.config, source.read, tokenizer, text)
+        return {"formats": formats, "importance": found}
 
     done, seconds = _rewrite(args, "quantising", options)
     if args.json:
@@ -232,7 +235,7 @@ def _quantize(args: argparse.Namespace) -> int:
 def _rewrite(
     args: argparse.Namespace, doing: str, options: Callable[[Any], dict[str, Any]]
 ) -> tuple[Any, float]:
-    """Write the source as a folder; `options` of its config are those of `convert`."""
+    """Write the source as a folder; `options` of it are those of `convert`."""
     from gemlax import checkpoints
 
     begin = time.perf_counter()
@@ -240,7 +243,7 @@ def _rewrite(
         checkpoints.open_checkpoint(checkpoints.find(args.source)) as source,
         _bar(args, f"{doing} {args.source}") as progress,
     ):
-        how = options(source.config)
+        how = options(source)
         try:
             done = checkpoints.convert(
                 source, args.target, overwrite=args.overwrite, progress=progress,

@@ -100,6 +100,7 @@ class Decoder(nnx.Module):
         kv_caches: Any = None,
         attention_metadata: Any = None,
         *,
+        cache_rows: Int[Array, " B"] | None = None,
         segments: Int[Array, "B T"] | None = None,
         remat: bool = False,
         scan: Scan = jax.lax.scan,
@@ -119,8 +120,9 @@ class Decoder(nnx.Module):
                 A position beyond the capacity of a dense cache is dropped, so check lengths.
             attention_metadata: what paged caches need: `ops.AttentionMetadata`, or a dict of them
                 by kind, or by layer ("layer.0"). Every layer gets it as it is.
-            segments: without caches, which of the texts of its row each token belongs to; it
-                attends to that one alone, and positions begin anew in each. None: one text.
+            cache_rows: which rows of stacked caches those of this call are; None: all, in order.
+            segments: without caches, the text of its row that each token belongs to and alone
+                attends to; positions begin anew in each. None: one text.
             remat: keep only what goes from layer to layer for the backward pass, and compute the
                 inside of each layer again.
             scan: the loop over layers; Linen hands in its own.
@@ -140,9 +142,9 @@ class Decoder(nnx.Module):
         if flat:
             tokens, positions = tokens[None], positions[None]
         x = self.embed_tokens(tokens)
-        if segments is not None and kv_caches is not None:
-            raise ValueError("segments are for calls without kv_caches, which keep no segments")
-        step = _Step(positions, self._per_layer_inputs(tokens, x), metadata, scan, segments, remat)
+        _check_call(kv_caches, segments, cache_rows)
+        inputs = self._per_layer_inputs(tokens, x)
+        step = _Step(positions, inputs, metadata, scan, segments, remat, cache_rows)
         x, kv_caches = self._run(x, step, kv_caches)
         x = self.norm(x)
         return (x[0] if flat else x), kv_caches
@@ -159,7 +161,7 @@ class Decoder(nnx.Module):
                     f"kv_caches by kind needs the keys {', '.join(sorted(kinds))}; "
                     f"got {', '.join(map(str, kv_caches)) or 'none'}"
                 )
-            return run(x, step, kv.mark(kv_caches, step.positions))
+            return run(x, step, kv.mark(kv_caches, step.positions, step.cache_rows))
         if not isinstance(kv_caches, list):
             raise TypeError(
                 "kv_caches must be a list with one entry per layer that owns keys and values, a "
@@ -213,6 +215,13 @@ class Decoder(nnx.Module):
         return x, held
 
 
+def _check_call(kv_caches: Any, segments: Any, cache_rows: Any) -> None:
+    if segments is not None and kv_caches is not None:
+        raise ValueError("segments are for calls without kv_caches, which keep no segments")
+    if cache_rows is not None and not isinstance(kv_caches, dict):
+        raise ValueError("cache_rows are for kv_caches by kind, stacked")
+
+
 class _Step(NamedTuple):
     """What every layer of one call reads, and the loop over layers."""
 
@@ -222,6 +231,7 @@ class _Step(NamedTuple):
     scan: Scan
     segments: Array | None  # [B, T]
     remat: bool
+    cache_rows: Array | None  # [B]
 
     def fresh(self) -> kv.Fresh:
         """Return what a layer attends to without caches."""
@@ -267,7 +277,9 @@ def _apply(
     if isinstance(entry, kv.Fresh):
         x, entry = layer(x, entry, own)
         return x, held | {key: entry}
-    x, view = layer(x, entry.layer(row, step.positions, spec, step.metadata[spec.kind]), own)
+    metadata = step.metadata[spec.kind]
+    view = entry.layer(row, step.positions, spec, metadata, step.cache_rows)
+    x, view = layer(x, view, own)
     return x, held | {key: view.cache}
 
 

@@ -1,18 +1,23 @@
 """The forms in which a weight is held as codes: how they decode, and how our own are made.
 
-int8, int4 and nf4 are symmetric, in groups of 32 weights along a row with one bfloat16 scale each.
+int8, int4 and nf4 hold 16 bits per group of 32 weights along a row: int8 and nf4, which are
+symmetric, a scale in bfloat16, int4 a scale and a zero point (int4.py).
 The types of GGUF are held byte for byte as in the file: `q4_k` and so on. NumPy arrays are decoded
 by NumPy and JAX arrays by JAX, from one definition.
 Sources: github.com/ggml-org/ggml, ggml-quants.c; arXiv 2305.14314, appendix E (nf4).
 """
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+
+from gemlax import int4
 
 __all__ = [
     "FORMATS",
@@ -48,18 +53,18 @@ NF4 = np.array(
 
 
 class Form(NamedTuple):
-    """One format: weights and code elements per block, the codes' dtype, scales per block."""
+    """One format: weights and code elements per block, the dtype of codes, and of scales."""
 
     block: int
     elements: int
     dtype: Any
-    scaled: bool = False
+    scales: Any = None
 
 
 class Coded(NamedTuple):
     """One weight as codes [..., out, elements], with scales where the format has them.
 
-    Scales [..., out, blocks] are bits of bfloat16, uint16.
+    Scales [..., out, blocks] are uint16: bits of bfloat16, or the entries of int4.
     """
 
     format: Format
@@ -70,9 +75,9 @@ class Coded(NamedTuple):
 FORMATS: dict[Format, Form] = {
     "float32": Form(1, 1, np.float32),
     "bfloat16": Form(1, 1, np.uint16),
-    "int8": Form(GROUP, GROUP, np.int8, scaled=True),
-    "int4": Form(GROUP, GROUP // 2, np.uint8, scaled=True),
-    "nf4": Form(GROUP, GROUP // 2, np.uint8, scaled=True),
+    "int8": Form(GROUP, GROUP, np.int8, ml_dtypes.bfloat16),
+    "int4": Form(GROUP, GROUP // 2, np.uint8, np.uint16),
+    "nf4": Form(GROUP, GROUP // 2, np.uint8, ml_dtypes.bfloat16),
     "q8_0": Form(32, 34, np.uint8),
     "q4_0": Form(32, 18, np.uint8),
     "q5_0": Form(32, 22, np.uint8),
@@ -93,7 +98,7 @@ def check(format: Format, codes: tuple[int, ...], scales: tuple[int, ...] | None
             f"{format} rows are blocks of {form.elements} codes, got codes {list(codes)}"
         )
     blocks = codes[-1] // form.elements
-    expected = (*codes[:-1], blocks) if form.scaled else None
+    expected = None if form.scales is None else (*codes[:-1], blocks)
     if scales != expected:
         raise ValueError(
             f"{format} codes {list(codes)} need scales "
@@ -110,6 +115,9 @@ def decode(codes: Any, scales: Any, format: Format) -> Any:
     if format == "bfloat16":
         return codes.view(ml_dtypes.bfloat16)
     blocks = codes.reshape(*codes.shape[:-1], -1, FORMATS[format].elements)
+    if format == "int4":
+        weights = _int4(blocks, scales[..., None])
+        return weights.reshape(*codes.shape[:-1], -1)
     with np.errstate(invalid="ignore", over="ignore"):
         weights = _DECODERS[format](blocks)
     if scales is not None:
@@ -132,8 +140,9 @@ def _float16(block: Any, at: int) -> Any:
     return block[..., at : at + 2].view(np.float16).astype(np.float32)
 
 
-def _int4(block: Any) -> Any:
-    return _halves(block).astype(np.float32) - 8
+def _int4(block: Any, entries: Any) -> Any:
+    codes = _halves(block).astype(np.float32)
+    return (codes - int4.zeros_of(entries)) * int4.scales_of(entries)
 
 
 def _nf4(block: Any) -> Any:
@@ -146,7 +155,7 @@ def _q8_0(block: Any) -> Any:
 
 
 def _q4_0(block: Any) -> Any:
-    return _float16(block, 0) * _int4(block[..., 2:])
+    return _float16(block, 0) * (_halves(block[..., 2:]).astype(np.float32) - 8)
 
 
 def _q5_0(block: Any) -> Any:
@@ -180,7 +189,6 @@ def _q6_k(block: Any) -> Any:
 
 _DECODERS: dict[Format, Callable[[Any], Any]] = {
     "int8": lambda block: block.astype(np.float32),
-    "int4": _int4,
     "nf4": _nf4,
     "q8_0": _q8_0,
     "q4_0": _q4_0,
@@ -190,33 +198,60 @@ _DECODERS: dict[Format, Callable[[Any], Any]] = {
 }
 
 
-def encode(weights: np.ndarray, format: Format) -> tuple[np.ndarray, np.ndarray]:
-    """Quantise rows of float32 weights [..., width] to (codes, scales as bits of bfloat16).
+def encode(
+    weights: np.ndarray, format: Format, importance: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Quantise rows of float32 weights [..., width] to (codes, scales).
+
+    Args:
+        importance: of an error in each column, [width]; int4 alone asks for it.
 
     Raises:
         ValueError: `format` is not one of `MADE`, the width no multiple of 32, or a value is not
-            finite.
+            finite or too large for the format.
     """
     if format not in MADE:
         raise ValueError(f"format must be one of {', '.join(MADE)}, got {format!r}")
-    if weights.shape[-1] % GROUP:
-        raise ValueError(f"rows of {weights.shape[-1]} weights are no groups of {GROUP}")
+    width = weights.shape[-1]
+    if width % GROUP:
+        raise ValueError(f"rows of {width} weights are no groups of {GROUP}")
+    form, each = FORMATS[format], width // GROUP
     groups = np.ascontiguousarray(weights, np.float32).reshape(-1, GROUP)
-    form = FORMATS[format]
+    if format == "int4":
+        _check_range(groups)
     codes = np.empty((len(groups), form.elements), form.dtype)
-    scales = np.empty(len(groups), ml_dtypes.bfloat16)
-    for start in range(0, len(groups), _STEP):
-        part = slice(start, start + _STEP)
+    scales = np.empty(len(groups), np.uint16)
+    step = max(1, _STEP // each) * each  # whole rows
+
+    def work(start: int) -> None:
+        part = slice(start, start + step)
         if not np.isfinite(groups[part]).all():
             raise ValueError("weights to be quantised must be finite")
-        codes[part], scales[part] = _ENCODERS[format](groups[part])
+        if format == "int4":
+            codes[part], scales[part] = _to_int4(groups[part], importance)
+        else:
+            codes[part], own = _ENCODERS[format](groups[part])
+            scales[part] = own.view(np.uint16)
+
+    # NumPy lets other threads run while it computes.
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(work, range(0, len(groups), step)))
     lead = weights.shape[:-1]
-    return codes.reshape(*lead, -1), scales.view(np.uint16).reshape(*lead, -1)
+    return codes.reshape(*lead, -1), scales.reshape(*lead, -1)
 
 
-def _scale(groups: np.ndarray, most: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+def _check_range(groups: np.ndarray) -> None:
+    largest = max(groups.max(initial=0), -groups.min(initial=0))
+    if largest != 0 and not int4.SMALLEST <= largest <= int4.LARGEST and np.isfinite(largest):
+        raise ValueError(
+            f"int4 is for matrices whose largest weight is {int4.SMALLEST:.5f} to {int4.LARGEST} "
+            f"in magnitude, got {largest:.3g}: hold it in int8"
+        )
+
+
+def _scale(groups: np.ndarray, most: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the bfloat16 scales [n] for `most` steps, and the groups in units of them."""
-    scales = (most * np.ones(len(groups), np.float32)).astype(ml_dtypes.bfloat16)
+    scales = most.astype(ml_dtypes.bfloat16)
     held = scales.astype(np.float32)
     return scales, groups / np.where(held == 0, np.float32(1), held)[:, None]
 
@@ -226,26 +261,14 @@ def _to_int8(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(np.rint(units), -127, 127).astype(np.int8), scales
 
 
-def _to_int4(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Take, of two scales per group, the one with the smaller squared error.
-
-    One puts the largest magnitude at 7 steps, the other at -8, which is one more.
-    """
-    largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=1)[:, None], axis=1)[:, 0]
-    best: tuple[np.ndarray, np.ndarray] | None = None
-    error = np.full(len(groups), np.inf, np.float32)
-    for most in (np.abs(largest) / 7, largest / -8):
-        scales, units = _scale(groups, most)
-        codes = np.clip(np.rint(units), -8, 7)
-        own = ((codes - units) ** 2).sum(axis=1) * scales.astype(np.float32) ** 2
-        better = own < error
-        error = np.where(better, own, error)
-        if best is None:
-            best = codes, scales
-        else:
-            best = np.where(better[:, None], codes, best[0]), np.where(better, scales, best[1])
-    assert best is not None
-    return _pack((best[0] + 8).astype(np.uint8)), best[1]
+def _to_int4(groups: np.ndarray, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    columns = np.ascontiguousarray(groups.T)
+    if importance is not None:
+        own = np.asarray(importance, np.float32).reshape(-1, GROUP).T
+        importance = np.tile(own, len(groups) // own.shape[1])
+    entries = int4.fit(columns, importance)
+    codes = int4.codes_of(columns, int4.scales_of(entries), int4.zeros_of(entries))
+    return _pack(np.ascontiguousarray(codes.astype(np.uint8).T)), entries
 
 
 def _to_nf4(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -259,4 +282,4 @@ def _pack(halves: np.ndarray) -> np.ndarray:
     return halves[:, : GROUP // 2] | (halves[:, GROUP // 2 :] << 4)
 
 
-_ENCODERS = {"int8": _to_int8, "int4": _to_int4, "nf4": _to_nf4}
+_ENCODERS = {"int8": _to_int8, "nf4": _to_nf4}

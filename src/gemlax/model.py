@@ -36,7 +36,14 @@ from gemlax.decoder import Decoder, Layers
 from gemlax.errors import RequestError, UnsupportedError
 from gemlax.generate import DecodeState, Engine, bucket
 from gemlax.ops.storage import Storage
-from gemlax.quantization import Rules, check_rules, codes_by_rules, codes_of
+from gemlax.quantization import (
+    Rules,
+    Texts,
+    check_rules,
+    codes_by_rules,
+    codes_of,
+    importance_by_rules,
+)
 from gemlax.sampling import check_integer
 from gemlax.scoring import Score, token_logprobs, windows
 from gemlax.session import Reply, Session
@@ -389,6 +396,7 @@ def load(
     mesh: Mesh | Mapping[str, int] | str | None = None,
     kv_cache: Storage = None,
     quantize: Rules | None = None,
+    calibration: Texts | None = None,
     implementation: ops.Implementation | None = None,
     adapters: str | Path | Mapping[str, str | Path] | None = None,
 ) -> Model:
@@ -397,20 +405,18 @@ def load(
     Args:
         path_or_name: a folder (Hugging Face safetensors, Google's Orbax), a `.gguf` file, "demo"
             (the `demo` extra), or a Hugging Face name that is in the local cache (the `hub` extra).
-        dtype: of weights and activations; None: float32 on CPU, bfloat16 elsewhere.
+        dtype: "float32", "bfloat16"; None or "auto": float32 on CPU, bfloat16 elsewhere.
         layers: "scan", "unroll", or None for the faster one of this backend.
         progress: told (bytes filled, bytes in all).
         mesh: spread the model over all devices, as "data=2,tensor=4" says: rows over data and
             fsdp, widths over fsdp, heads, MLP and vocabulary over tensor, experts over expert.
             With several processes (`jax.distributed`) each makes the same calls.
-        kv_cache: "int8" holds keys and values as 8-bit codes, which moves the logits a little
-            (docs/log.md); None: in `dtype`.
-        quantize: how matrices are held. "stored": the quantised ones as the file has them; "dense":
-            decoded; "int8", "int4", "nf4": quantised now; or rules, see `quantization.Rules`. None:
-            "stored" where native kernels run, which read codes faster than XLA reads floats, and
-            for a folder that gemlax quantised; else "dense". On a mesh XLA decodes them.
-        implementation: of products with stored weights and of attention: "xla", "cpu" (native
-            kernels), or None: the kernels where they were built.
+        kv_cache: "int8" holds keys and values as 8-bit codes (docs/log.md); None: in `dtype`.
+        quantize: how matrices are held. "stored": as the file has them; "dense": decoded; "int8",
+            "int4", "nf4": quantised now; or rules, see `quantization.Rules`. None: "stored" where
+            native kernels run, and for a folder that gemlax quantised; else "dense".
+        calibration: texts that int4 shall suit, some thousand tokens; None: a page of ours.
+        implementation: of products with codes and attention: "xla", "cpu" (kernels); None: faster.
         adapters: a peft folder, or several by name; None: one beside the weights, if any; {}: none.
 
     Raises:
@@ -420,24 +426,27 @@ def load(
         UnsupportedError: another architecture or format.
         RequestError: an option out of range, an unfit mesh, or an adapter of another base.
     """
-    dtype = jnp.dtype(_default_dtype() if dtype is None else dtype)
-    _check_options(dtype, layers, kv_cache, implementation, quantize)
+    dtype = _dtype(dtype)
+    _check_options(layers, kv_cache, implementation, quantize)
     placed, implementation = _mesh(mesh, quantize, implementation)
     with ops.implementation(implementation):
         native = ops.cpu.live() is not None
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
         source.check()
         tokenizer = _tokenizer(source)
+        stored = lora.read_folders(adapters, source.config.text, source.source)
+        template = lora.template_of(stored, source.chat_template, source.source)
         as_stored = placed is None and (native or source.keeps_codes)
+        rules = quantize or ("stored" if as_stored else "dense")
         decoder = build_decoder(
             source.config.text, source.read, dtype=dtype, layers=layers, progress=progress,
-            mesh=placed, codes=codes_of(source, quantize or ("stored" if as_stored else "dense")),
+            mesh=placed, codes=codes_of(source, rules, calibration),
         )  # fmt: skip
         decoder.base = lora.base_of(path_or_name, source.source, source.config)
+        lora.put_tables(decoder, stored)
         return Model(
-            source.config, decoder, tokenizer, source.generation_config, source.chat_template,
-            mesh=placed, kv_cache=kv_cache, implementation=implementation,
-            adapters=lora.put_folders(decoder, adapters, source.source),
+            source.config, decoder, tokenizer, source.generation_config, template, mesh=placed,
+            kv_cache=kv_cache, implementation=implementation, adapters=stored,
         )  # fmt: skip
 
 
@@ -463,15 +472,8 @@ def _mesh(mesh: Any, quantize: Rules | None, implementation: Any) -> tuple[Mesh 
     return sharding.make_mesh(mesh), implementation if quantize in (None, "dense") else "xla"
 
 
-def _check_options(
-    dtype: Any, layers: Any, kv_cache: Any, implementation: Any, quantize: Any
-) -> None:
+def _check_options(layers: Any, kv_cache: Any, implementation: Any, quantize: Any) -> None:
     ops.backend()  # says what is wrong with jax, if anything
-    if dtype not in (jnp.float32, jnp.bfloat16):
-        raise RequestError(
-            f"dtype must be float32 or bfloat16, got {dtype.name} "
-            "(Gemma's activations overflow float16)"
-        )
     if layers not in (None, "scan", "unroll"):
         raise RequestError(f"layers must be 'scan', 'unroll' or None, got {layers!r}")
     if kv_cache not in (None, "int8"):
@@ -481,8 +483,28 @@ def _check_options(
     check_rules(quantize)
 
 
-def _default_dtype() -> Any:
-    return jnp.float32 if ops.backend() == "cpu" else jnp.bfloat16
+def _dtype(given: Any) -> jnp.dtype:
+    """Return a dtype given by any of its names, of NumPy, jax or torch; None and "auto": ours.
+
+    Ours is float32 on CPU and bfloat16 elsewhere.
+
+    Raises:
+        RequestError: another one.
+    """
+    if given is None or (isinstance(given, str) and given == "auto"):
+        return jnp.dtype(jnp.float32 if ops.backend() == "cpu" else jnp.bfloat16)
+    name = str(given)
+    short = name.removeprefix("torch.")
+    short = {"fp32": "float32", "bf16": "bfloat16"}.get(short, short)
+    expected = "dtype must be float32, bfloat16 or 'auto', got"
+    try:
+        dtype = jnp.dtype(given if short == name and not isinstance(given, str) else short)
+    except TypeError as error:
+        raise RequestError(f"{expected} {name[:40]!r}") from error
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        why = " (Gemma's activations overflow float16)" if dtype == jnp.float16 else ""
+        raise RequestError(f"{expected} {dtype.name}{why}")
+    return dtype
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -497,7 +519,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizers.load_tokenizer(path)
 
 
-def quantize(model: Model, rules: Rules) -> Model:
+def quantize(model: Model, rules: Rules, *, calibration: Texts | None = None) -> Model:
     """Return a model whose matrices are codes, made of the weights of another, which stays.
 
     Matrices that are codes already are decoded first, so that their error and the new one add up.
@@ -506,6 +528,7 @@ def quantize(model: Model, rules: Rules) -> Model:
     Args:
         rules: as `load` takes them: "int8", "int4", "nf4", or a format by pattern of names;
             "dense" decodes.
+        calibration: as `load` takes it.
 
     Raises:
         RequestError: a format that cannot be made, a weight that is no matrix of whole groups or
@@ -523,9 +546,10 @@ def quantize(model: Model, rules: Rules) -> Model:
     def fill(name: str, out: np.ndarray) -> None:
         out[...] = read(name)
 
+    importance = importance_by_rules(rules, model.config, fill, model.tokenizer, calibration)
     decoder = build_decoder(
         model.config.text, fill, dtype=model.dtype, layers="scan" if old.scanned else "unroll",
-        codes=codes_by_rules(model.config.text, fill, rules),
+        codes=codes_by_rules(model.config.text, fill, rules, importance),
     )  # fmt: skip
     decoder.base = old.base
     return Model(

@@ -65,6 +65,32 @@ class Sampling(NamedTuple):
         lists = (self.bias_ids, self.sequences, self.held_ids)
         return tuple(size for ids in lists for size in ids.shape[1:])
 
+    def widened(self, places: Sequence[int], vocab_size: int) -> "Sampling":
+        """Return host copies with more places: those that `places` has."""
+        biased, count, width, held = places
+        sequences = _padded(np.array(self.sequences), (0, 0), (width, _ANY), left=True)
+        sequences = _padded(sequences, (count, _ANY), (0, 0))
+        sequences[:, self.sequences.shape[1] :, -1] = vocab_size
+        return self._replace(
+            sequences=sequences,
+            sequence_bias=_padded(np.asarray(self.sequence_bias), (count, 0)),
+            held_ids=_padded(np.asarray(self.held_ids), (held, vocab_size)),
+            held_until=_padded(np.asarray(self.held_until), (held, 0)),
+            bias_ids=_padded(np.asarray(self.bias_ids), (biased, vocab_size)),
+            bias=_padded(np.asarray(self.bias), (biased, 0)),
+        )
+
+
+def _padded(array: np.ndarray, *sizes: tuple[int, int], left: bool = False) -> np.ndarray:
+    """Return an array whose last axes have these sizes at least, filled up with what is given."""
+    lead = array.ndim - len(sizes)
+    for axis, (size, fill) in enumerate(sizes, lead):
+        more = max(size - array.shape[axis], 0)
+        widths = [(0, 0)] * array.ndim
+        widths[axis] = (more, 0) if left else (0, more)
+        array = np.pad(array, widths, constant_values=fill)
+    return array
+
 
 def make_sampling(
     batch: int,
@@ -374,7 +400,9 @@ def sample(
         return arg_max(logits)
 
     def from_all(logits: Array, sampling: Sampling, keys: Array) -> Array:
-        return _from_all(logits, sampling, keys, arg_max)
+        # A row that could do with a few draws from these, whatever the other rows ask for.
+        token = _from_all(logits, sampling, keys, arg_max)
+        return jnp.where(few, _from_few(logits, sampling, keys), token)
 
     return jax.lax.switch(way, (greedily, _from_few, from_all), logits, sampling, keys)
 

@@ -25,6 +25,7 @@ from gemlax.qtensor import Mixed, QTensor, Split, from_numpy, pack_bfloat16
 
 __all__ = [
     "Codes",
+    "Fill",
     "Placement",
     "abstract_decoder",
     "build_decoder",
@@ -53,13 +54,15 @@ def default_layers(dtype: jnp.dtype, *, on_mesh: bool = False) -> Layers:
     return "unroll" if on_mesh or ops.cpu.live() is None else "scan"
 
 
+# Writes the weight of a canonical name into an array.
+Fill = Callable[[str, np.ndarray], None]
 # What gives a weight of a canonical name as codes, or None.
 Codes = Callable[[str], Coded | None]
 
 
 def build_decoder(
     config: TextConfig,
-    fill: Callable[[str, np.ndarray], None],
+    fill: Fill,
     *,
     dtype: Any = jnp.float32,
     layers: Layers | None = None,
@@ -114,7 +117,7 @@ def _hold_codes(
     shape: tuple[int, ...],
     names: list[tuple[int | None, str]],
     codes: Codes,
-    fill: Callable[[str, np.ndarray], None],
+    fill: Fill,
     dtype: jnp.dtype,
 ) -> QTensor | Mixed | None:
     """Hold a variable as codes; a layer that has none, where others have, in `dtype`.

@@ -1,13 +1,16 @@
 """transformers chats from a folder that gemlax saved: the same prompt, the same answer."""
 
+import json
+
 import adapters
 import pytest
 from reference.toys import toy
 from test_chat import TEMPLATE
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from vocabularies import chat_tokenizer
 
 import gemlax
+from gemlax.chat import ChatFormat
 
 MESSAGES = [
     {"role": "system", "content": "be terse"},
@@ -49,3 +52,28 @@ def test_transformers_chats_from_the_saved_folder(size, family, template, tmp_pa
     assert len(message.tokens) > 3
     again = gemlax.load(tmp_path / "saved", layers="scan").chat(MESSAGES, max_new_tokens=12)
     assert again == message
+
+
+def test_templates_get_the_tokens_that_the_settings_name(tmp_path):
+    chat_tokenizer("gemma3").save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    named = {"sot_token": "<start_of_turn>", "extra_special_tokens": {"eot": "<end_of_turn>"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    template = "{{ bos_token }}{{ sot_token }}{{ messages[0].content }}{{ eot }}{{ mask_token }}"
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path, chat_template=template)
+    asked = theirs.apply_chat_template(MESSAGES[1:2], return_dict=True)["input_ids"]
+    ours = gemlax.load_tokenizer(tmp_path)
+    assert ChatFormat(ours, template).encode(MESSAGES[1:2]) == asked
+    assert ours.id_of("<start_of_turn>") in asked and ours.id_of("<end_of_turn>") in asked
+
+
+@pytest.mark.parametrize(
+    "tools", [[{"name": "f", "description": "d"}], [{"type": "function", "function": {}}]]
+)
+def test_templates_get_tools_and_empty_fields_as_transformers_gives_them(tools, tmp_path):
+    chat_tokenizer("gemma3").save(tmp_path)
+    template = "{{ bos_token }}{{ messages | tojson }}{{ tools | tojson }}"
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path, chat_template=template)
+    messages = [*MESSAGES[1:2], {"role": "assistant", "content": None, "name": None}, MESSAGES[3]]
+    asked = theirs.apply_chat_template(messages, tools=tools, return_dict=True)["input_ids"]
+    assert ChatFormat(gemlax.load_tokenizer(tmp_path), template).encode(messages, tools) == asked

@@ -17,7 +17,15 @@ from gemlax.adapters.attach import (
 from gemlax.adapters.folders import base_of, beside
 from gemlax.adapters.peft import Stored, check_same_base, read_folder, restore, save, updates
 from gemlax.adapters.rules import Adapter, Base, Module, Rule, Rules, resolve
-from gemlax.adapters.tables import DEFAULT, Choice, choose, entries, put_folders, put_tables
+from gemlax.adapters.tables import (
+    DEFAULT,
+    Choice,
+    choose,
+    entries,
+    put_tables,
+    read_folders,
+    template_of,
+)
 
 __all__ = [
     "DEFAULT",
@@ -43,13 +51,14 @@ __all__ = [
     "lora_enabled",
     "merge",
     "put",
-    "put_folders",
     "put_tables",
     "read",
     "read_folder",
+    "read_folders",
     "resolve",
     "restore",
     "save",
+    "template_of",
     "unmerge",
     "updates",
 ]

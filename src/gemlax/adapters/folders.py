@@ -7,6 +7,7 @@ from pathlib import Path
 from gemlax import checkpoints
 from gemlax.adapters.rules import Base
 from gemlax.checkpoints.base import read_json
+from gemlax.checkpoints.gguf import MAGIC
 from gemlax.config import GemmaConfig
 from gemlax.errors import UnsupportedError
 
@@ -22,6 +23,8 @@ _CONVERT = (
 )
 # What the demo model was quantised from, by the name that other programs load it by.
 _DEMO_BASE = "google/gemma-3-270m"
+# What vLLM and LLaVA read beside the weights: rows of embeddings, and weights that are no LoRA.
+_MORE = ("new_embeddings.safetensors", "new_embeddings.bin", "non_lora_trainables.bin")
 _SHOWN = 3
 
 
@@ -58,6 +61,12 @@ def find_folder(given: str | Path) -> Path:
         )
     if "lora_parameters" in read_json(folder / CONFIG):
         raise _foreign(folder, "mlx-lm")
+    for name in _MORE:
+        if (folder / name).exists():
+            raise UnsupportedError(
+                f"{folder / name}: weights that were trained beside LoRA, which gemlax does not "
+                "apply; merge them into the base with what trained them, and load the result"
+            )
     return folder
 
 
@@ -78,7 +87,9 @@ def beside(folder: Path) -> Path | None:
 
 
 def _refuse_file(path: Path) -> None:
-    if path.suffix == ".gguf":
+    with path.open("rb") as file:
+        is_gguf = file.read(len(MAGIC)) == MAGIC
+    if is_gguf or path.suffix == ".gguf":
         raise UnsupportedError(
             f"{path} is a GGUF file: gemlax reads adapters as peft writes them; give the folder "
             "that llama.cpp's convert_lora_to_gguf.py made it of"

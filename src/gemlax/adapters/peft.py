@@ -8,6 +8,7 @@ Source: peft 0.21.2, tuners/lora/config.py and utils/save_and_load.py.
 import collections
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,14 +47,14 @@ _VERSION = 1
 # saved memory, and where the base is. Any other key passes where it is off.
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora",
-    "target_modules", "init_lora_weights", "modules_to_save",
+    "target_modules", "init_lora_weights", "modules_to_save", "exclude_modules",
+    "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 _IDLE = {
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
-    "peft_version", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core",
-    "megatron_config", "loftq_config", "qalora_group_size", "runtime_config", "eva_config",
-    "ensure_weight_tying", "lora_ga_config", "corda_config", "velora_config", "unsloth_fixed",
-    "unsloth_version",
+    "peft_version", "megatron_core", "megatron_config", "loftq_config", "qalora_group_size",
+    "runtime_config", "eva_config", "ensure_weight_tying", "lora_ga_config", "corda_config",
+    "velora_config", "unsloth_fixed", "unsloth_version",
     # peft turns it off, with a warning, for layers such as Gemma's.
     "fan_in_fan_out",
 }  # fmt: skip
@@ -235,7 +236,18 @@ def read_folder(folder: str | Path, config: TextConfig) -> Stored:
     _check_config(said, folder / CONFIG)
     own = read_json(folder / OWN) if (folder / OWN).is_file() else {}
     prefix, values = modules(read_tensors(folder / WEIGHTS), config, folder / WEIGHTS)
-    _check_targets(said, prefix, values, config, folder)
+    is_target = _target(said, prefix, folder / CONFIG)
+    aside = [name for name in values if not is_target(name)]
+    if len(aside) == len(values):
+        raise CheckpointError(f"{folder / WEIGHTS} holds no module that {CONFIG} names")
+    if aside:
+        _log.warning(
+            "%s: left aside %d modules that %s does not name, as peft does: %s",
+            folder, len(aside), CONFIG, ", ".join(aside[:_SHOWN]),
+        )  # fmt: skip
+        values = {name: pair for name, pair in values.items() if name not in aside}
+    if isinstance(said.get("target_modules"), list):
+        _check_whole(values, [name for name in adaptable(config) if is_target(name)], folder)
     alpha_of = _patterns(said, "alpha_pattern", "lora_alpha", folder / CONFIG)
     rank_of = _patterns(said, "rank_pattern", "r", folder / CONFIG)
     dropouts = own.get("dropout", {})
@@ -311,27 +323,61 @@ def _patterns(said: Mapping[str, Any], key: str, otherwise: str, path: Path) -> 
     for pattern, value in patterns.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise CheckpointError(f"{path}: {key} of {show(pattern)} is {value!r}, not positive")
-        try:
-            fits.append((matcher(pattern), value))
-        except Error as error:
-            raise type(error)(f"{path}: {key} has the pattern {show(pattern)}: {error}") from error
+        fits.append((_matcher(pattern, key, path), value))
     return lambda name: next((v for fit, v in fits if fit(name)), said[otherwise])
 
 
-def _check_targets(
-    said: Mapping[str, Any], prefix: str, values: Mapping[str, Any], config: TextConfig, path: Path
-) -> None:
-    """Compare a plain list of targets with what is there: a part of an adapter is none."""
-    targets = said.get("target_modules")
-    chosen = ("layers_to_transform", "layers_pattern", "exclude_modules")
-    if not isinstance(targets, list) or any(said.get(key) for key in chosen):
-        return
-    names = [str(target) for target in targets]
-    meant = [
-        name
-        for name in adaptable(config)
-        if any(f".{prefix}{name}".endswith(f".{target}") for target in names)
-    ]
+def _matcher(pattern: str, key: str, path: Path) -> Callable[[str], bool]:
+    try:
+        return matcher(pattern)
+    except Error as error:
+        raise type(error)(f"{path}: {key} has the pattern {show(pattern)}: {error}") from error
+
+
+def _target(said: Mapping[str, Any], prefix: str, path: Path) -> Callable[[str], bool]:
+    """Return what tells whether a config applies to a module, by canonical name.
+
+    Targets that are a pattern are not asked: the file holds what it fitted.
+    Source: peft 0.21.2, tuners/tuners_utils.py, check_target_module_exists.
+    """
+    targets, excluded = (_listed(said, k, str, path) for k in ("target_modules", "exclude_modules"))
+    layers = _listed(said, "layers_to_transform", int, path)
+    stacks = _listed(said, "layers_pattern", str, path)
+    in_stack = not stacks or any(
+        _matcher(one, "layers_pattern", path)(f"{prefix}layers") for one in stacks
+    )
+    is_pattern = isinstance(said.get("exclude_modules"), str)
+    excludes = _matcher(f"^(?:{excluded[0]})", "exclude_modules", path) if is_pattern else None
+
+    def ends(name: str, listed: list[Any]) -> bool:
+        # The config may be for another layout than the file.
+        return any(f".{p}{name}".endswith(f".{one}") for p in PREFIXES for one in listed)
+
+    def is_target(name: str) -> bool:
+        if excludes(prefix + name) if excludes else ends(name, excluded):
+            return False
+        if prefix + name in targets:
+            return True
+        layer = re.match(r"layers\.(\d+)\.", name)
+        if layers and not (in_stack and layer and int(layer[1]) in layers):
+            return False
+        return not isinstance(said.get("target_modules"), list) or ends(name, targets)
+
+    return is_target
+
+
+def _listed(said: Mapping[str, Any], key: str, kind: type, path: Path) -> list[Any]:
+    """Return what a key lists; one by itself is a list of it."""
+    value = said.get(key)
+    listed = value if isinstance(value, list) else [] if value is None else [value]
+    for one in listed:
+        if not isinstance(one, kind) or isinstance(one, bool):
+            raise CheckpointError(f"{path}: {key} must list {kind.__name__}, got {show(repr(one))}")
+    return listed
+
+
+def _check_whole(values: Mapping[str, Any], meant: list[str], path: Path) -> None:
+    """Compare what is there with what the targets name: a part of an adapter is none."""
     lacking = [name for name in meant if name not in values]
     if lacking:
         shown = ", ".join(lacking[:_SHOWN])

@@ -4,6 +4,7 @@ Entry 0 of every table is no adapter: zeros. The choice is traced, so that anoth
 program. Smaller ranks, and modules that an adapter leaves alone, are filled up with zeros.
 """
 
+import filecmp
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,15 +18,18 @@ from gemlax.adapters.attach import LoRAChoice, adapted, places, set_parts
 from gemlax.adapters.folders import beside
 from gemlax.adapters.peft import Stored, check_same_base, read_folder
 from gemlax.adapters.rules import Adapter, Module
+from gemlax.config import TextConfig
 from gemlax.decoder import Decoder
 from gemlax.errors import RequestError
+from gemlax.tokenizer import find_chat_template
 
-__all__ = ["DEFAULT", "Choice", "choose", "entries", "put_folders", "put_tables"]
+__all__ = ["DEFAULT", "Choice", "choose", "entries", "put_tables", "read_folders", "template_of"]
 
 _log = logging.getLogger(__name__)
 
 # The adapter that is taken where nothing is said, if one has this name.
 DEFAULT = "default"
+Template = str | Mapping[str, str] | None
 # An adapter by name for all rows, None for none of them, or one of these for each row.
 Choice = str | None | Sequence[str | None]
 
@@ -54,16 +58,15 @@ def entries(names: Sequence[str], choice: Choice, count: int) -> tuple[int, ...]
     return tuple(known[name] for name in chosen)
 
 
-def put_folders(decoder: Decoder, given: Any, model: Path) -> dict[str, Stored]:
-    """Read adapters and put them on a decoder as tables; return them by name.
+def read_folders(given: Any, config: TextConfig, model: Path) -> dict[str, Stored]:
+    """Read and check adapters, before the weights of their base; return them by name.
 
     Args:
-        decoder: of the model.
         given: a folder, several by name, or None: the adapter that lies beside the model's weights.
-        model: the model's folder or file.
+        config: of the model.
+        model: its folder or file.
 
-    Raises:
-        RequestError: an adapter of another base; see `read_folder` for others.
+    Raises: see `read_folder`.
     """
     own = beside(model)
     if own is not None and given is None:
@@ -74,11 +77,32 @@ def put_folders(decoder: Decoder, given: Any, model: Path) -> dict[str, Stored]:
     if not given:
         return {}
     named = dict(given) if isinstance(given, Mapping) else {DEFAULT: given}
-    stored = {name: read_folder(folder, decoder.config) for name, folder in named.items()}
+    return {name: read_folder(folder, config) for name, folder in named.items()}
+
+
+def template_of(stored: Mapping[str, Stored], base: Template, model: Path) -> Template:
+    """Return the chat template of a model with adapters: that of the only one, else the base's.
+
+    A tokenizer beside an adapter is left aside, with a line in the log.
+    """
+    chosen = base
     for one in stored.values():
-        check_same_base(one, decoder)
-    put_tables(decoder, stored)
-    return stored
+        found = find_chat_template(one.source)
+        if found is not None and found != base:
+            used = list(stored) == [DEFAULT]
+            chosen = found if used else base
+            _log.info(
+                "%s: its chat template, which differs from the base's, is %s",
+                one.source, "used" if used else "left aside: it is one of several adapters",
+            )  # fmt: skip
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (one.source / name).is_file() and not _is_same(one.source / name, model / name):
+                _log.info("%s: left aside for the base's tokenizer", one.source / name)
+    return chosen
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(path, other, shallow=False)
 
 
 def _folders(given: Any) -> list[Path]:
@@ -90,8 +114,12 @@ def put_tables(decoder: Decoder, stored: Mapping[str, Stored], *, dtype: Any = n
     """Put several adapters on a decoder, in place: entry i + 1 of the tables is the i-th of them.
 
     Raises:
-        RequestError: the decoder has an adapter.
+        RequestError: the decoder has an adapter, or one of them was trained on another base.
     """
+    if not stored:
+        return
+    for one in stored.values():
+        check_same_base(one, decoder)
     if decoder.adapter is not None or any(adapted(decoder)):
         raise RequestError("the decoder has an adapter; detach or merge it first")
     each = list(stored.values())

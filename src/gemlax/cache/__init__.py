@@ -17,6 +17,7 @@ from gemlax.cache.stacked import (
     new_caches,
     resume,
     rollback,
+    rollback_rows,
     round_capacity,
     snapshot,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "new_pools",
     "resume",
     "rollback",
+    "rollback_rows",
     "round_capacity",
     "snapshot",
     "stack_layers",

@@ -26,13 +26,17 @@ class PagedPool(NamedTuple):
 
     pages: Any
 
-    def layer(self, row: Any, positions: Array, spec: LayerSpec, metadata: Any) -> "PageView":
+    def layer(
+        self, row: Any, positions: Array, spec: LayerSpec, metadata: Any, rows: Any = None
+    ) -> "PageView":
         """Return the view of one layer.
 
         Raises:
             TypeError: there is no `attention_metadata`.
-            ValueError: tokens in several rows.
+            ValueError: tokens in several rows, or `rows`, which pages do not have.
         """
+        if rows is not None:
+            raise ValueError("cache_rows are for stacked caches; pages have block tables")
         if metadata is None:
             raise TypeError("a cache of pages needs attention_metadata, got None")
         if positions.shape[0] != 1:

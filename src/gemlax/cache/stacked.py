@@ -26,6 +26,7 @@ __all__ = [
     "new_caches",
     "resume",
     "rollback",
+    "rollback_rows",
     "round_capacity",
     "snapshot",
 ]
@@ -45,9 +46,14 @@ class DenseCache(NamedTuple):
     v: Any
     positions: Any
 
-    def layer(self, row: Any, positions: Array, spec: LayerSpec, metadata: Any) -> "LayerView":
-        """Return the view of one layer for a step at `positions` [B, T]."""
-        return LayerView(self, row, positions)
+    def layer(
+        self, row: Any, positions: Array, spec: LayerSpec, metadata: Any, rows: Any = None
+    ) -> "LayerView":
+        """Return the view of layer `row` for a step at `positions` [b, T].
+
+        `rows` [b]: which rows of the cache those of this call are; None: all, in order.
+        """
+        return LayerView(self, row, positions, rows)
 
 
 class RingCache(NamedTuple):
@@ -60,8 +66,10 @@ class RingCache(NamedTuple):
     v: Any
     positions: Any
 
-    def layer(self, row: Any, positions: Array, spec: LayerSpec, metadata: Any) -> "LayerView":
-        """Return the view of one layer for a step at `positions` [B, T].
+    def layer(
+        self, row: Any, positions: Array, spec: LayerSpec, metadata: Any, rows: Any = None
+    ) -> "LayerView":
+        """Return the view of layer `row`, as `DenseCache.layer` does.
 
         Raises:
             ValueError: the step is longer than the ring can take at once.
@@ -74,7 +82,7 @@ class RingCache(NamedTuple):
                 f"a ring of {size} slots for a window of {spec.window} takes {most} tokens at a "
                 f"time, got {positions.shape[1]}: split them, or ask new_caches for a longer chunk"
             )
-        return LayerView(self, row, positions)
+        return LayerView(self, row, positions, rows)
 
 
 # A PagedPool may stand in the place of a stack.
@@ -155,6 +163,28 @@ def rollback(caches: Caches, kept: Int[Any, "B"]) -> Caches:
     return {kind: one(cache) for kind, cache in caches.items()}
 
 
+def rollback_rows(
+    caches: Caches,
+    kept: Int[Array, "b"],
+    rows: Int[Array, "b"] | None,
+    chosen: Bool[Array, "b"],
+) -> Caches:
+    """Forget position `kept` and all after it in the chosen ones of some rows.
+
+    `rows`: of the caches; None: all, in order.
+    """
+
+    def one(cache: Any) -> Any:
+        size = len(cache.positions)
+        where = jnp.arange(size, dtype=jnp.int32) if rows is None else rows
+        positions = cache.positions[where]
+        positions = jnp.where(positions < kept[:, None], positions, ops.EMPTY)
+        where = jnp.where(chosen, where, size)
+        return cache._replace(positions=cache.positions.at[where].set(positions, mode="drop"))
+
+    return {kind: one(cache) for kind, cache in caches.items()}
+
+
 def holds(config: TextConfig, caches: Caches, kept: Int[Any, "B"]) -> Bool[Array, "B"]:
     """Return for which rows all that a query at position `kept` sees is held.
 
@@ -177,23 +207,33 @@ def snapshot(caches: Caches) -> Caches:
     return jax.tree.map(jnp.copy, caches)
 
 
-def mark(caches: dict[Any, Any], positions: Int[Array, "B T"]) -> dict[Any, Any]:
-    """Note in every cache which positions are about to be written. EMPTY ones are not."""
+def mark(
+    caches: dict[Any, Any], positions: Int[Array, "b T"], rows: Int[Array, "b"] | None = None
+) -> dict[Any, Any]:
+    """Note in every cache which positions are about to be written. EMPTY ones are not.
+
+    `rows`: which rows of the caches those of `positions` are; None: all, in order.
+    """
 
     def one(cache: Any) -> Any:
         if not isinstance(cache, (DenseCache, RingCache)):
             return cache
-        return cache._replace(positions=_scatter(cache, (), cache.positions, positions, positions))
+        return cache._replace(
+            positions=_scatter(cache, (), cache.positions, positions, positions, rows)
+        )
 
     return {key: one(cache) for key, cache in caches.items()}
 
 
-def _scatter(cache: Any, lead: tuple, buffer: Any, positions: Array, values: Any) -> Any:
-    """Write values [B, T, ...] at (lead, row, slot); padding falls out of range: dropped."""
+def _scatter(
+    cache: Any, lead: tuple, buffer: Any, positions: Array, values: Any, rows: Array | None
+) -> Any:
+    """Write values [b, T, ...] at (lead, row, slot); padding falls out of range: dropped."""
     size = cache.positions.shape[-1]
-    rows = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
+    if rows is None:
+        rows = jnp.arange(positions.shape[0], dtype=jnp.int32)
     slots = positions % size if isinstance(cache, RingCache) else positions
-    at = (*lead, rows, jnp.where(positions == ops.EMPTY, size, slots))
+    at = (*lead, rows[:, None], jnp.where(positions == ops.EMPTY, size, slots))
     return jax.tree.map(lambda old, new: old.at[at].set(new, mode="drop"), buffer, values)
 
 
@@ -202,56 +242,56 @@ def _as_it_is(block: Any) -> Any:
 
 
 class LayerView(NamedTuple):
-    """Row `row` of a stacked cache, and the positions of the tokens of this step.
+    """Layer `row` of a stacked cache, and the positions of the tokens of this step.
 
-    What is read, blocks [B, S, K, ...] as they are stored, goes through `hold`.
+    What is read, blocks [b, S, K, ...] as they are stored, goes through `hold`.
     """
 
     cache: Any  # DenseCache | RingCache
     row: Any  # int32 scalar
-    positions: Any  # [B, T]
+    positions: Any  # [b, T]
+    rows: Any = None  # [b]: the rows of the cache that this step's are; None: all, in order
     hold: Callable[[Any], Any] = _as_it_is
 
-    def update(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "LayerView":
-        """Write this step's rows, and nothing else, into the stack."""
+    def update(self, k: Float[Array, "b T K H"], v: Float[Array, "b T K H"]) -> "LayerView":
+        """Write this step's tokens, and nothing else, into the stack."""
         cache, lead = self.cache, (self.row,)
         k, v = encode(k, cache.k), encode(v, cache.v)
         cache = cache._replace(
-            k=_scatter(cache, lead, cache.k, self.positions, k),
-            v=_scatter(cache, lead, cache.v, self.positions, v),
+            k=_scatter(cache, lead, cache.k, self.positions, k, self.rows),
+            v=_scatter(cache, lead, cache.v, self.positions, v, self.rows),
         )
         return self._replace(cache=cache)
 
     def attend(
-        self, q: Float[Array, "B T N H"], *, window: int | None, scale: float
-    ) -> Float[Array, "B T N H"]:
-        """Attend to the row, block by block, without slicing the row out of the stack."""
+        self, q: Float[Array, "b T N H"], *, window: int | None, scale: float
+    ) -> Float[Array, "b T N H"]:
+        """Attend to the layer, block by block, without slicing it out of the stack."""
         cache = self.cache
         # A view with a `hold` is on a mesh, where a kernel would see a part of the cache as all.
         if self.hold is _as_it_is and ops.cpu.live() and ops.cpu.attends(q, cache.k):
             return ops.cpu.attend(
-                q, cache.k, cache.v, cache.positions, self.row, self.positions,
+                q, cache.k, cache.v, cache.positions, self.row, self.positions, self.rows,
                 ring=isinstance(cache, RingCache), window=window, scale=scale,
             )  # fmt: skip
-        batch, size = cache.positions.shape
+        size = cache.positions.shape[1]
         # Two blocks at least: XLA takes a block that is the whole row for loop-invariant, reads it
         # before the write, and then copies the stack (docs/log.md, 2026-11-24).
         block = max(min(BLOCK, size // 2), 1)
         count = -(-size // block)
 
-        def slice_block(x: Array, start: Array) -> Array:
-            shape = (1, batch, block, *x.shape[3:])
-            at = (self.row, 0, start, *([0] * (x.ndim - 3)))
-            return jax.lax.dynamic_slice(x, at, shape)[0]
-
         def read(index: Array) -> tuple[Array, Array, Array]:
             begin = index % count * block
             start = jnp.minimum(begin, size - block)
-            at = jax.lax.dynamic_slice(cache.positions, (0, start), (batch, block))
+            at = self._block(cache.positions, (), start, block)
             if size % block:  # the last block begins inside the one before
                 slots = start + jnp.arange(block, dtype=jnp.int32)
                 at = jnp.where((slots >= begin)[None], at, ops.EMPTY)
-            k, v = self.hold(jax.tree.map(lambda x: slice_block(x, start), (cache.k, cache.v)))
+            k, v = self.hold(
+                jax.tree.map(
+                    lambda x: self._block(x, (self.row,), start, block), (cache.k, cache.v)
+                )
+            )
             return decode(k, q.dtype), decode(v, q.dtype), at
 
         return ops.attend_blocks(
@@ -263,6 +303,19 @@ class LayerView(NamedTuple):
             window=window,
             scale=scale,
         )
+
+    def _block(self, x: Array, lead: tuple, start: Array, block: int) -> Array:
+        """Return [b, block, ...] of a buffer [*lead, B, S, ...], from slot `start` on."""
+        inner = x.shape[len(lead) + 2 :]
+        rest, ones = (0,) * len(inner), (1,) * len(lead)
+
+        def slice_rows(first: Any, count: int) -> Array:
+            at, shape = (*lead, first, start, *rest), (*ones, count, block, *inner)
+            return jax.lax.dynamic_slice(x, at, shape).reshape(shape[len(lead) :])
+
+        if self.rows is None:
+            return slice_rows(0, x.shape[len(lead)])
+        return jax.vmap(lambda row: slice_rows(row, 1)[0])(self.rows)
 
     def _bounds(self, block: int, count: int, window: int | None) -> tuple[Array, Array]:
         """Return the blocks, by position, that any query of this step may see.

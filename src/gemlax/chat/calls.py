@@ -2,12 +2,12 @@
 
 The notation is call:NAME{key:value,...} with strings between two <|"|> tokens (tools.py). Models
 drift from it to JSON and Python, and then a call is read as a person would: strings in " or ',
-keys in quotes, True and None, bare words, = for :, parentheses for braces, a comma too many, and
-{"name": ..., "arguments": ...}. What can be meant in two ways is no call. Text and quote tokens
-come apart, so no text can end a string that a token began. Nothing is evaluated, no step goes
-back, and depth is bounded.
-Source: reports of what models write, among them vllm #51284 and #51307, ollama #17882 and #18390,
-omlx #1854 and #1886, yzma #243.
+keys in quotes, True and None, bare words, = for :, parentheses for braces, a comma too many, a
+quote token too many or too few, and {"name": ..., "arguments": ...}. What can be meant in two ways
+is no call. Text and quote tokens come apart, so no text can end a string that a token began.
+Nothing is evaluated, no step goes back, and depth is bounded.
+Source: reports of what models write, among them vllm #48678, #51284 and #51307, ollama #15306,
+#15315, #17882 and #18390, omlx #1854 and #1886, yzma #243.
 """
 
 import itertools
@@ -23,8 +23,9 @@ __all__ = ["read_calls"]
 
 ARGUMENTS = ("arguments", "parameters")
 NAMED = {"name", "type", "id", *ARGUMENTS}
-NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(\.[0-9]*)?|(\.[0-9]+))([eE][+-]?[0-9]+)?")
 MAX_DIGITS = 4000  # int() refuses more than 4300
+MAX_SIGNED = 7  # a longer one that begins with + may be a telephone number
 WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
 WORDS |= {"TRUE": True, "FALSE": False, "NULL": None}
 # A word that is no text: a number in no notation of JSON, or what JSON has no value for.
@@ -34,6 +35,12 @@ BARE = re.compile(r"[^,{}\[\]()\"'`\n\r]+")
 LAST_NAME = re.compile(r"[\s\"']([^\W\d]\w*)$")
 KEY = re.compile(r"[^:=,{}\[\]()\"'`\\\n\r]+")
 OPENING = re.compile(r"[{(]")
+# The next key, where a comma is missing before it.
+NEXT_KEY = re.compile(r"[\"']?[^\W\d][\w.-]*[\"']?\s*[:=]")
+# What a string may hold for which the next argument, or call, is another reading.
+NEXT = re.compile(r",\s*[\"']?[^\W\d]\w*[\"']?\s*[:=]|[})]\s*,?\s*call:")
+# Quotes of a text that were written as quote tokens (q): one or three, in pairs.
+INNER = r"[^q]+(?:(?<![\wq])(q|qqq)[^q]+\1(?![\wq])[^q]*)+"
 SPACE = re.compile(r"\s*")
 # \uXXXX, of which two may be one character, or \ and a character.
 ESCAPE = re.compile(
@@ -43,17 +50,19 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 ESCAPES |= {char: char for char in "\"'\\/"}
 
 
-def read_calls(parts: Sequence[str | None]) -> list[dict[str, Any]] | None:
+def read_calls(parts: Sequence[str | None], *, closed: bool = True) -> list[dict[str, Any]] | None:
     """Read what stood between the call's two tokens; None if it is not one call or several.
 
     Args:
         parts: text, and None for each quote token.
+        closed: the second token came. Without it, a string that nothing ends may be cut off.
     """
     text = "".join(part or "" for part in parts)
     # A character that the text does not hold stands for the quote token.
     used = set(text)
     quote = next(chr(c) for c in range(0xE000, 0xE001 + len(used)) if chr(c) not in used)
-    reader = _Reader("".join(quote if part is None else part for part in parts).strip(), quote)
+    text = "".join(quote if part is None else part for part in parts).strip()
+    reader = _Reader(text, quote, closed)
     try:
         return reader.calls()
     except _Malformed:
@@ -67,8 +76,9 @@ class _Malformed(ValueError):
 class _Reader:
     """Recursive descent, at most MAX_DEPTH deep, never back."""
 
-    def __init__(self, text: str, quote: str):
-        self.text, self.quote, self.at = text, quote, 0
+    def __init__(self, text: str, quote: str, closed: bool = False):
+        self.text, self.quote, self.closed, self.at = text, quote, closed, 0
+        self.ends: list[str] = []  # of the objects and lists that are open
 
     def calls(self) -> list[dict[str, Any]]:
         if self.text[:1] in ("{", "["):
@@ -140,6 +150,7 @@ class _Reader:
     def pairs(self, end: str, depth: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
         comma = True
+        self.ends.append(end)
         while not self.takes(end):
             if not comma:
                 raise _Malformed
@@ -153,23 +164,26 @@ class _Reader:
             # After what closes itself, and on a new line, the next key needs no comma.
             ended = self.at
             comma = self.takes(",") or closes or "\n" in self.text[ended : self.at]
+        self.ends.pop()
         return found
 
     def list(self, depth: int) -> list[Any]:
         found: list[Any] = []
         comma = True
         self.expect("[")
+        self.ends.append("]")
         while not self.takes("]"):
             if not comma:
                 raise _Malformed
             found.append(self.value(depth))
             comma = self.takes(",")
+        self.ends.pop()
         return found
 
     def value(self, depth: int) -> Any:
         char = self.next()
         if char == self.quote:
-            return self.marked_string()
+            return self.marked_string("," + self.ends[-1])
         if char in ('"', "'"):
             return self.string(char)
         if char in ("{", "["):
@@ -181,7 +195,7 @@ class _Reader:
     def key(self) -> str:
         char = self.next()
         if char == self.quote:
-            return self.marked_string()
+            return self.marked_string(":=")
         if char in ('"', "'"):
             return self.string(char)
         key = self.bare(KEY)
@@ -189,14 +203,30 @@ class _Reader:
             raise _Malformed
         return key
 
-    def marked_string(self) -> str:
-        """Read to the next quote token; nothing in between is an escape."""
-        start = self.at + 1
-        end = self.text.find(self.quote, start)
-        if end < 0:
+    def marked_string(self, ends: str) -> str:
+        """Read to a quote token that one of `ends` or a key follows; there are no escapes."""
+        start = at = self.at + 1
+        while True:
+            at = self.text.find(self.quote, at) + 1
+            if not at:
+                return self.unended_string(start)
+            follows = self.after(at)
+            if self.text[follows : follows + 1] in ends or NEXT_KEY.match(self.text, follows):
+                break
+        self.at, inside = at, self.text[start : at - 1]
+        if self.quote in inside and not re.fullmatch(INNER.replace("q", self.quote), inside):
             raise _Malformed
-        self.at = end + 1
-        return self.text[start:end]
+        return inside.replace(self.quote, '"')
+
+    def unended_string(self, start: int) -> str:
+        """Read a string up to the braces that end the call: its quote token was forgotten."""
+        end = "".join(reversed(self.ends))
+        inside = self.text[start:].removesuffix(end)
+        whole = self.closed and self.text.endswith(end)
+        if not whole or self.quote in inside or NEXT.search(inside):
+            raise _Malformed
+        self.at = start + len(inside)
+        return inside
 
     def string(self, mark: str) -> str:
         """Read a string of JSON or Python; a quote that nothing ends at is a part of it."""
@@ -211,14 +241,16 @@ class _Reader:
                 before -= 1
             at += 1
             escaped = (at - 1 - before) % 2
-            after = SPACE.match(self.text, at)
-            rest = self.text[after.end() : after.end() + 1] if after else ""
+            end, follows = at, self.after(at)
+            if self.text.startswith(self.quote, follows):  # a quote token too many
+                end, follows = follows + 1, self.after(follows + 1)
+            rest = self.text[follows : follows + 1]
             if not escaped and (not rest or rest in ",:=)]}"):
                 break
             if not escaped and rest == mark:  # two strings, or three quotes
                 raise _Malformed
             inner = inner or not escaped
-        self.at = at
+        self.at = end
         inside = self.text[start : at - 1]
         if self.quote in inside or (inner and _holds_pair(inside)):
             raise _Malformed
@@ -233,9 +265,9 @@ class _Reader:
             if not word or NO_TEXT.fullmatch(word) or _holds_pair(word):
                 raise _Malformed
             return word
-        if len(word) > MAX_DIGITS:
+        if len(word) > (MAX_SIGNED if word[0] == "+" else MAX_DIGITS):
             raise _Malformed
-        value = float(word) if number[2] or number[3] else int(word)
+        value = float(word) if any(number.groups()) else int(word)
         if not math.isfinite(value):
             raise _Malformed
         return value
@@ -266,8 +298,12 @@ class _Reader:
         return self.text[self.at : self.at + 1]
 
     def skip(self) -> None:
-        found = SPACE.match(self.text, self.at)
-        self.at = found.end() if found else self.at
+        self.at = self.after(self.at)
+
+    def after(self, at: int) -> int:
+        """Return where the next character that is no space is."""
+        found = SPACE.match(self.text, at)
+        return found.end() if found else at
 
 
 def _holds_pair(text: str) -> bool:

@@ -17,6 +17,7 @@ __all__ = ["answers_to", "render_gemma3", "render_gemma4"]
 
 Messages = Sequence[Mapping[str, Any]]
 SYSTEM = ("system", "developer")
+TURN_END = "<turn|>\n"
 EMPTY_THOUGHT = own("<|channel>thought\n<channel|>")
 
 
@@ -81,9 +82,13 @@ def render_gemma4(
             answers = answers_to(turns, i)
             text, last = _model_message(message, answers, i > last_user)
             follows = next((m["role"] for m in turns[i + 1 :] if m["role"] != "tool"), None)
-            parts += [text, own(_closing(message, last, bool(answers), follows))]
+            closing = _closing(message, last, bool(answers), follows)
+            parts += [text, own(closing)]
+            # Google's template opens no turn after what was said and closed beside a call, which
+            # leaves the model none to speak in; llama.cpp opens one too.
+            last = "turn" if closing == TURN_END else last
         else:
-            parts += [own(f"<|turn>{role}\n"), _trimmed(message["content"]), own("<turn|>\n")]
+            parts += [own(f"<|turn>{role}\n"), _trimmed(message["content"]), own(TURN_END)]
             last = "turn"
         before = role
     return join(parts if answered else [*parts, _opening(last, thinking, empty_thought)])
@@ -142,7 +147,7 @@ def _closing(message: Mapping[str, Any], last: str, answered: bool, follows: str
     if follows == "assistant":
         return ""
     has_content = bool(_answer(message["content"]).strip())
-    return "" if answered and not has_content and follows is None else "<turn|>\n"
+    return "" if answered and not has_content and follows is None else TURN_END
 
 
 def _opening(last: str, thinking: bool, empty_thought: bool) -> str:

@@ -32,6 +32,10 @@ CALL_NAME = re.compile(r"[\w.:/-]+")
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 TEXT_PARTS = ("text", "input_text", "output_text")
 MEDIA_PART = re.compile(r"(input_)?(image|audio|video|file)(_url)?")
+# What Gemini's parts hold instead of text: the key is the kind.
+GEMINI_PART = re.compile(r"(inline|file)_?data|function_?(call|response)|thought", re.I)
+# What a JSON schema of parameters is called: by OpenAI, Anthropic, MCP and Gemini.
+SCHEMAS = ("parameters", "input_schema", "inputSchema", "parametersJsonSchema")
 # The names of what was thought. Source: transformers, utils/chat_template_utils.py.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -82,7 +86,8 @@ def normalise(
     calls: list[dict[str, Any]] | None = None
     answers = 0
     for i, message in enumerate(messages):
-        one = _normalise_one(_mapping(message, i), f"messages[{i}]")
+        where = f"messages[{i}]"
+        one = _normalise_one(_modern(_mapping(message, i), where), where)
         if one["role"] == "tool":
             if not calls:
                 raise RequestError(f"messages[{i}]: a tool message answers no tool call")
@@ -101,11 +106,15 @@ def normalise(
     return found
 
 
-def as_given(messages: Iterable[Mapping[str, Any] | Message]) -> list[dict[str, Any]]:
+def as_given(
+    messages: Iterable[Mapping[str, Any] | Message], *, legacy: bool = False
+) -> list[dict[str, Any]]:
     """Return messages for a checkpoint's template: what transformers would hand it.
 
     Every role, field and part stays. As in transformers, fields that are None are left out and
-    reasoning is there under each of its names. As in vLLM, arguments that are JSON text of an
+    reasoning is there under each of its names. `function_call` becomes a tool call, unless the
+    template reads it (`legacy`); text parts get their type, and Gemini's are the content. As in
+    vLLM, arguments that are JSON text of an
     object become that object, and "" or None becomes {}; other text stays. A call in the short
     form of `Message.tool_calls` is put into the long one, and a tool's message with neither a name
     nor an id gets the name of the call that it answers by its place.
@@ -118,6 +127,7 @@ def as_given(messages: Iterable[Mapping[str, Any] | Message]) -> list[dict[str, 
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         given = check_json(dict(_mapping(message, i)), where)
+        given = _modern(given, where, legacy)
         one = {key: value for key, value in given.items() if value is not None}
         _refuse_media(one.get("content"), where)
         reasoning = next((one[key] for key in REASONING if key in one), None)
@@ -144,6 +154,36 @@ def _mapping(message: Any, index: int) -> Mapping[str, Any]:
         kind = type(message).__name__
         raise RequestError(f"messages[{index}] must be a dict or a Message, got {kind}")
     return message
+
+
+def _modern(message: Mapping[str, Any], where: str, legacy: bool = False) -> dict[str, Any]:
+    """Return a message without OpenAI's older `function_call` and without Gemini's `parts`."""
+    told = dict(message)
+    if told.get("content") is None and told.get("parts") is not None:
+        told["content"] = told.pop("parts")
+    if isinstance(told.get("content"), list) and told.get("role") not in ("tool", "function"):
+        told["content"] = [_typed(part, where) for part in told["content"]]
+    if legacy:
+        return told
+    if told.get("role") == "function":
+        told["role"] = "tool"
+    call = told.pop("function_call", None)
+    if call is not None and told.get("tool_calls"):
+        raise RequestError(f"{where}: function_call and tool_calls say the same; leave one")
+    return told if call is None else told | {"tool_calls": [{"type": "function", "function": call}]}
+
+
+def _typed(part: Any, where: str) -> Any:
+    """Return a part with its type, where it is one of text that does not say so."""
+    if not isinstance(part, Mapping) or part.get("type") is not None:
+        return part
+    keys = [key for key, value in part.items() if value not in (None, False)]
+    if keys == ["text"] and isinstance(part["text"], str):
+        return {"type": "text", "text": part["text"]}
+    for key in keys:
+        if MEDIA_PART.fullmatch(key) or GEMINI_PART.fullmatch(key):
+            raise RequestError(f"{where}: a part with {key} is not supported, text is")
+    return part
 
 
 def _refuse_media(content: Any, where: str) -> None:
@@ -307,15 +347,30 @@ def check_tools(tools: Iterable[Any] | None) -> list[dict[str, Any]]:
         name = function.get("name")
         if not isinstance(name, str) or not CALL_NAME.fullmatch(name):
             raise RequestError(f"tools[{i}]: {name!r} is not a function name")
-        if not isinstance(function.get("parameters") or {}, Mapping):
-            raise RequestError(f"tools[{i}]: parameters must be a JSON schema (an object)")
-        plain = check_json(function, f"tools[{i}]")
-        found.append({"type": "function", "function": plain})
+        function = _with_parameters(check_json(dict(function), f"tools[{i}]"), f"tools[{i}]")
+        found.append({"type": "function", "function": function})
     return found
 
 
-def tools_as_given(tools: Iterable[Any] | None) -> list[Any]:
-    """Return tools for a checkpoint's template; a plain {"name", ...} is wrapped.
+def _with_parameters(function: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a function whose schema is called `parameters`."""
+    given = [name for name in SCHEMAS if function.get(name)]
+    if len(given) > 1:
+        raise RequestError(f"{where}: {' and '.join(given)} are one thing; leave one")
+    told = {key: value for key, value in function.items() if key not in SCHEMAS[1:]}
+    if given:
+        told["parameters"] = function[given[0]]
+        if not isinstance(told["parameters"], Mapping):
+            raise RequestError(f"{where}: {given[0]} must be a JSON schema (an object)")
+    return told
+
+
+def tools_as_given(tools: Iterable[Any] | None, *, wrap: bool = True) -> list[Any]:
+    """Return tools for a checkpoint's template: as they are, as transformers hands them on.
+
+    Args:
+        tools: OpenAI's, or others.
+        wrap: a plain {"name", ...} becomes OpenAI's, which the template reads.
 
     Raises:
         RequestError: a tool is not a dict, or JSON cannot write it.
@@ -327,8 +382,10 @@ def tools_as_given(tools: Iterable[Any] | None) -> list[Any]:
         if not isinstance(tool, Mapping):
             raise RequestError(f"tools[{i}] must be a dict, got {type(tool).__name__}")
         plain = check_json(dict(tool), f"tools[{i}]")
-        bare = "function" not in plain and isinstance(plain.get("name"), str)
-        found.append({"type": "function", "function": plain} if bare else plain)
+        if wrap and "function" not in plain and isinstance(plain.get("name"), str):
+            plain.pop("type", None)
+            plain = {"type": "function", "function": _with_parameters(plain, f"tools[{i}]")}
+        found.append(plain)
     return found
 
 

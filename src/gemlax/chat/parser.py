@@ -99,7 +99,7 @@ class OutputParser:
             if self._state == "call":
                 self._parts += [self._inner.flush(), None]
         elif marker == CLOSE_CALL and self._state == "call":
-            yield from self._end_call()
+            yield from self._end_call(closed=True)
         elif marker == OPEN_CALL:
             yield from self._leave()
             self._state = "call"
@@ -117,15 +117,15 @@ class OutputParser:
         elif state == "thought":
             yield from self._end_thought()
         else:
-            self._parts.append(self._inner.flush())
-            yield from self._raw(OPEN_CALL, "")
+            yield from self._end_call(closed=False)
 
-    def _end_call(self) -> Iterator[Delta]:
+    def _end_call(self, *, closed: bool) -> Iterator[Delta]:
+        """Give the calls, also where their second token is missing and they are whole."""
         self._parts.append(self._inner.flush())
-        calls = read_calls(self._parts)
+        calls = read_calls(self._parts, closed=closed)
         self._state = "content"
         if calls is None:
-            yield from self._raw(OPEN_CALL, CLOSE_CALL)
+            yield from self._raw(OPEN_CALL, CLOSE_CALL if closed else "")
             return
         self._parts = []
         self.content_ids = None if self.content_ids else self.content_ids

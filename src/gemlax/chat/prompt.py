@@ -7,6 +7,7 @@ the ids it would get in the whole string.
 """
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -37,6 +38,8 @@ TURN = {"gemma4": "<|turn>", "gemma3": "<start_of_turn>"}
 STOPS = {"gemma4": ("<turn|>", "<|tool_response>"), "gemma3": ("<end_of_turn>",)}
 # What `encode` itself hands to a template.
 GIVEN = ("messages", "tools", "add_generation_prompt")
+# A template that reads this of a tool, or of a call, knows OpenAI's form.
+READS_FUNCTION = re.compile(r"""\.\s*function\b|["']function["']""")
 
 
 class TurnIds(NamedTuple):
@@ -126,7 +129,9 @@ class ChatFormat:
         if template is None:
             found, declared = normalise(given, answered=answered), check_tools(offered)
         else:
-            found, declared = as_given(given), tools_as_given(offered)
+            found = as_given(given, legacy="function_call" in template.source)
+            wrap = READS_FUNCTION.search(template.source) is not None
+            declared = tools_as_given(offered, wrap=wrap)
         self._check(template, declared, thinking, template_args or {})
         goes_on = not answered and _goes_on(found, continue_final_message)
         if goes_on and not _last_fields(found[-1]):
@@ -241,7 +246,8 @@ class ChatFormat:
         tokenizer = self._tokenizer
         ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
         ids |= {"pad": tokenizer.pad_id, "unk": tokenizer.unk_id}
-        return {f"{name}_token": own(tokenizer.piece(id)) for name, id in ids.items()}
+        named = {f"{name}_token": tokenizer.piece(id) for name, id in ids.items()}
+        return {name: own(piece) for name, piece in {**tokenizer.named_pieces, **named}.items()}
 
     def _marker(self, piece: str) -> int | None:
         id = self._tokenizer.id_of(piece)

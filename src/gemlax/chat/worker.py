@@ -14,6 +14,7 @@ import json
 import random
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
@@ -342,7 +343,16 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
     except TooLong as error:
         return {"error": str(error)}
     except Exception as error:  # a template can raise anything
-        return {"error": f"{type(error).__name__}: {error}"[:500]}
+        return {"error": f"{type(error).__name__}: {error}"[:500] + _where(error)}
+
+
+def _where(error: Exception) -> str:
+    """Say which line of the template an error is of, if jinja says it."""
+    if isinstance(error, jinja2.exceptions.TemplateSyntaxError):
+        return f" (line {error.lineno})"
+    frames = traceback.walk_tb(error.__traceback__)
+    lines = [line for frame, line in frames if frame.f_code.co_filename == "<template>"]
+    return f" (line {lines[-1]})" if lines else ""
 
 
 def limit_time(seconds: float) -> None:

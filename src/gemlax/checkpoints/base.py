@@ -30,6 +30,7 @@ from gemlax.tokenizer import Tokenizer, find_chat_template
 
 __all__ = [
     "BFLOAT16",
+    "NOT_FINITE",
     "READABLE",
     "Checkpoint",
     "cast",
@@ -59,6 +60,17 @@ MAX_THREADS = 8
 # More names than this are counted, not listed: the largest Gemma has 832.
 MAX_LISTED = 2000
 MAX_NEAREST = 200
+NOT_FINITE = "holds NaN or infinity: the file is damaged, or its training had diverged"
+# Where one sentence says what the matter is, the tensors that are shown with it.
+MAX_EXAMPLES = 5
+# How every format writes the number of a layer.
+_LAYER = re.compile(r"(?:^|[./])(?:layers\.|blk\.|layer_)(\d{1,6})[./]")
+# Sizes of a model, by a weight and its axis that show them.
+_SIZES = {
+    "hidden_size": ("norm.weight", 0), "vocab_size": ("embed_tokens.weight", 0),
+    "intermediate_size": ("layers.0.mlp.up_proj.weight", 0),
+    "heads times head_dim": ("layers.0.self_attn.q_proj.weight", 0),
+}  # fmt: skip
 
 
 class Checkpoint(abc.ABC):
@@ -88,12 +100,41 @@ class Checkpoint(abc.ABC):
         """
         self._check_types()
         problems = compare(self._expected(), self._found()) + self._other_problems()
-        if problems:
-            lines = "\n  ".join(problems)
-            raise CheckpointError(
-                f"{self.source} does not hold the {self.config.text.num_hidden_layers}-layer "
-                f"model of its config:\n  {lines}"
+        if not problems:
+            return
+        differences = self._differences()
+        if differences:
+            rest = len(problems) - MAX_EXAMPLES
+            problems = [*problems[:MAX_EXAMPLES], *([f"and {rest} more"] if rest > 0 else [])]
+            told = f"is of another model than its config: {'; '.join(differences)}"
+        else:
+            told = (
+                f"does not hold the {self.config.text.num_hidden_layers}-layer model of its config"
             )
+        lines = "\n  ".join(problems)
+        raise CheckpointError(f"{self.source} {told}:\n  {lines}")
+
+    def _differences(self) -> list[str]:
+        """Return what all tensors say otherwise than the config: how many layers, how wide."""
+        found, text, told = self._found(), self.config.text, []
+        numbers = [int(match[1]) for name in found if (match := _LAYER.search(name))]
+        layers = max(numbers, default=-1) + 1
+        if layers != text.num_hidden_layers and len(set(numbers)) == layers:
+            told.append(
+                f"the tensors are of {layers} layers, the config says {text.num_hidden_layers}"
+            )
+        for key, (name, axis) in _SIZES.items():
+            weight = self._weights.get(name)
+            shape = found.get(self._stored_name(weight), ()) if weight else ()
+            if weight and len(shape) == len(weight.shape) and shape[axis] != weight.shape[axis]:
+                told.append(
+                    f"{key} is {shape[axis]} in the tensors, {weight.shape[axis]} in the config"
+                )
+        return told
+
+    def _stored_name(self, weight: Weight) -> str:
+        """Return what the checkpoint calls a weight."""
+        return weight.name
 
     def read(self, name: str, out: np.ndarray) -> None:
         """Fill `out` with the weight of canonical `name`, rounded to its dtype (nearest even).
@@ -104,7 +145,7 @@ class Checkpoint(abc.ABC):
 
         Raises:
             CheckpointError: the checkpoint has no such tensor or it has another shape, or a value
-                does not fit in float16.
+                is not finite, or does not fit in float16.
         """
         weight = self._weights.get(name)
         if weight is None:
@@ -294,7 +335,7 @@ def fill(out: np.ndarray, values: Callable[[int, int], np.ndarray], name: str) -
 
     def step(start: int) -> None:
         stop = min(start + BLOCK, flat.size)
-        # A damaged scale gives infinities and NaN, as it does in the file's own arithmetic.
+        # A damaged scale gives infinities and NaN, which `cast` refuses.
         with np.errstate(all="ignore"):
             decoded = values(start, stop)
         cast(flat[start:stop], decoded, name)
@@ -323,6 +364,17 @@ def cast(out: np.ndarray, values: np.ndarray, name: str) -> None:
         raise CheckpointError(
             f"{name} has values beyond {out.dtype}'s {float(limit):.6g}{hint}"
         ) from error
+    if not _is_finite(out):
+        raise CheckpointError(f"{name} {NOT_FINITE}")
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    """Tell whether all floats are finite: a sum for float32, else the bits of the exponents."""
+    if values.dtype == np.float32:
+        with np.errstate(all="ignore"):
+            return bool(np.isfinite(values.sum())) or bool(np.isfinite(values).all())
+    mask = np.uint16(0x7F80 if values.dtype == BFLOAT16 else 0x7C00)
+    return bool(((values.view(np.uint16) & mask) != mask).all())
 
 
 def same_bytes(

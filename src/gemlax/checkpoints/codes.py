@@ -2,8 +2,8 @@
 
 `quantization_config` holds the method, its version, and the format of each such matrix by
 canonical name. The codes of a matrix lie as `<name>.codes` and, where its format has scales, those
-as `<name>.scales` in bfloat16; a matrix that is held as bfloat16 lies plainly. Nothing else reads
-this layout.
+as `<name>.scales`, in bfloat16 or as the 16 bits of int4; a matrix that is held as bfloat16 lies
+plainly. Nothing else reads this layout.
 """
 
 import math
@@ -38,10 +38,14 @@ Formats = Mapping[str, Format]
 
 KEY = "quantization_config"
 # Another layout, or another meaning of a format's codes, is another version.
-METHOD, VERSION = "gemlax", 1
+METHOD, VERSION = "gemlax", 2
 CODES, SCALES = ".codes", ".scales"
-_DTYPES = {np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8", np.dtype(np.uint16): "BF16"}
+_DTYPES = {
+    np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8", np.dtype(np.uint16): "U16", BFLOAT16: "BF16",
+}  # fmt: skip
 _SHOWN = 5
+# Where mlx-lm says its own, beside a copy under `KEY`.
+_MLX = "quantization"
 
 
 class Entry(NamedTuple):
@@ -58,11 +62,12 @@ def read_formats(config: Mapping[str, Any], source: Path) -> dict[str, Format]:
         CheckpointError: it says something that this version never writes.
         UnsupportedError: another method, or another version.
     """
-    found = config.get(KEY)
+    found = config.get(KEY) or config.get(_MLX)
     if not found:  # null or empty: nothing is quantised
         return {}
     if not isinstance(found, Mapping) or found.get("quant_method") != METHOD:
         method = found.get("quant_method") if isinstance(found, Mapping) else found
+        method = "mlx" if not method and found.keys() >= {"group_size", "bits"} else method
         raise UnsupportedError(
             f"{source}: the weights are quantised by {show(repr(method))}, which gemlax does not "
             "read; it reads what `gemlax quantize` wrote, GGUF files, and folders of floats"
@@ -126,14 +131,14 @@ def entries(name: str, shape: tuple[int, ...], format: Format | None) -> dict[st
     blocks = shape[-1] // form.block
     dtype = _DTYPES[np.dtype(form.dtype)]
     found = {name + CODES: Entry((*shape[:-1], blocks * form.elements), dtype)}
-    if form.scaled:
-        found[name + SCALES] = Entry((*shape[:-1], blocks), "BF16")
+    if form.scales is not None:
+        found[name + SCALES] = Entry((*shape[:-1], blocks), _DTYPES[np.dtype(form.scales)])
     return found
 
 
 def count_bytes(shape: tuple[int, ...], format: Format) -> int:
     """Return the bytes that a matrix takes as codes."""
-    sizes = {"I8": 1, "U8": 1, "BF16": 2}
+    sizes = {"I8": 1, "U8": 1, "U16": 2, "BF16": 2}
     return sum(
         math.prod(e.shape) * sizes[str(e.dtype)] for e in entries("", shape, format).values()
     )
@@ -159,7 +164,7 @@ def flatten(
         else:
             yield name + CODES, weight.codes
             if weight.scales is not None:
-                yield name + SCALES, weight.scales.view(BFLOAT16)
+                yield name + SCALES, weight.scales.view(FORMATS[weight.format].scales)
         del weight  # before the next one is made
 
 

@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +49,7 @@ def convert(
     overwrite: bool = False,
     progress: Progress | None = None,
     change: Change | None = None,
+    importance: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> Converted:
     """Write `source` as a folder that transformers and gemlax read; all of it or nothing.
 
@@ -62,6 +64,7 @@ def convert(
         overwrite: replace a folder that holds a model.
         progress: told (bytes written, bytes in all) after each weight.
         change: gives what is added to a weight, in float32, by canonical name; None: nothing.
+        importance: of the columns of matrices, by canonical name (`calibration`).
 
     Raises:
         CheckpointError: the tensors of `source` do not fit its config, or `formats` its weights;
@@ -88,7 +91,7 @@ def convert(
     save_safetensors(
         target,
         config,
-        _weights(source, DTYPES[name], own, nbytes, progress, change),
+        _weights(source, DTYPES[name], own, nbytes, progress, change, importance),
         generation_config=generation_ids(config) | source.generation_config,
         formats=own,
         write_tokenizer=functools.partial(write_tokenizer, tokenizer, template),
@@ -125,6 +128,7 @@ def _weights(
     nbytes: int,
     progress: Progress | None,
     change: Change | None,
+    importance: Mapping[str, np.ndarray],
 ) -> Iterator[tuple[str, np.ndarray | Coded]]:
     done = 0
     for name, shape in text_weights(source.config.text).items():
@@ -137,11 +141,12 @@ def _weights(
             array = array if name in formats else array.astype(dtype)
         if name in formats:
             try:
-                coded = Coded(formats[name], *encode(array, formats[name]))
+                codes = encode(array, formats[name], importance.get(name))
+                coded = Coded(formats[name], *codes)
             except ValueError as error:
                 raise CheckpointError(f"{source.source}: {name}: {error}") from error
             done += count_bytes(shape, formats[name])
-            del array  # before its codes are written
+            del array, codes  # before they are written
             yield name, coded
             del coded
         else:

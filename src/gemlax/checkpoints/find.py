@@ -43,6 +43,8 @@ def find(path_or_name: str | Path) -> Path:
         FileNotFoundError: no such path, demo model not installed, or name not in the hub cache.
         CheckpointError: the demo package is damaged.
     """
+    if not str(path_or_name).strip():
+        raise FileNotFoundError("the path of the model is empty; give a folder or a .gguf file")
     path = Path(path_or_name).expanduser()
     if path.exists() or isinstance(path_or_name, Path):
         return path
@@ -75,8 +77,8 @@ def _unknown(given: str) -> str:
     """Say what else could have been meant."""
     if re.fullmatch(r"[\w.-]+:[\w.-]+", given) and "\\" not in given:
         return (
-            f"{given!r} looks like a name of ollama's, which is not looked up; give the path of "
-            f"its file: `ollama show {given} --modelfile` names it after FROM"
+            f"no model at {given!r}: it looks like a name of ollama's, which is not looked up; "
+            f"give the path of its file: `ollama show {given} --modelfile` names it after FROM"
         )
     parent = Path(given).expanduser()
     while not parent.exists():

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gemlax.checkpoints.base import (
+    NOT_FINITE,
     Checkpoint,
     fill,
     fit_vocab,
@@ -26,15 +27,30 @@ from gemlax.checkpoints.base import (
     same_bytes,
     same_rounded,
 )
-from gemlax.checkpoints.gguf_defaults import find_template, read_sampling, read_stops
+from gemlax.checkpoints.experts import Part, fill_parts, gguf_parts
+from gemlax.checkpoints.gguf_defaults import (
+    find_template,
+    read_sampling,
+    read_stops,
+    read_suppressed,
+)
 from gemlax.checkpoints.gguf_header import MAGIC, Tensor, parse_header
 from gemlax.checkpoints.gguf_parts import open_parts
-from gemlax.checkpoints.gguf_types import FLOATS, INTEGERS, KEPT, QUANTISED, T, decoder
+from gemlax.checkpoints.gguf_types import (
+    FLOATS,
+    INTEGERS,
+    KEPT,
+    QUANTISED,
+    T,
+    decoder,
+    has_finite_scales,
+)
 from gemlax.checkpoints.names import Weight, unused
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.formats import Coded
 from gemlax.tokenizer import Tokenizer
+from gemlax.tokenizer.vocabulary import BYTE, Kind
 
 __all__ = [
     "MAGIC",
@@ -59,6 +75,12 @@ VOCABULARIES = ("llama", "gemma4")
 OTHER_PARTS = ("v.", "mm.", "a.")
 # What a weight is times, beside it; and what llama.cpp scales the input by before it rounds that.
 SCALE, INPUT_SCALE = ".scale", ".input_scale"
+# What the output of a layer is times; where it is not there, 1. Source: llama.cpp, gemma4.cpp.
+OUTPUT_SCALE = ".layer_output_scale.weight"
+# Types of tokens that no text is split into: control, user-defined, unused.
+NO_TEXT = {3, 4, 5}
+# How uint32 writes -1: no such token.
+NO_ID = (-1, 2**32 - 1)
 
 
 class Vocabulary(NamedTuple):
@@ -94,7 +116,7 @@ class GGUFCheckpoint(Checkpoint):
         refuse_drafter(architecture, self.source)
         _refuse_encoder(self.metadata, self._tensors, self.source)
         config = resolve_config(
-            lambda: GemmaConfig.from_gguf(self.metadata),
+            lambda: GemmaConfig.from_gguf(self._fitted(f"{architecture}.vocab_size")),
             layers=self.metadata.get(f"{architecture}.block_count"),
             tensors=len(self._tensors),
             source=self.source,
@@ -105,10 +127,30 @@ class GGUFCheckpoint(Checkpoint):
         config = dataclasses.replace(config, eos_token_id=stops or config.eos_token_id)
         self.config = self._find_head(self._find_k_eq_v(config))
         self.generation_config = read_sampling(self.metadata, self.source)
+        suppressed = read_suppressed(self.metadata, config.text.vocab_size, self.source)
+        self.generation_config |= {"suppress_tokens": suppressed} if suppressed else {}
         self._aside = self._find_aside()
         self._unused = {weight.gguf for weight in unused(self.config.text)}
         idle = sorted(self._unused & self._tensors.keys())
         log_left_aside(logger, self.source, idle, "layers that read the K/V of another")
+        unscaled = [w.gguf for w in self._weights.values() if not self._lies_in(w)]
+        if unscaled:
+            logger.info("%s: %s is not there and taken as 1", self.source, ", ".join(unscaled))
+
+    def _fitted(self, key: str) -> Mapping[str, Any]:
+        """Return the metadata with the table's rows, where the last tokens have none.
+
+        ollama leaves those of images in the list. Source: llama-ollama-compat.cpp.
+        """
+        tokens, kinds = (self.metadata.get(f"tokenizer.ggml.{k}") for k in ("tokens", "token_type"))
+        rows = self._tensors[TABLE].shape[0] if TABLE in self._tensors else 0
+        if not (isinstance(tokens, list) and isinstance(kinds, list)) or key in self.metadata:
+            return self.metadata
+        cut = kinds[rows:]
+        if not 0 < rows < len(tokens) or len(kinds) != len(tokens) or not set(cut) <= NO_TEXT:
+            return self.metadata
+        logger.info("%s: the last %d tokens have no row in the table", self.source, len(cut))
+        return self.metadata | {key: rows}
 
     def _find_aside(self) -> set[str]:
         """Return the tensors that are not the text decoder's."""
@@ -187,7 +229,19 @@ class GGUFCheckpoint(Checkpoint):
                 data.close()
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
-        return {weight.gguf: weight.shape for weight in self._weights.values()}
+        return {n: s for w in self._weights.values() for n, s in self._lies_in(w).items()}
+
+    def _stored_name(self, weight: Weight) -> str:
+        return weight.gguf
+
+    def _lies_in(self, weight: Weight) -> dict[str, tuple[int, ...]]:
+        """Return the tensors that a weight lies in; none: it is 1."""
+        if weight.gguf in self._tensors:
+            return {weight.gguf: weight.shape}
+        if weight.gguf.endswith(OUTPUT_SCALE):
+            return {}
+        parts = gguf_parts(weight, self._tensors)
+        return {part.tensor: part.shape for part in parts} or {weight.gguf: weight.shape}
 
     def _found(self) -> dict[str, tuple[int, ...]]:
         tied = [HEAD] if self.config.text.tie_word_embeddings else []
@@ -225,19 +279,31 @@ class GGUFCheckpoint(Checkpoint):
         return self._maps[tensor.part]
 
     def _fill(self, weight: Weight, out: np.ndarray) -> None:
-        tensor = self._tensors.get(weight.gguf)
-        if tensor is None or tensor.shape != weight.shape:
+        lies = self._lies_in(weight)
+        if not lies:
+            out[...] = 1
+        elif weight.gguf in lies:
+            values = self._values(weight.gguf, weight.shape, weight.gguf_offset)
+            fill(out, values, weight.gguf)
+        else:
+
+            def of_part(part: Part) -> Callable[[int, int], np.ndarray]:
+                return self._values(part.tensor, part.shape)
+
+            fill_parts(out, gguf_parts(weight, self._tensors), of_part)
+
+    def _values(
+        self, name: str, shape: tuple[int, ...], offset: float = 0.0
+    ) -> Callable[[int, int], np.ndarray]:
+        """Return what gives elements [a, b) of a tensor, scaled and without its offset."""
+        tensor = self._tensors.get(name)
+        if tensor is None or tensor.shape != shape:
             got = "no such tensor" if tensor is None else list(tensor.shape)
-            raise CheckpointError(
-                f"{self.source}: {weight.gguf}: expected {list(weight.shape)}, got {got}"
-            )
-        decode = self._decoder(weight.gguf, tensor)
-        scale = self._scale(weight)
-        if not weight.gguf_offset and scale is None:
-            fill(out, decode, weight.gguf)
-            return
-        offset = np.float32(weight.gguf_offset)
-        row = int(np.prod(weight.shape[1:]))
+            raise CheckpointError(f"{self.source}: {name}: expected {list(shape)}, got {got}")
+        decode, scale = self._decoder(name, tensor), self._scale(name, shape)
+        if not offset and scale is None:
+            return decode
+        row = int(np.prod(shape[1:]))
 
         def changed(start: int, stop: int) -> np.ndarray:
             values = decode(start, stop).astype(np.float32)
@@ -245,22 +311,22 @@ class GGUFCheckpoint(Checkpoint):
                 values = values * (
                     scale[np.arange(start, stop) // row] if scale.size > 1 else scale
                 )
-            return values - offset
+            return values - np.float32(offset)
 
-        fill(out, changed, weight.gguf)
+        return changed
 
-    def _scale(self, weight: Weight) -> np.ndarray | None:
-        """Return what a weight is multiplied by: one number, or one for each expert.
+    def _scale(self, of: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        """Return what a tensor is multiplied by: one number, or one for each expert.
 
         Source: llama.cpp, src/llama-model.cpp, "optional per-tensor/per-expert .scale tensors".
         """
-        name = weight.gguf.removesuffix(".weight") + SCALE
+        name = of.removesuffix(".weight") + SCALE
         if name not in self._aside:
             return None
         tensor = self._tensors[name]
         sizes: set[tuple[int, ...]] = {(1,)}
-        if len(weight.shape) > 2:
-            sizes.add(weight.shape[:1])
+        if len(shape) > 2:
+            sizes.add(shape[:1])
         if tensor.type != T.F32 or tensor.shape not in sizes:
             raise CheckpointError(
                 f"{self.source}: {name} is {tensor.type.name} {list(tensor.shape)}; expected F32, "
@@ -270,19 +336,26 @@ class GGUFCheckpoint(Checkpoint):
 
     def stored(self, name: str) -> Coded | None:
         """Return the blocks of a quantised matrix, [..., out, bytes], byte for byte."""
-        weight = self._weights[name]
-        tensor = self._tensors.get(weight.gguf)
-        if tensor is None or tensor.shape != weight.shape or tensor.type not in KEPT:
+        lies = self._lies_in(self._weights[name])
+        tensors = [self._tensors.get(own) for own in lies]
+        kinds = {tensor.type for tensor in tensors if tensor is not None}
+        if len(kinds) != 1 or not kinds <= KEPT.keys():
             return None
-        if self._scale(weight) is not None:
-            return None
-        data = np.frombuffer(self._map(tensor), np.uint8, tensor.nbytes, tensor.start)
-        return Coded(KEPT[tensor.type], data.reshape(*tensor.shape[:-1], -1))
+        blocks = []
+        for tensor, (own, shape) in zip(tensors, lies.items(), strict=True):
+            if tensor is None or tensor.shape != shape or self._scale(own, shape) is not None:
+                return None
+            data = np.frombuffer(self._map(tensor), np.uint8, tensor.nbytes, tensor.start)
+            if not has_finite_scales(data, tensor.type):
+                raise CheckpointError(f"{self.source}: {own} {NOT_FINITE}")
+            blocks.append(data.reshape(*tensor.shape[:-1], -1))
+        codes = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
+        return Coded(KEPT[kinds.pop()], codes)
 
     def is_float(self, name: str) -> bool:
         """Return whether a weight is in the file as floats."""
-        tensor = self._tensors.get(self._weights[name].gguf)
-        return tensor is None or tensor.type in FLOATS
+        tensors = (self._tensors.get(own) for own in self._lies_in(self._weights[name]))
+        return all(tensor is None or tensor.type in FLOATS for tensor in tensors)
 
     def _decoder(self, name: str, tensor: Tensor) -> Callable[[int, int], np.ndarray]:
         """Return a function that gives elements [a, b) of a tensor; a is a block's first."""
@@ -350,10 +423,13 @@ def read_vocabulary(metadata: Mapping[str, Any], path: Path) -> Vocabulary | Non
             )
     merges = _list(own, "merges", str, path) if "merges" in own else None
     unscored = merges is not None and "scores" not in own
+    pieces = _list(own, "tokens", str, path)
     return Vocabulary(
-        pieces=_list(own, "tokens", str, path),
+        pieces=pieces,
         scores=[] if unscored else _list(own, "scores", float, path),
-        token_types=_list(own, "token_type", int, path),
+        token_types=_list(own, "token_type", int, path)
+        if "token_type" in own
+        else _kinds(pieces, path),
         bos_id=_id(own, "bos_token_id", 2, path),
         eos_id=_id(own, "eos_token_id", 1, path),
         unk_id=_id(own, "unknown_token_id", 3, path),
@@ -363,15 +439,24 @@ def read_vocabulary(metadata: Mapping[str, Any], path: Path) -> Vocabulary | Non
     )
 
 
+def _kinds(pieces: list[str], path: Path) -> list[int]:
+    """Return types by name, where a file has none: bytes are bytes; markers the tokenizer knows."""
+    logger.warning("%s: its tokens have no types; they are told by name", path)
+    return [Kind.BYTE if BYTE.fullmatch(piece) else Kind.NORMAL for piece in pieces]
+
+
 def _list(own: Mapping[str, Any], key: str, kind: type, path: Path) -> list[Any]:
     value = own.get(key)
-    if not isinstance(value, list) or not all(type(entry) is kind for entry in value):
+    kinds = {kind, int} if kind is float else {kind}
+    if not isinstance(value, list) or not kinds.issuperset(map(type, value)):
         raise CheckpointError(f"{path}: tokenizer.ggml.{key} must be an array of {kind.__name__}")
     return value
 
 
 def _id(own: Mapping[str, Any], key: str, default: int, path: Path) -> int:
     value = own.get(key, default)
+    if value in NO_ID and key in ("padding_token_id", "unknown_token_id"):
+        value = default  # neither is ever generated; Gemma has both
     if type(value) is not int:
         raise CheckpointError(f"{path}: tokenizer.ggml.{key} must be an integer, got {value!r}")
     return value

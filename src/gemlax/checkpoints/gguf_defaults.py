@@ -12,7 +12,7 @@ from typing import Any
 from gemlax.checkpoints.base import show
 from gemlax.errors import CheckpointError
 
-__all__ = ["find_template", "read_sampling", "read_stops"]
+__all__ = ["find_template", "read_sampling", "read_stops", "read_suppressed"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 # Those that say something only where another one is on. A last_n of -1 is the whole text.
 _IDLE = {"xtc_threshold", "mirostat_tau", "mirostat_eta", "dynatemp_exponent", "dry_base",
          "dry_allowed_length", "dry_penalty_last_n"}  # fmt: skip
-_TEMPLATE, _TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
+_TEMPLATE = "tokenizer.chat_template"
 
 
 def read_stops(metadata: Mapping[str, Any], num_tokens: int, source: Path) -> tuple[int, ...]:
@@ -44,21 +44,37 @@ def read_stops(metadata: Mapping[str, Any], num_tokens: int, source: Path) -> tu
     """
     found: list[int] = []
     for name in _STOPS:
-        value = metadata.get(f"tokenizer.ggml.{name}", 1 if name == _STOPS[0] else [])
-        ids = value if isinstance(value, list) else [value]
-        if any(type(id) is not int for id in ids):
-            raise CheckpointError(
-                f"{source}: tokenizer.ggml.{name} must be an integer or a list of them, got "
-                f"{show(repr(value))}"
-            )
-        inside = [id for id in ids if 0 <= id < num_tokens]
-        if len(inside) < len(ids):
-            logger.warning(
-                "%s: left aside tokenizer.ggml.%s, outside the vocabulary of %d", source, name,
-                num_tokens,
-            )  # fmt: skip
-        found += inside
+        found += _ids(metadata, name, 1 if name == _STOPS[0] else [], num_tokens, source)
     return tuple(dict.fromkeys(found))
+
+
+def read_suppressed(metadata: Mapping[str, Any], num_tokens: int, source: Path) -> list[int]:
+    """Return the ids that are never generated. Source: llama.cpp conversion/gemma.py.
+
+    Raises:
+        CheckpointError: they are no integers.
+    """
+    return _ids(metadata, "suppress_tokens", [], num_tokens, source)
+
+
+def _ids(
+    metadata: Mapping[str, Any], name: str, default: Any, num_tokens: int, source: Path
+) -> list[int]:
+    """Return one id or several, without those outside the vocabulary."""
+    value = metadata.get(f"tokenizer.ggml.{name}", default)
+    ids = value if isinstance(value, list) else [value]
+    if any(type(id) is not int for id in ids):
+        raise CheckpointError(
+            f"{source}: tokenizer.ggml.{name} must be an integer or a list of them, got "
+            f"{show(repr(value))}"
+        )
+    inside = [id for id in ids if 0 <= id < num_tokens]
+    if len(inside) < len(ids):
+        logger.warning(
+            "%s: left aside tokenizer.ggml.%s, outside the vocabulary of %d", source, name,
+            num_tokens,
+        )  # fmt: skip
+    return inside
 
 
 def read_sampling(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
@@ -114,25 +130,18 @@ def _log_others(own: Mapping[str, Any], found: Mapping[str, Any], source: Path) 
         logger.warning("%s: %s is not applied: %s", source, _SAMPLING + "*", ", ".join(others))
 
 
-def find_template(metadata: Mapping[str, Any], source: Path) -> str | None:
-    """Return the chat template: the one without a name, else the only one that has a name."""
-    template = metadata.get(_TEMPLATE)
-    named = {
-        key.removeprefix(f"{_TEMPLATE}."): value
+def find_template(metadata: Mapping[str, Any], source: Path) -> str | dict[str, str] | None:
+    """Return the chat template, several by name, or None; the one without a name is "default"."""
+    found = {
+        key.removeprefix(_TEMPLATE).removeprefix(".") or "default": value
         for key, value in metadata.items()
-        if key.startswith(f"{_TEMPLATE}.") and isinstance(value, str) and value.strip()
+        if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")
     }
-    if isinstance(template, str) and template.strip():
-        chosen: str | None = template
-    elif "default" in named or len(named) < 2:
-        chosen = named.pop("default", None) or next(iter(named.values()), None)
-        named = {name: other for name, other in named.items() if other != chosen}
-    else:
-        logger.warning(
-            "%s: none of its chat templates is the default: %s; none is used", source,
-            ", ".join(map(show, named)),
-        )  # fmt: skip
-        return None
-    if named:
-        logger.info("%s: left aside chat templates: %s", source, ", ".join(map(show, named)))
-    return chosen
+    found |= {"default": metadata[_TEMPLATE]} if _TEMPLATE in metadata else {}
+    named = {k: v for k, v in found.items() if isinstance(v, str) and v.strip()}
+    if len(named) != 1:
+        return named or None
+    ((name, template),) = named.items()
+    if name != "default":
+        logger.info("%s: the only chat template, %s, is used", source, show(name))
+    return template

@@ -15,7 +15,7 @@ from gemlax.checkpoints.base import BFLOAT16
 from gemlax.checkpoints.gguf_header import Tensor
 from gemlax.formats import Format
 
-__all__ = ["FLOATS", "INTEGERS", "KEPT", "QUANTISED", "decoder"]
+__all__ = ["FLOATS", "INTEGERS", "KEPT", "QUANTISED", "decoder", "has_finite_scales"]
 
 T = GGMLQuantizationType
 FLOATS = {
@@ -35,6 +35,14 @@ INTEGERS = {T.I8, T.I16, T.I32, T.I64}
 KEPT: dict[GGMLQuantizationType, Format] = {
     T.Q8_0: "q8_0", T.Q4_0: "q4_0", T.Q5_0: "q5_0", T.Q4_K: "q4_k", T.Q6_K: "q6_k",
 }  # fmt: skip
+# At which byte of their blocks each float16 scale begins. Source: ggml-common.h.
+_SCALES_AT = {T.Q8_0: (0,), T.Q4_0: (0,), T.Q5_0: (0,), T.Q4_K: (0, 2), T.Q6_K: (208,)}
+
+
+def has_finite_scales(data: np.ndarray, kind: GGMLQuantizationType) -> bool:
+    """Tell whether the bytes of a type of `KEPT` mean finite numbers."""
+    halves = data.view(np.uint16).reshape(-1, GGML_QUANT_SIZES[kind][1] // 2)
+    return not any((halves[:, at // 2] & 0x7C00 == 0x7C00).any() for at in _SCALES_AT[kind])
 
 
 def decoder(data: mmap.mmap, tensor: Tensor) -> Callable[[int, int], np.ndarray]:

@@ -84,6 +84,7 @@ def _of_weights(path: Path) -> Place:
             f"{path} has no config.json beside it; fetch the model's other files into {folder}, too"
         )
     if is_shard(path.name) or path.name in choose_files(folder):
+        logger.info("%s is a file of a folder; the folder is read", path)
         return Place("huggingface", folder)
     return Place("huggingface", folder, path.name)
 

@@ -14,7 +14,7 @@ import logging
 import math
 import mmap
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +44,7 @@ from gemlax.checkpoints.codes import (
     entries,
     read_formats,
 )
+from gemlax.checkpoints.experts import Part, fill_parts, huggingface_parts
 from gemlax.checkpoints.names import HEAD, Weight, text_weights, unused
 from gemlax.checkpoints.shards import INDEX, choose_files
 from gemlax.checkpoints.stand_ins import refuse_stand_in, refuse_stand_ins
@@ -73,7 +74,9 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLO
 # Floats that are read and not written.
 FLOATS = DTYPES | {"F64": np.dtype(np.float64)}
 # With those of codes.
-READ = DTYPES | {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
+READ = DTYPES | {
+    "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "U16": np.dtype(np.uint16),
+}  # fmt: skip
 # Bits of one element. Source: safetensors 0.8, tensor.rs, Dtype.
 BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8,
@@ -96,6 +99,8 @@ OTHER_PARTS = (
     "vision_tower.", "multi_modal_projector.", "embed_vision.", "vision_embedder.",
     "audio_tower.", "embed_audio.", "assistant.",
 )  # fmt: skip
+# Where some trainers have the experts, in place of "experts.". Source: vllm #41206.
+MOE = ".moe.experts."
 # Numbers that modules make of the config, and that some versions store with the weights.
 BUFFERS = re.compile(
     r"(.*\.)?(rotary_emb\w*\.\w+|inv_freq|embed_scale|position_ids|attention_mask|causal_mask"
@@ -187,6 +192,10 @@ class SafetensorsCheckpoint(Checkpoint):
                         "and they differ; keep the one that is right"
                     )
                 tensors.setdefault(name, tensor)
+        moved = {name: name.replace(MOE, ".experts.") for name in tensors if MOE in name}
+        if moved.keys() & tensors.keys() and not set(moved.values()) & tensors.keys():
+            logger.info("%s: %r in names is read as '.experts.'", self.source, MOE)
+            tensors = {moved.get(name, name): tensor for name, tensor in tensors.items()}
         return tensors
 
     def _are_same(self, a: Tensor, b: Tensor) -> bool:
@@ -285,10 +294,26 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         return {
-            self._lies_as(name): entry.shape
+            name: shape
             for weight in self._weights.values()
-            for name, entry in self._entries(weight).items()
+            for name, shape in self._lies_in(weight)
         }
+
+    def _stored_name(self, weight: Weight) -> str:
+        return self._lies_as(weight.name)
+
+    def _lies_in(self, weight: Weight) -> list[tuple[str, tuple[int, ...]]]:
+        """Return the tensors that a weight lies in, with their shapes."""
+        parts = self._parts(weight)
+        if parts:
+            return [(part.tensor, part.shape) for part in parts]
+        return [(self._lies_as(n), entry.shape) for n, entry in self._entries(weight).items()]
+
+    def _parts(self, weight: Weight) -> list[Part]:
+        """Return the tensors that experts lie in apart; none: they do not."""
+        if weight.name in self._formats or self._prefix + weight.name in self._tensors:
+            return []
+        return huggingface_parts(weight, self._tensors, self._prefix)
 
     def _entries(self, weight: Weight) -> dict[str, Entry]:
         return entries(weight.name, weight.shape, self._formats.get(weight.name))
@@ -347,7 +372,9 @@ class SafetensorsCheckpoint(Checkpoint):
         if format is None:
             return None
         weight = self._weights[name]
-        parts = [self._array(own, entry) for own, entry in self._entries(weight).items()]
+        parts = [
+            self._array(self._lies_as(own), entry) for own, entry in self._entries(weight).items()
+        ]
         bits = [part.view(np.uint16) if part.dtype == BFLOAT16 else part for part in parts]
         return Coded(format, *bits)
 
@@ -356,10 +383,14 @@ class SafetensorsCheckpoint(Checkpoint):
         return name not in self._formats
 
     def _fill(self, weight: Weight, out: np.ndarray) -> None:
+        parts = self._parts(weight)
+        if parts:
+            fill_parts(out, parts, self._of_part)
+            return
         coded = self.stored(weight.name)
         if coded is None or coded.format == "bfloat16":
             (entry,) = self._entries(weight).values()
-            values = self._array(weight.name, entry).reshape(-1)
+            values = self._array(self._lies_as(weight.name), entry).reshape(-1)
             fill(out, lambda start, stop: values[start:stop], self._lies_as(weight.name))
             return
         form = FORMATS[coded.format]
@@ -373,9 +404,12 @@ class SafetensorsCheckpoint(Checkpoint):
 
         fill(out, decoded, self._lies_as(weight.name))
 
+    def _of_part(self, part: Part) -> Callable[[int, int], np.ndarray]:
+        values = self._array(part.tensor, Entry(part.shape, None)).reshape(-1)
+        return lambda start, stop: values[start:stop]
+
     def _array(self, name: str, entry: Entry) -> np.ndarray:
         """Return a tensor where it lies in the file, once it is what is expected."""
-        name = self._lies_as(name)
         tensor = self._tensors.get(name)
         if tensor is None or tensor.shape != entry.shape:
             got = "no such tensor" if tensor is None else list(tensor.shape)

@@ -37,6 +37,7 @@ _SUFFIXES = {
     ".mlmodelc": "a Core ML model", ".pte": "an ExecuTorch file", ".engine": "a TensorRT engine",
     ".ggml": _GGML, ".zip": _ARCHIVE, ".gz": _ARCHIVE, ".tgz": _ARCHIVE, ".tar": _ARCHIVE,
     ".7z": _ARCHIVE, ".xz": _ARCHIVE, ".zst": _ARCHIVE,
+    ".sbs": "a file of gemma.cpp",
     ".part": _PART, ".incomplete": _PART, ".crdownload": _PART, ".aria2": _PART,
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from gemlax.ops.attention import attend, attend_blocks, causal_mask, fresh_atten
 from gemlax.ops.backend import backend, check_compiles
 from gemlax.ops.basic import EMPTY, geglu, rms_norm, rope, softcap
 from gemlax.ops.cpu import Implementation, implementation
-from gemlax.ops.matmul import Low, embed, linear, linears, low_rank, unembed
+from gemlax.ops.matmul import Low, embed, linear, linears, low_rank, unembed, watched
 from gemlax.ops.moe import experts, route
 from gemlax.ops.paged import (
     AttentionMetadata,
@@ -45,5 +45,6 @@ __all__ = [
     "softcap",
     "to_tpu_layout",
     "unembed",
+    "watched",
     "write_pages",
 ]

@@ -276,18 +276,21 @@ def attends(q: Float[Array, "B T N H"], k: Any) -> bool:
 
 
 def attend(
-    q: Float[Array, "B T N H"],
+    q: Float[Array, "b T N H"],
     k: Any,
     v: Any,
     at: Int[Array, "B S"],
     row: Any,
-    positions: Int[Array, "B T"],
+    positions: Int[Array, "b T"],
+    rows: Int[Array, "b"] | None = None,
     *,
     ring: bool,
     window: int | None,
     scale: float,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "b T N H"]:
     """Attend to layer `row` of a stacked cache [n, B, S, K, H] of float32 or bits of bfloat16.
+
+    `rows` [b]: which rows of the cache the queries' are; None: all, in order.
 
     Raises:
         NotImplementedError: a cache in another form, or more than `MAX_ROWS` tokens a row where
@@ -295,8 +298,10 @@ def attend(
     """
     if not attends(q, k):
         raise NotImplementedError("the kernel takes a few queries, and float32 or bfloat16 caches")
+    if rows is None:
+        rows = jnp.arange(q.shape[0], dtype=jnp.int32)
     out = _call("attention", jax.ShapeDtypeStruct(q.shape, jnp.float32))(
-        q.astype(jnp.float32), k, v, at, jnp.asarray(row, jnp.int32), positions,
+        q.astype(jnp.float32), k, v, at, jnp.asarray(row, jnp.int32), positions, rows,
         ring=ring, window=np.int32(window or 0), scale=np.float32(scale),
     )  # fmt: skip
     return out.astype(q.dtype)

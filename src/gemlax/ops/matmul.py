@@ -3,6 +3,9 @@
 Weights are [out, in], rows contiguous over the reduction, as Hugging Face stores them.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +17,23 @@ from gemlax.errors import UnsupportedError
 from gemlax.ops import cpu
 from gemlax.qtensor import At, QTensor, Weight, dense, is_stored, shape_of, take
 
-__all__ = ["Low", "embed", "linear", "linears", "low_rank", "product", "unembed"]
+__all__ = ["Low", "embed", "linear", "linears", "low_rank", "product", "unembed", "watched"]
 
 # Rows of a stored table decoded at a time by `unembed`, so that no decoded copy of it exists.
 _ROWS = 8192
+
+Watch = Callable[[Array, tuple[Weight, ...]], None]
+_watch: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("watch", default=None)
+
+
+@contextlib.contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """Tell `watch` the rows and the weights of every projection that is traced or run inside."""
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
 
 
 def linear(x: Float[Array, "... D"], weight: Weight) -> Float[Array, "... F"]:
@@ -35,6 +51,8 @@ def linear(x: Float[Array, "... D"], weight: Weight) -> Float[Array, "... F"]:
 def linears(x: Float[Array, "... D"], *weights: Weight) -> tuple[Float[Array, "... _"], ...]:
     """Return `linear` of each weight; a native kernel takes them all at once."""
     flat = x.reshape(-1, x.shape[-1])
+    if (watch := _watch.get()) is not None:
+        watch(flat, weights)
     if all(_is_frozen(weight) for weight in weights):
         outs = _frozen_products(flat, weights)
     else:

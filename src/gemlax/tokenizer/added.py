@@ -38,12 +38,13 @@ class Beside(NamedTuple):
     """What the files beside a vocabulary say.
 
     `names` are the bos, eos, pad and unk tokens as the files call them, `added` is in the order of
-    ids.
+    ids, `named_pieces` are all tokens that the files give a name, as `boi_token`.
     """
 
     settings: Mapping[str, Any]
     names: Mapping[str, Any]
     added: tuple[Added, ...] = ()
+    named_pieces: Mapping[str, str] = {}
 
     def extend(self, ids: Mapping[str, int]) -> tuple[list[Added], set[int]]:
         """Return the tokens that are new to a vocabulary, and which of its ids are special.
@@ -108,7 +109,16 @@ def read_beside(files: Mapping[str, Path]) -> Beside:
     if len(set(contents)) != len(contents):
         twice = next(content for content in contents if contents.count(content) > 1)
         raise CheckpointError(f"{next(iter(found.values())).source}: {twice!r} is added twice")
-    return Beside(settings, names, tuple(found[id] for id in sorted(found)))
+    pieces = read_named(mapped) | read_named(settings)
+    return Beside(settings, names, tuple(found[id] for id in sorted(found)), pieces)
+
+
+def read_named(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tokens that settings give a name, which chat templates may use."""
+    named = {key: told for key, told in settings.items() if key.endswith("_token")}
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        named |= settings[key] if isinstance(settings.get(key), dict) else {}
+    return {key: content for key, told in named.items() if (content := content_of(told))}
 
 
 def read_decoder(settings: Mapping[str, Any], files: Mapping[str, Path]) -> Iterator[Added]:

@@ -1,5 +1,6 @@
 """The tokenizer that everything else uses: ids for text, text for ids, and the named ids."""
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ from gemlax.tokenizer import fast, spm
 from gemlax.tokenizer.vocabulary import SPACE, Kind, Vocabulary
 
 __all__ = ["Tokenizer"]
+
+logger = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -39,7 +42,7 @@ class Tokenizer:
         Args:
             vocabulary: The pieces.
             encoder: From text to ids, all markers taken as ordinary text.
-            make_json: Writes `tokenizer.json` if `files` has none.
+            make_json: Writes `tokenizer.json` if `files` has none, or it is gone.
             files: The files that it came from, by the name under which `save` copies them.
         """
         self.bos_id = vocabulary.bos_id
@@ -50,6 +53,7 @@ class Tokenizer:
         self.num_tokens = len(vocabulary.pieces)
         self.special_ids = vocabulary.special_ids
         self.unused_ids = vocabulary.unused_ids
+        self.named_pieces: Mapping[str, str] = {}
         self._vocabulary = vocabulary
         self._encoder = encoder
         self._make_json = make_json
@@ -179,17 +183,25 @@ class Tokenizer:
         """Write the tokenizer for transformers and for `load_tokenizer`.
 
         Files that it came from are copied byte for byte; `tokenizer.json` and
-        `tokenizer_config.json` are made where there were none.
+        `tokenizer_config.json` are made where there were none. Of those that are gone since, the
+        vocabulary is written anew, and a warning names them.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, path in self._files.items():
+        files = {name: path for name, path in self._files.items() if path.is_file()}
+        gone = self._files.keys() - files.keys()
+        for name, path in files.items():
             target = folder / name
             if not (target.exists() and target.samefile(path)):
                 copyfile(path, target)
-        if "tokenizer.json" not in self._files:
+        if "tokenizer.json" not in files:
             (folder / "tokenizer.json").write_text(self._make_json(), "utf-8")
-        if "tokenizer_config.json" not in self._files:
+        if gone:
+            logger.warning(
+                "%s: %s cannot be copied, for they are gone since the tokenizer was loaded; the "
+                "vocabulary is written from memory", folder, ", ".join(sorted(gone)),
+            )  # fmt: skip
+        if "tokenizer_config.json" not in files:
             settings = fast.to_settings(self._vocabulary)
             (folder / "tokenizer_config.json").write_text(settings, "utf-8")
 

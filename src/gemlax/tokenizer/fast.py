@@ -7,7 +7,7 @@ vocabulary: no different ids in 16,000 random texts).
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +21,7 @@ __all__ = ["implied_merges", "make_encoder", "read_json", "scored_json", "to_jso
 NO_MERGES = re.compile(r'"merges"\s*:\s*\[\s*\]')
 
 
-def read_json(path: Path, beside: Beside) -> tuple[Vocabulary, Callable[[str], list[int]]]:
+def read_json(path: Path, beside: Beside) -> tuple[Vocabulary, "Encoder"]:
     """Read a `tokenizer.json`; return its vocabulary and the function from text to ids.
 
     Args:
@@ -83,7 +83,7 @@ def list_pieces(
     return pieces, kinds
 
 
-def make_encoder(vocabulary: Vocabulary, tokenizer: Any) -> Callable[[str], list[int]]:
+def make_encoder(vocabulary: Vocabulary, tokenizer: Any) -> "Encoder":
     """Return the function from text to ids that parses no marker. Safe to call from threads."""
     # Markers that the file does not call special would match in text (measured: it is the content
     # that counts, an added token of the same text keeps its id).
@@ -108,7 +108,7 @@ class Encoder:
         return Encoder, (self.tokenizer,)
 
 
-def from_json(vocabulary: Vocabulary, text: str) -> Callable[[str], list[int]]:
+def from_json(vocabulary: Vocabulary, text: str) -> "Encoder":
     """Return the function from text to ids of a `tokenizer.json` that `to_json` wrote."""
     tokenizers = import_tokenizers()
     try:

@@ -64,8 +64,11 @@ def read_tokenizer(files: Mapping[str, Path]) -> Tokenizer:
     if "tokenizer.json" in files:
         path = files["tokenizer.json"]
         vocabulary, encoder = fast.read_json(path, beside)
-        return Tokenizer(vocabulary, encoder, path.read_text, files)
-    return read_model(files["tokenizer.model"], beside, files)
+        tokenizer = Tokenizer(vocabulary, encoder, encoder.tokenizer.to_str, files)
+    else:
+        tokenizer = read_model(files["tokenizer.model"], beside, files)
+    tokenizer.named_pieces = beside.named_pieces
+    return tokenizer
 
 
 def read_model(path: Path, beside: Beside, files: Mapping[str, Path]) -> Tokenizer:

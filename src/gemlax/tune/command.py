@@ -10,18 +10,17 @@ from gemlax.adapters import Rule, Rules
 from gemlax.checkpoints.base import read_json
 from gemlax.errors import RequestError
 from gemlax.model import Model
-from gemlax.tune.lines import check_file
-from gemlax.tune.run import Progress, Settings, train
+from gemlax.tune.run import MERGE_FIRST, Progress, Settings, check_run, train
 
 __all__ = ["check", "run", "settings_of"]
 
 
 def check(args: argparse.Namespace) -> None:
     """Say what is wrong with arguments and files before a model is loaded."""
-    settings_of(args)
-    for path in (args.data, args.eval_data):
-        if path is not None:
-            check_file(path)
+    settings = settings_of(args)
+    if args.adapter:
+        raise RequestError(MERGE_FIRST)
+    check_run(args.data, args.eval_data, args.output, settings, resume=args.resume)
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

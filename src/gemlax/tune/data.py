@@ -151,7 +151,10 @@ def read_pairs(
     """Read a file of preferences; arguments and errors as for `read_examples`."""
 
     def encode(line: Mapping[str, Any], aside: set[str]) -> Pair:
-        return Pair(*(_fit(one, max_length, truncate) for one in encoder.pair(line, aside)))
+        pair = Pair(*(_fit(one, max_length, truncate) for one in encoder.pair(line, aside)))
+        if pair.chosen == pair.rejected:
+            raise RequestError('"chosen" and "rejected" have the same tokens: nothing is better')
+        return pair
 
     return list(_encoded(path, encode))
 

@@ -3,10 +3,11 @@
 Columns that no form reads are named, so that the reader of a file can say which; those that would
 change what is learnt are refused. Nothing here knows a tokenizer.
 Sources: TRL's dataset formats, OpenAI's fine-tuning guide, LLaMA-Factory's data/README and
-axolotl's dataset formats.
+axolotl's dataset formats; for Gemini's, Vertex AI's guide to supervised tuning.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -124,7 +125,7 @@ def example_of(line: Mapping[str, Any], *, chats: bool = True) -> tuple[Form, se
     Raises:
         RequestError: columns of no form, or values of other types.
     """
-    own = _Line(line)
+    own = _Line(_from_gemini(line))
     key = next((key for key in LISTS if own.has(key)), None)
     if key is not None:
         form: Form = _conversation(own, _listed(key, own.take(key)))
@@ -150,6 +151,8 @@ def pair_of(line: Mapping[str, Any], *, chats: bool = True) -> tuple[Form, Form,
         raise RequestError(f"{EXPECTED_PAIR}; got {_quoted(own.columns)}")
     both = [own.take("chosen"), own.take("rejected")]
     both = [[one] if isinstance(one, Mapping) else one for one in both]
+    if both[0] == both[1]:
+        raise RequestError('"chosen" and "rejected" are the same: nothing is better')
     if all(isinstance(one, str) for one in both):
         forms = _text_pair(own, both, chats)
     elif all(isinstance(one, list) for one in both):
@@ -347,6 +350,75 @@ def _json(text: str, what: str) -> Any:
         raise RequestError(f"{what} is not JSON: {error}") from error
 
 
+# --- Gemini's form -----------------------------------------------------------------------------
+
+
+def _from_gemini(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return Gemini's contents of parts as messages, with the columns that others give them."""
+    if not isinstance(line.get("contents"), list) or any(key in line for key in LISTS):
+        return line
+    rest = {_snake(key): value for key, value in line.items() if key != "contents"}
+    messages: list[Any] = []
+    if (system := rest.pop("system_instruction", None)) is not None:
+        given = system if isinstance(system, Mapping) else {"parts": system}
+        messages += _from_content({**given, "role": "system"}, "systemInstruction")
+    for i, content in enumerate(line["contents"]):
+        messages += _from_content(content, f"contents[{i}]")
+    if isinstance(tools := rest.get("tools"), list):
+        declared = [_declarations(tool) for tool in tools]
+        rest["tools"] = [one for each in declared for one in each]
+    return {**rest, "messages": messages}
+
+
+def _from_content(content: Any, where: str) -> list[dict[str, Any]]:
+    """Return what one content says as messages: functions' answers are messages of their own."""
+    parts = content.get("parts") if isinstance(content, Mapping) else None
+    parts = [{"text": parts}] if isinstance(parts, str) else parts
+    parts = [parts] if isinstance(parts, Mapping) else parts
+    if not isinstance(parts, list):
+        raise RequestError(f'{where} must be an object with "parts", got {quote(content)}')
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls, answers = [], []
+    for part in parts:
+        given = part if isinstance(part, Mapping) else {"text": part}
+        kinds = {_snake(key): value for key, value in given.items() if value is not None}
+        thought = kinds.pop("thought", False)
+        kinds.pop("thought_signature", None)  # an opaque token of Google's service
+        (kind, value), *more = kinds.items() or [("", None)]
+        if kind == "text" and isinstance(value, str) and not more:
+            (thoughts if thought else texts).append(value)
+        elif kind == "function_call" and isinstance(value, Mapping) and not more:
+            called = {"name": value.get("name"), "arguments": value.get("args") or {}}
+            calls.append({"type": "function", "function": called})
+        elif kind == "function_response" and isinstance(value, Mapping) and not more:
+            answer = {"role": "tool", "name": value.get("name"), "content": value.get("response")}
+            answers.append(answer)
+        else:
+            raise RequestError(
+                f"{where}: a part must have text, functionCall or functionResponse, got "
+                f"{quote(part)}"
+            )
+    message = {"role": content.get("role", "user"), "content": "".join(texts)}
+    if thoughts:
+        message["reasoning"] = "".join(thoughts)
+    if calls:
+        message["tool_calls"] = calls
+    said = [message] if texts or thoughts or calls or not answers else []
+    return [*answers, *said]
+
+
+def _declarations(tool: Any) -> list[Any]:
+    found = {_snake(k): v for k, v in tool.items()} if isinstance(tool, Mapping) else {}
+    declared = found.get("function_declarations")
+    return [tool] if declared is None else _listed("functionDeclarations", declared)
+
+
+def _snake(name: str) -> str:
+    """Return a name in Python's style, which Gemini's libraries write; its service has Java's."""
+    return re.sub(r"(?<=[a-z])[A-Z]", lambda found: f"_{found[0].lower()}", name)
+
+
 # --- preferences -------------------------------------------------------------------------------
 
 
@@ -433,8 +505,6 @@ def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
 
     Source: TRL, data_utils.py, extract_prompt.
     """
-    if chosen == rejected:
-        raise RequestError('"chosen" and "rejected" are the same: nothing is better')
     pairs = enumerate(zip(chosen, rejected, strict=False))
     shorter = min(len(chosen), len(rejected))
     return next((i for i, (a, b) in pairs if a != b), max(shorter - 1, 0))

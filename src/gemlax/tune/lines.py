@@ -4,6 +4,7 @@ What is no such file is told by what it is and what to do; nothing here knows wh
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,28 @@ __all__ = ["check_file", "quote", "read_lines"]
 
 _BOM = b"\xef\xbb\xbf"
 _SHOWN = 80  # characters of a value that an error quotes
-_PANDAS = "python -c \"import pandas; pandas.{reader}('{name}').to_json('{stem}.jsonl', {how})\""
+_PANDAS = "python -c \"import pandas; pandas.{reader}.to_json('{stem}.jsonl', {how})\""
 _JSONL = "orient='records', lines=True"
 # What files of other kinds begin with, what they are, and what makes JSONL of them.
 _KINDS = (
     (b"\x1f\x8b", "compressed by gzip", "gunzip -k {name}"),
     (b"PK\x03\x04", "a zip archive", "unzip {name}"),
     (b"(\xb5/\xfd", "compressed by zstd", "zstd -d {name}"),
-    (b"PAR1", "a Parquet file", _PANDAS.replace("{reader}", "read_parquet")),
-    (b"ARROW1", "an Arrow file", _PANDAS.replace("{reader}", "read_feather")),
+    (b"PAR1", "a Parquet file", _PANDAS.replace("{reader}", "read_parquet('{name}')")),
+    (b"ARROW1", "an Arrow file", _PANDAS.replace("{reader}", "read_feather('{name}')")),
     (b"\xff\xfe", "UTF-16", "iconv -f UTF-16 -t UTF-8 {name} > {stem}.utf8.jsonl"),
     (b"\xfe\xff", "UTF-16", "iconv -f UTF-16 -t UTF-8 {name} > {stem}.utf8.jsonl"),
     (b"version https:", "a Git LFS pointer, not the file itself", "git lfs pull"),
     (b"<!DOCTYPE", "a web page, not a download", None),
     (b"<html", "a web page, not a download", None),
 )  # fmt: skip
-_TABLES = {".csv": "read_csv", ".tsv": "read_table", ".xlsx": "read_excel"}
+_TABLES = {
+    ",": "read_csv('{name}')", "\t": "read_table('{name}')", ";": "read_csv('{name}', sep=';')",
+}  # fmt: skip
+_SUFFIXES = {".csv": _TABLES[","], ".tsv": _TABLES["\t"], ".xlsx": "read_excel('{name}')"}
+# The first line of a table: names of columns, the first perhaps without, as pandas writes an index.
+_CELL = r'"?[A-Za-z_][\w.-]*"?'
+_NAMES = re.compile(rf"(?:{_CELL})?([,;\t]){_CELL}(?:\1{_CELL})*".encode())
 _EXPECTED = "expected one JSON object per line (JSONL)"
 
 
@@ -48,8 +55,9 @@ def check_file(path: Path) -> None:
         raise Error(f"there is no file {path}") from None
     except OSError as error:
         raise Error(f"cannot read {path}: {error.strerror}") from error
-    if path.suffix.lower() in _TABLES and not head.startswith(b"{"):
-        reader = _TABLES[path.suffix.lower()]
+    named = _NAMES.fullmatch(head.partition(b"\n")[0].rstrip())
+    reader = _TABLES[named[1].decode()] if named else _SUFFIXES.get(path.suffix.lower())
+    if reader is not None and not head.startswith(b"{"):
         raise _other(path, "a table", _PANDAS.replace("{reader}", reader))
     for magic, kind, command in _KINDS:
         if head.startswith(magic):

@@ -1,10 +1,13 @@
 """A run of training from a file of examples to a folder, and on from where it was stopped."""
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +21,7 @@ from gemlax.checkpoints.save import check_replaceable
 from gemlax.errors import Error, RequestError, UnsupportedError
 from gemlax.model import Model, save
 from gemlax.tune.data import Encoder, digest, read_examples, read_pairs
+from gemlax.tune.lines import check_file
 from gemlax.tune.packing import Batches, Rows
 from gemlax.tune.report import (
     Log,
@@ -30,7 +34,7 @@ from gemlax.tune.report import (
 from gemlax.tune.state import Checkpoints
 from gemlax.tune.train import Measured, Recipe, Trainer
 
-__all__ = ["Result", "Settings", "train"]
+__all__ = ["Result", "Settings", "check_run", "train"]
 
 _log = logging.getLogger(__name__)
 RUN, LOG, PLOT, CHECKPOINTS = "run.json", "log.jsonl", "loss.png", "checkpoints"
@@ -39,6 +43,10 @@ RESULTS = {"adapter": "adapter", "full": "model"}
 # and preferences, whose slopes are small at the start, a quarter.
 RATES = {"adapter": 2e-4, "full": 2e-5, "preferences": 5e-5}
 WARMUP = 0.05  # of all steps
+MERGE_FIRST = (
+    "the model has adapters beside its weights: gemlax convert MODEL FOLDER --adapter DIR merges "
+    "one, and the result can be tuned"
+)
 ROUND = 16  # widths are multiples of it
 
 
@@ -157,6 +165,84 @@ def train(
     return _Run(model, Path(data), Path(output), settings, eval_data, resume, progress).go()
 
 
+def check_run(
+    data: Path, eval_data: Path | None, output: Path, settings: Settings, *, resume: bool
+) -> None:
+    """Check what needs no model: the kind of the files, and that a run can be in the folder.
+
+    Raises:
+        Error: the folder holds another run or cannot be written, a file is no data, or a package
+            is missing.
+    """
+    for path in (data, eval_data):
+        if path is not None:
+            check_file(path)
+    Checkpoints(output / CHECKPOINTS)  # says if its package is missing
+    result = output / RESULTS["full" if settings.full else "adapter"]
+    if resume:
+        _check_same(output, _known(data, settings))
+        marker = "config.json" if settings.full else "adapter_config.json"
+        check_replaceable(result, marker, overwrite=True)
+    elif (output / RUN).exists():
+        raise Error(f"{output} holds a run already: go on with it by --resume, or give another "
+                    "folder")  # fmt: skip
+    else:
+        for path in (result, output / LOG, output / CHECKPOINTS):
+            if path.exists():
+                raise Error(f"{path} is there already, of no run that is known: give another "
+                            "folder, or move it away")  # fmt: skip
+    above = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = "be written to" if above.is_dir() else "be a folder: it is a file"
+        raise Error(f"{output} cannot be made: {above} cannot {what}")
+
+
+def _known(data: Path, settings: Settings) -> dict[str, Any]:
+    """Return what must be the same when a run goes on, as far as no model is needed for it."""
+    known = settings.as_dict()
+    del known["save_every"]
+    if settings.steps is None:  # the data will say
+        del known["steps"]
+    return known | {"rules": repr(known["rules"]), "data": digest(data)}
+
+
+def _check_same(output: Path, record: dict[str, Any]) -> None:
+    held = read_settings(output / RUN)
+    for key in sorted(record):
+        if held.get(key) != record[key]:
+            raise Error(
+                f"{output} holds another run: {key} is {held.get(key)!r} there and "
+                f"{record[key]!r} now"
+            )
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Note a Ctrl-C in the list that is given, for when the step is done; a second one raises.
+
+    In the middle of a step its arrays belong to neither the step before nor the one after.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+        _log.warning("stopping after this step; once more stops at once and keeps less")
+
+    before = signal.getsignal(signal.SIGINT)
+    # Whoever handles it otherwise goes on to, and other threads than the first cannot.
+    ours = before is signal.default_int_handler
+    ours = ours and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+
+
 class _Run:
     def __init__(
         self,
@@ -170,17 +256,21 @@ class _Run:
     ):
         self.model, self.output, self.settings = model, output, settings
         self.progress = progress
+        held_out = None if eval_data is None else Path(eval_data)
+        check_run(data, held_out, output, settings, resume=resume)
         chat = None
         if model.tokenizer is not None:
             found = model.chat_format
             chat = None if found.family is None else found
         self.encoder = Encoder(model.tokenizer, chat, parse_special=settings.parse_special)
         self.batches = self._batches(data)
-        self.held_out = None if eval_data is None else self._batches(Path(eval_data))
+        self.held_out = None if held_out is None else self._batches(held_out)
         self.steps = settings.steps or settings.epochs * self.batches.per_epoch
-        self.record = self._record(data)
+        config = hashlib.sha256(repr(model.config).encode()).hexdigest()
+        self.record = _known(data, settings) | {"steps": self.steps, "config": config}
+        if resume:
+            _check_same(output, self.record)
         self.checkpoints = Checkpoints(output / CHECKPOINTS)
-        self._check_output(resume)
         self.decoder = self._decoder()
         recipe = Recipe(
             steps=self.steps, learning_rate=settings.rate,
@@ -191,6 +281,7 @@ class _Run:
         ways: dict[str, Any] = {"mesh": model.mesh, "implementation": model.implementation}
         self.trainer = Trainer(self.decoder, recipe, **ways)
         self.first = max(self.checkpoints.steps(), default=0) if resume else 0
+        self.done: int | None = self.first  # steps; None in the middle of one
         self._open(resume)
 
     def _batches(self, path: Path) -> Batches:
@@ -210,48 +301,10 @@ class _Run:
         width = min(s.max_length, -(-room // ROUND) * ROUND)
         return Batches(examples, width, s.batch_size, seed=s.seed, packed=s.pack)
 
-    def _record(self, data: Path) -> dict[str, Any]:
-        """Return what must be the same when a run goes on; not how often it is saved."""
-        own = self.settings.as_dict()
-        del own["save_every"]
-        own["rules"] = repr(own["rules"])
-        config = repr(self.model.config)
-        return own | {
-            "steps": self.steps,
-            "data": digest(data),
-            "config": hashlib.sha256(config.encode()).hexdigest(),
-        }
-
     @property
     def result(self) -> Path:
         """The folder of what is trained."""
         return self.output / RESULTS["full" if self.settings.full else "adapter"]
-
-    def _check_output(self, resume: bool) -> None:
-        """Check that the folder holds this run, or none and can be written; write nothing."""
-        if resume:
-            held = read_settings(self.output / RUN)
-            for key in sorted(held.keys() | self.record.keys()):
-                if held.get(key) != self.record.get(key):
-                    raise Error(
-                        f"{self.output} holds another run: {key} is {held.get(key)!r} there and "
-                        f"{self.record.get(key)!r} now"
-                    )
-        elif (self.output / RUN).exists():
-            raise Error(f"{self.output} holds a run already: go on with it by --resume, or "
-                        "give another folder")  # fmt: skip
-        else:
-            for path in (self.result, self.output / LOG, self.output / CHECKPOINTS):
-                if path.exists():
-                    raise Error(f"{path} is there already, of no run that is known: give another "
-                                "folder, or move it away")  # fmt: skip
-        if resume:
-            marker = "config.json" if self.settings.full else "adapter_config.json"
-            check_replaceable(self.result, marker, overwrite=True)
-        above = next(p for p in (self.output, *self.output.absolute().parents) if p.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            what = "be written to" if above.is_dir() else "be a folder: it is a file"
-            raise Error(f"{self.output} cannot be made: {above} cannot {what}")
 
     def _open(self, resume: bool) -> None:
         """Make the folder, once all that a run needs was found; say what it will lack."""
@@ -269,10 +322,7 @@ class _Run:
         """Return a decoder of its own that shares the model's arrays, with an adapter on it."""
         s = self.settings
         if self.model.adapters:
-            raise RequestError(
-                "the model has adapters beside its weights: gemlax convert MODEL FOLDER --adapter "
-                "DIR merges one, and the result can be tuned"
-            )
+            raise RequestError(MERGE_FIRST)
         decoder = nnx.merge(*nnx.split(self.model.decoder))
         if s.full and decoder.adapter is not None:
             raise RequestError("the model has an adapter: merge it, or train it without full")
@@ -296,8 +346,15 @@ class _Run:
         log = Log(self.output / LOG, first)
         if not any(line["step"] == first and "eval_loss" in line for line in log.lines()):
             self._evaluate(log, first)
-        for step in range(first, self.steps):
-            self._step(log, step)
+        with _interrupts() as noted:
+            for step in range(first, self.steps):
+                try:
+                    self._step(log, step)
+                    if noted and step + 1 < self.steps:
+                        raise KeyboardInterrupt
+                except KeyboardInterrupt:
+                    self._keep()
+                    raise
         # What the run is for comes first: nothing that is only told may cost it.
         model = self._save()
         if first < self.steps:
@@ -321,10 +378,12 @@ class _Run:
     def _step(self, log: Log, step: int) -> None:
         rows = self.batches[step]
         begin = time.perf_counter()
+        self.done = None
         found = self.trainer.step(step, rows)
         seconds = time.perf_counter() - begin
         if not (math.isfinite(found.loss) and math.isfinite(found.norm)):
             raise Error(self._broken(step + 1, found))
+        self.done = step + 1
         tokens = int((rows.positions >= 0).sum())
         line = {
             "step": step + 1,
@@ -345,6 +404,14 @@ class _Run:
             self.checkpoints.save(done, self.trainer.values, self.trainer.optimizer_state)
             if done < self.steps:
                 self._evaluate(log, done)
+
+    def _keep(self) -> None:
+        """Write a checkpoint of a run that is interrupted, and say how it goes on."""
+        if self.done is not None:
+            self.checkpoints.save(self.done, self.trainer.values, self.trainer.optimizer_state)
+        last = max(self.checkpoints.steps(), default=0)
+        how = "run the same command with --resume to go on" if last else "nothing is kept"
+        _log.warning("%s: stopped; step %d of %d is kept: %s", self.output, last, self.steps, how)
 
     def _broken(self, step: int, found: Measured) -> str:
         last = max(self.checkpoints.steps(), default=0)
@@ -377,8 +444,13 @@ class _Run:
             given.config, decoder, given.tokenizer, given.generation_config, given.chat_template,
             mesh=given.mesh, kv_cache=given.kv_cache, implementation=given.implementation,
         )  # fmt: skip
-        if self.settings.full:
-            save(model, self.result, overwrite=True)
-        else:
+        if not self.settings.full:
             adapters.save(decoder, self.result, overwrite=True)
+            return model
+        try:
+            save(model, self.result, overwrite=True)
+        except FileNotFoundError as error:  # the tokenizer's files are copied from the base
+            _log.warning("%s; it is saved without tokenizer: copy the base's into it", error)
+            bare = Model(model.config, decoder, None, model.generation_config, model.chat_template)
+            save(bare, self.result, overwrite=True)
         return model

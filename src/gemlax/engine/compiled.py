@@ -1,0 +1,244 @@
+"""Compiles the device programs of one decoder, once per bucket, and counts what is run."""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from gemlax import ops, sharding
+from gemlax.cache import Caches, new_caches, resume
+from gemlax.decoder import Decoder
+from gemlax.engine import programs
+from gemlax.engine.state import Joining, State, join, new_rows
+from gemlax.ops.storage import Storage
+
+__all__ = ["Counters", "Programs", "bucket"]
+
+
+def bucket(size: int, smallest: int = 1) -> int:
+    """Return the power of two, at least `smallest`, that holds `size`."""
+    return max(smallest, 1 << max(size - 1, 0).bit_length())
+
+
+@dataclass
+class Counters:
+    """What was done, for tests and reports: counts, and seconds by the wall clock."""
+
+    prefill_tokens: int = 0
+    prefill_calls: int = 0
+    decode_calls: int = 0
+    decode_tokens: int = 0
+    programs: int = 0
+    compile_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    keys: list[tuple] = field(default_factory=list)
+
+
+class Programs:
+    """The programs of one decoder, whose weights must not change. Engines share them.
+
+    Attributes:
+        num_tokens: ids from here on are never sampled (rows of the table without a token).
+        adapters: names of those in the decoder's tables, in order.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        num_tokens: int,
+        dtype: jnp.dtype,
+        mesh: Mesh | None = None,
+        storage: Storage = None,
+        implementation: ops.Implementation | None = None,
+        adapters: Sequence[str] = (),
+    ):
+        """Split the decoder; nothing is compiled yet.
+
+        On a `mesh`, that of the weights, caches are cut by rows and heads, all else is replicated.
+        `storage` is that of the caches (`new_caches`), `implementation` that of stored weights and
+        attention (`ops.implementation`).
+        """
+        self.config, self.dtype, self.mesh = decoder.config, dtype, mesh
+        self.storage: Storage = storage
+        self.adapters = tuple(adapters)
+        self.num_tokens = num_tokens
+        self.counters = Counters()
+        self._graphdef, self._weights = nnx.split(decoder)
+        if mesh is not None and implementation is None:
+            implementation = "xla"  # a kernel would gather what the mesh cuts
+        self._bind = functools.partial(ops.cpu.bind, implementation)
+        self._compiled: dict[tuple, Any] = {}
+
+    def put(self, tree: Any) -> Any:
+        """Bring arrays of the host, which every process has alike, to all devices."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        return sharding.put(tree, sharding.replicated(self.mesh))
+
+    def num_slots(self, requests: int) -> int:
+        """Return how many slots the bucket of so many requests has: what cuts them divides it."""
+        cuts = sharding.parts(self.mesh, "batch")
+        return -(-bucket(requests) // cuts) * cuts
+
+    def new_state(self, num_slots: int, capacity: int, settings: Any) -> State:
+        """Allocate a state in which every slot is free; `settings` is any request's row."""
+        caches = self._make_caches(
+            lambda: new_caches(self.config, num_slots, capacity, self.dtype, storage=self.storage)
+        )
+        rows = new_rows(num_slots, capacity, self.num_tokens, settings)
+        adapters = np.zeros(num_slots, np.int32) if self.adapters else None
+        return State(caches, **self.put(rows), adapters=self.put(adapters))
+
+    def grow(self, state: State, capacity: int, places: tuple[int, ...]) -> State:
+        """Return a state for `capacity` tokens and more places of settings; `state` is used up."""
+        kept = self.put(np.full(len(state.lengths), capacity, np.int32))
+        caches = self._make_caches(
+            lambda old, kept: resume(self.config, old, kept, capacity), state.caches, kept
+        )
+        more = capacity - state.tokens.shape[1]
+        tokens = np.pad(
+            np.asarray(state.tokens), ((0, 0), (0, more)), constant_values=self.num_tokens
+        )
+        settings = state.settings.widened(places, self.num_tokens)
+        return state._replace(caches=caches, tokens=self.put(tokens), settings=self.put(settings))
+
+    def _make_caches(self, make: Any, *args: Any) -> Caches:
+        """Run what makes caches; on a mesh each device makes its own part."""
+        if self.mesh is None:
+            return make(*args)
+        placed = {}
+        for kind, cache in jax.eval_shape(make, *args).items():
+            batch = len(cache.positions)
+            held = programs.cache_sharding(self.mesh, self.config, kind, batch)
+            rows = sharding.rows_sharding(self.mesh, batch)
+            placed[kind] = cache._replace(k=held, v=held, positions=rows)
+        return jax.jit(make, out_shardings=placed)(*args)
+
+    def join(self, state: State, new: Joining) -> State:
+        """Write a request into its slot."""
+        args = (state, self.put(new))
+        return self._program("join", (), lambda: join, args, donated=0)(*args)
+
+    def prefill(
+        self, state: State, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray | None
+    ) -> State:
+        """Write tokens [b, T] of some slots into the caches."""
+        parts = (self._by_rows(tokens), self._by_rows(positions), self.put(rows))
+        args = (self._weights, state, *parts)
+
+        def make() -> Any:
+            return functools.partial(programs.prefill, self._graphdef, self.mesh)
+
+        run = self._program("prefill", tokens.shape, make, args, donated=1)
+        begin = time.perf_counter()
+        state = run(*args)
+        jax.block_until_ready(state.caches)
+        self.counters.prefill_s += time.perf_counter() - begin
+        self.counters.prefill_calls += 1
+        self.counters.prefill_tokens += int((positions != ops.EMPTY).sum())
+        return state
+
+    def decode(
+        self,
+        state: State,
+        rows: np.ndarray | None,
+        running: np.ndarray,
+        *,
+        steps: int,
+        eager: bool,
+        logprobs: bool,
+    ) -> tuple[State, programs.Output]:
+        """Run up to `steps` decode steps of some slots; see `programs.decode`."""
+
+        def make() -> Any:
+            fixed = (self._graphdef, self.num_tokens, self.mesh, logprobs)
+            return functools.partial(programs.decode, *fixed)
+
+        rest = self.put((rows, running, np.int32(steps), np.bool_(eager)))
+        return self._decode("decode", (len(running), logprobs), make, state, rest)
+
+    def verify(
+        self,
+        state: State,
+        rows: np.ndarray | None,
+        running: np.ndarray,
+        drafts: np.ndarray,
+        counts: np.ndarray,
+        *,
+        logprobs: bool,
+    ) -> tuple[State, programs.Output]:
+        """Run one step of some slots with drafts; see `programs.verify`."""
+
+        def make() -> Any:
+            fixed = (self._graphdef, self.num_tokens, self.mesh, logprobs)
+            return functools.partial(programs.verify, *fixed)
+
+        rest = self.put((rows, running, drafts, counts))
+        return self._decode("verify", (*drafts.shape, logprobs), make, state, rest)
+
+    def _decode(
+        self, name: str, shape: tuple, make: Callable[[], Any], state: State, rest: tuple
+    ) -> tuple[State, programs.Output]:
+        args = (self._weights, state, *rest)
+        run = self._program(name, shape, make, args, donated=1)
+        begin = time.perf_counter()
+        state, output = run(*args)
+        output = jax.tree.map(np.asarray, output)
+        self.counters.decode_s += time.perf_counter() - begin
+        self.counters.decode_calls += 1
+        self.counters.decode_tokens += int(output.counts.sum())
+        return state, output
+
+    def smallest(self, name: str, state: State, rows: int, rest: tuple, slack: int) -> int:
+        """Return the bucket of so many rows.
+
+        It is the smallest one that is compiled and at most `slack` times as large as needed, else
+        the next power of two. `rest` is what else tells programs of this name apart.
+        """
+        needed = min(bucket(rows), len(state.lengths))
+        sizes = [
+            key[2]
+            for key in self._compiled
+            if key[:2] == (name, _shape_of(state)) and key[3:] == rest
+        ]
+        return min((size for size in sizes if rows <= size <= slack * needed), default=needed)
+
+    def _by_rows(self, array: np.ndarray) -> Any:
+        if self.mesh is None:
+            return self.put(array)
+        return sharding.put(array, sharding.rows_sharding(self.mesh, len(array)))
+
+    def _program(
+        self, name: str, shape: tuple, make: Callable[[], Any], args: tuple, *, donated: int
+    ) -> Any:
+        """Return the compiled program of a bucket; compile it at first use."""
+        ops.check_compiles("generating")
+        key = (name, _shape_of(args[donated]), *shape)
+        if key not in self._compiled:
+            begin = time.perf_counter()
+            options: dict[str, Any] = {}
+            if self.mesh is not None:  # the state stays where it lies, the output is everywhere
+                placed = jax.tree.map(lambda x: x.sharding, args[donated])
+                everywhere = sharding.replicated(self.mesh)
+                alone = name in ("join", "prefill")
+                options["out_shardings"] = placed if alone else (placed, everywhere)
+            jitted = jax.jit(self._bind(make()), donate_argnums=donated, **options)
+            self._compiled[key] = jitted.lower(*args).compile()
+            self.counters.compile_s += time.perf_counter() - begin
+            self.counters.programs += 1
+            self.counters.keys.append(key)
+        return self._compiled[key]
+
+
+def _shape_of(state: State) -> tuple[int, ...]:
+    """Return what of a state's shape differs between programs: slots, capacity, places."""
+    return (*state.tokens.shape, *state.settings.places())

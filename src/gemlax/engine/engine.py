@@ -1,0 +1,258 @@
+"""The engine: requests come, share one batch of slots, and leave, one step at a time."""
+
+import numpy as np
+
+from gemlax import ops
+from gemlax.cache import round_capacity
+from gemlax.config import CHUNK
+from gemlax.engine import drafts as lookup
+from gemlax.engine.allocator import Ring, SlotAllocator
+from gemlax.engine.compiled import Programs, bucket
+from gemlax.engine.programs import MAX_STEPS, Output
+from gemlax.engine.request import STOP_PLACES, Event, FinishReason, Request
+from gemlax.engine.scheduler import Chunk, Row, Scheduler
+from gemlax.engine.state import State, joining
+from gemlax.errors import RequestError
+
+__all__ = ["Engine"]
+
+# Steps that must be left for a program of fewer rows to be compiled: a second or two.
+WORTH_COMPILING = 64
+
+
+class Engine:
+    """Runs requests in a batch of slots that they join and leave.
+
+    It is driven by one thread: `submit` and `cancel` between steps. The device state is made at
+    the first step and grows with the longest request.
+    """
+
+    def __init__(
+        self, programs: Programs, slots: int, capacity: int, *, interleaved: int | None = None
+    ):
+        """Allocate nothing yet.
+
+        Args:
+            programs: of the decoder.
+            slots: how many requests run at once (rounded up to a bucket).
+            capacity: how many tokens a slot has room for at first (rounded up to a bucket).
+            interleaved: see `Scheduler`.
+        """
+        self._programs = programs
+        self._num_slots = programs.num_slots(slots)
+        self._capacity = round_capacity(capacity)
+        self._places: tuple[int, ...] = ()
+        self._next_id = 0
+        self._ended: list[Event] = []
+        self._interleaved = interleaved
+        self._reset()
+
+    @property
+    def num_running(self) -> int:
+        """How many requests have a slot."""
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """How many requests have no slot yet."""
+        return self._scheduler.num_waiting
+
+    @property
+    def num_free_slots(self) -> int:
+        """How many slots are free."""
+        return self._allocator.num_free
+
+    def submit(self, request: Request) -> int:
+        """Take a request; return its id. It gets a slot in one of the next steps.
+
+        Raises:
+            RequestError: an empty prompt, or too many stop ids.
+        """
+        if not request.prompt:
+            raise RequestError("the prompt has no token: give at least BOS")
+        if len(request.stop_ids) > STOP_PLACES:
+            raise RequestError(
+                f"at most {STOP_PLACES} stop ids are supported, got {len(request.stop_ids)}"
+            )
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        if request.max_length <= len(request.prompt):
+            self._ended.append(Event(request_id, [], finish_reason="length"))
+        else:
+            self._scheduler.submit(request_id, request)
+        return request_id
+
+    def cancel(self, request_id: int) -> bool:
+        """End a request wherever it is, and free its slot; False: it has ended before."""
+        row = self._scheduler.find(request_id)
+        if row is None:
+            return self._scheduler.withdraw(request_id)
+        self._scheduler.leave(row)
+        return True
+
+    def step(self, steps: int = 1) -> list[Event]:
+        """Admit who waits, prefill a chunk, decode up to `steps` tokens; return what came of it.
+
+        While requests wait, or rows draft, one call decodes until the first row ends.
+        """
+        events, self._ended = self._ended, []
+        try:
+            joined = self._scheduler.admit()
+            if joined:
+                self._make_room(joined)
+            for row in joined:
+                self._join(row)
+            chunks = self._scheduler.chunks()
+            if chunks:
+                self._prefill(chunks)
+            rows = self._scheduler.decoding()
+            if rows:
+                events += self._decode(rows, min(steps, MAX_STEPS))
+        except BaseException:
+            # A program that failed has used up the state: nothing of it can be used again.
+            self._reset()
+            raise
+        return events
+
+    def _reset(self) -> None:
+        """End every request and forget the device state."""
+        self._state: State | None = None
+        self._allocator = SlotAllocator(self._num_slots, self._rings())
+        self._scheduler = Scheduler(self._allocator, chunk=CHUNK, interleaved=self._interleaved)
+
+    def _rings(self) -> list[Ring]:
+        specs = {spec.kind: spec for spec in self._programs.config.layers if spec.owns_kv}
+        return [
+            Ring(spec.window, spec.cache_slots(self._capacity, CHUNK))
+            for spec in specs.values()
+            if spec.window is not None
+        ]
+
+    def _make_room(self, joining_rows: list[Row]) -> None:
+        """Make the state, or let it grow, so that it holds these requests."""
+        requests = [row.request for row in joining_rows]
+        capacity = max(self._capacity, *(round_capacity(r.max_length) for r in requests))
+        wanted = [self._places, *(r.settings.places() for r in requests)]
+        places = tuple(map(max, zip(*(sizes for sizes in wanted if sizes), strict=True)))
+        if self._state is None:
+            settings = requests[0].settings.widened(places, self._programs.num_tokens)
+            self._state = self._programs.new_state(self._num_slots, capacity, settings)
+        elif capacity > self._capacity or places != self._places:
+            self._state = self._programs.grow(self._state, capacity, places)
+        self._capacity, self._places = capacity, places
+        self._allocator.rings = tuple(self._rings())
+
+    def _join(self, row: Row) -> None:
+        assert self._state is not None
+        new = joining(row.request, row.slot, row.num_cached, self._state, self._programs.num_tokens)
+        self._state = self._programs.join(self._state, new)
+
+    def _prefill(self, chunks: list[Chunk]) -> None:
+        longest = max(chunk.stop - chunk.start for chunk in chunks)
+        width = bucket(longest, 16)
+        slots, order = self._call_rows("prefill", [chunk.row for chunk in chunks], (width,))
+        tokens = np.zeros((len(order), width), np.int32)
+        positions = np.full((len(order), width), ops.EMPTY, np.int32)
+        for index, chunk in zip(order[: len(chunks)], chunks, strict=True):
+            size = chunk.stop - chunk.start
+            tokens[index, :size] = chunk.row.tokens[chunk.start : chunk.stop]
+            positions[index, :size] = np.arange(chunk.start, chunk.stop)
+        assert self._state is not None
+        self._state = self._programs.prefill(self._state, tokens, positions, slots)
+        for chunk in chunks:
+            self._scheduler.filled(chunk)
+
+    def _call_rows(
+        self, name: str, rows: list[Row], rest: tuple, slack: int = 2
+    ) -> tuple[np.ndarray | None, list[int]]:
+        """Return the slots of a call, and where each row lies in it; a bucket is filled up.
+
+        On a mesh all slots run, in order. `slack`: see `Programs.smallest`.
+        """
+        if self._programs.mesh is not None:
+            used = [row.slot for row in rows]
+            return None, used + [slot for slot in range(self._num_slots) if slot not in used]
+        assert self._state is not None
+        size = self._programs.smallest(name, self._state, len(rows), rest, slack)
+        slots = np.zeros(size, np.int32)
+        slots[: len(rows)] = [row.slot for row in rows]
+        return slots, list(range(size))
+
+    def _decode(self, rows: list[Row], steps: int) -> list[Event]:
+        logprobs = any(row.request.logprobs for row in rows)
+        proposals = self._propose(rows)
+        tried = lookup.is_worthwhile([len(one) for one in proposals], self._num_drafts(rows))
+        assert self._state is not None
+        if tried:
+            output, order = self._verify(rows, proposals, logprobs)
+        else:
+            remaining = max(row.request.max_length - len(row.tokens) for row in rows)
+            slack = 2 if remaining >= WORTH_COMPILING else self._num_slots
+            slots, order = self._call_rows("decode", rows, (logprobs,), slack)
+            running = np.zeros(len(order), bool)
+            running[order[: len(rows)]] = True
+            drafting = any(row.proposer is not None for row in rows)
+            self._state, output = self._programs.decode(
+                self._state, slots, running, steps=1 if drafting else steps,
+                eager=self._scheduler.num_waiting > 0, logprobs=logprobs,
+            )  # fmt: skip
+        extra = lookup.extra_steps(len(rows), self._num_drafts(rows)) if tried else None
+        return [
+            self._take(row, output, index, len(proposal), extra if proposal else None)
+            for row, index, proposal in zip(rows, order, proposals, strict=False)
+        ]
+
+    def _num_drafts(self, rows: list[Row]) -> int:
+        return max(row.request.num_drafts for row in rows)
+
+    def _propose(self, rows: list[Row]) -> list[list[int]]:
+        proposals: list[list[int]] = []
+        for row in rows:
+            room = row.request.max_length - len(row.tokens) - 1
+            most = min(row.request.num_drafts, room)
+            proposals.append(row.proposer.propose(most) if row.proposer is not None else [])
+        return proposals
+
+    def _verify(
+        self, rows: list[Row], proposals: list[list[int]], logprobs: bool
+    ) -> tuple[Output, list[int]]:
+        width = self._num_drafts(rows)
+        slots, order = self._call_rows("verify", rows, (width, logprobs))
+        running = np.zeros(len(order), bool)
+        drafts = np.zeros((len(order), width), np.int32)
+        counts = np.zeros(len(order), np.int32)
+        for index, proposal in zip(order, proposals, strict=False):
+            running[index] = True
+            drafts[index, : len(proposal)] = proposal
+            counts[index] = len(proposal)
+        assert self._state is not None
+        self._state, output = self._programs.verify(
+            self._state, slots, running, drafts, counts, logprobs=logprobs
+        )
+        return output, order
+
+    def _take(
+        self, row: Row, output: Output, index: int, num_drafts: int, extra: float | None
+    ) -> Event:
+        """Take in what a call added to one row; a row that has ended leaves its slot."""
+        count = int(output.counts[index])
+        tokens = output.tokens[index, :count].tolist()
+        # The last token and the drafts were written; the caches keep what came before the new last.
+        row.highest = max(row.highest, len(row.tokens) + max(num_drafts, count - 1))
+        row.tokens += tokens
+        row.num_filled = len(row.tokens) - 1
+        row.num_steps += 1
+        if row.proposer is not None:
+            row.proposer.extend(tokens)
+            row.proposer.account(count, extra)
+        logprobs = None
+        if row.request.logprobs and output.logprobs is not None:
+            own, ids, values = (part[index, :count] for part in output.logprobs)
+            logprobs = (own, ids, values)
+        reason: FinishReason | None = None
+        if tokens and tokens[-1] in row.request.stop_ids:
+            reason = "stop"
+        elif len(row.tokens) >= row.request.max_length:
+            reason = "length"
+        if reason is not None:
+            self._scheduler.leave(row)
+        return Event(row.request_id, tokens, logprobs, reason)

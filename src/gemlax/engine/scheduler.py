@@ -1,0 +1,161 @@
+"""Which requests run, and what the next step does. No jax, no clock: the same calls, the same plan.
+
+A request waits, is admitted to a slot, has its prompt prefilled in chunks, and decodes until it
+ends. All tokens of a prompt except the last are prefilled; the last one is the first decode step's.
+"""
+
+import dataclasses
+from collections import deque
+from typing import Any, NamedTuple
+
+from gemlax.engine.allocator import SlotAllocator
+from gemlax.engine.drafts import Proposer
+from gemlax.engine.request import Request
+
+__all__ = ["Chunk", "Row", "Scheduler"]
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+    """A request in a slot.
+
+    `tokens` are prompt and answer; the caches hold the first `num_filled` of them. `highest` is
+    one more than the highest position written.
+    """
+
+    request_id: int
+    request: Request
+    slot: int
+    num_cached: int
+    tokens: list[int]
+    num_filled: int
+    highest: int
+    proposer: Proposer | None = None
+    num_steps: int = 0
+
+    @property
+    def num_to_fill(self) -> int:
+        """How many tokens of the prompt are still to be prefilled."""
+        return len(self.request.prompt) - 1 - self.num_filled
+
+
+class Chunk(NamedTuple):
+    """Tokens [start, stop) of a row's prompt, to be prefilled in one call."""
+
+    row: Row
+    start: int
+    stop: int
+
+
+class Scheduler:
+    """Keeps each request in one place: waiting, or in a slot."""
+
+    def __init__(self, allocator: SlotAllocator, *, chunk: int, interleaved: int | None = None):
+        """Start with no requests.
+
+        Args:
+            allocator: of the slots.
+            chunk: the most tokens of a row that are prefilled in one call.
+            interleaved: the most tokens of one row that are prefilled in a step while others
+                decode, so that their tokens keep flowing; None: prompts first.
+        """
+        self._allocator, self._chunk, self._interleaved = allocator, chunk, interleaved
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._rows: dict[int, Row] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        """How many requests have no slot yet."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """How many requests have a slot."""
+        return len(self._rows)
+
+    def submit(self, request_id: int, request: Request) -> None:
+        """Let a request wait for a slot."""
+        self._waiting.append((request_id, request))
+
+    def admit(self) -> list[Row]:
+        """Give free slots to those who wait, first come first served; return the new rows."""
+        admitted = []
+        while self._waiting:
+            request_id, request = self._waiting[0]
+            reservation = self._allocator.reserve(request.prompt, request.adapter)
+            if reservation is None:
+                break
+            self._waiting.popleft()
+            slot, num_cached = reservation
+            row = Row(
+                request_id, request, slot, num_cached, list(request.prompt), num_cached, num_cached
+            )
+            if request.num_drafts:
+                row.proposer = Proposer(request.prompt)
+            self._rows[request_id] = row
+            admitted.append(row)
+        return admitted
+
+    def chunks(self) -> list[Chunk]:
+        """Return what to prefill next: the same number of tokens at most for each row.
+
+        Prompts first: a chunk of every row that has some left. Interleaved with decoding: of the
+        row that has least left.
+        """
+        filling = [row for row in self._rows.values() if row.num_to_fill > 0]
+        if not filling:
+            return []
+        size = self._chunk
+        if self._interleaved is not None and self.decoding():
+            filling = [min(filling, key=lambda row: row.num_to_fill)]
+            size = min(size, self._interleaved)
+        return [
+            Chunk(row, row.num_filled, row.num_filled + min(row.num_to_fill, size))
+            for row in filling
+        ]
+
+    def filled(self, chunk: Chunk) -> None:
+        """Note that a chunk is in the caches."""
+        chunk.row.num_filled = chunk.stop
+        chunk.row.highest = max(chunk.row.highest, chunk.stop)
+
+    def decoding(self) -> list[Row]:
+        """Return the rows that take the next decode step, by slot.
+
+        Prompts first: nobody decodes while a prompt is being prefilled.
+        """
+        rows = [row for row in self._rows.values() if row.num_to_fill <= 0]
+        if self._interleaved is None and len(rows) < len(self._rows):
+            return []
+        return sorted(rows, key=lambda row: row.slot)
+
+    def find(self, request_id: int) -> Row | None:
+        """Return the row of a request; None: it waits, or has ended."""
+        return self._rows.get(request_id)
+
+    def leave(self, row: Row) -> None:
+        """Free the slot of a row; what its caches hold can be used again."""
+        del self._rows[row.request_id]
+        self._allocator.free(
+            row.slot,
+            row.tokens[: row.num_filled],
+            row.request.adapter,
+            num_cached=row.num_cached,
+            highest=row.highest,
+        )
+
+    def withdraw(self, request_id: int) -> bool:
+        """Drop a request that waits; False: it does not wait."""
+        for entry in self._waiting:
+            if entry[0] == request_id:
+                self._waiting.remove(entry)
+                return True
+        return False
+
+    def rows(self) -> list[Row]:
+        """Return all rows."""
+        return list(self._rows.values())
+
+    def waiting_ids(self) -> list[Any]:
+        """Return the requests that have no slot yet."""
+        return [request_id for request_id, _ in self._waiting]
