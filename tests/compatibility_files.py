@@ -106,12 +106,40 @@ def given_as(folder: Path, name: str) -> Read:
     return reads(write_hf(folder, weights) / name, weights)
 
 
+def experts_apart(folder: Path, names: Callable[[str, int], str]) -> Read:
+    """Write gate, up and down of experts in tensors of their own, named by half and expert."""
+    weights = random_weights(EXPERTS)
+    tensors = dict(weights)
+    for name in [name for name in weights if ".experts." in name]:
+        base, array = name.partition("experts.")[0] + "experts.", tensors.pop(name)
+        halves = ("gate", "up") if "gate_up" in name else ("down",)
+        for half, part in zip(halves, np.split(array, len(halves), axis=1), strict=True):
+            for expert, own in enumerate(part):
+                tensors.setdefault(base + names(half, expert), []).append(own)
+    stored = {
+        name: np.stack(array)
+        if "switch" in name
+        else array[0]
+        if isinstance(array, list)
+        else array
+        for name, array in tensors.items()
+    }
+    return reads(write_hf(folder, stored, config=EXPERTS.to_hf()), weights, EXPERTS)
+
+
+def diverged(folder: Path) -> None:
+    weights = random_weights()
+    weights[TABLE][7, 7] = np.nan
+    reads(write_hf(folder, weights), weights)
+
+
 def lacking(folder: Path) -> None:
     weights = random_weights()
     weights.pop("layers.6.mlp.up_proj.weight")
     reads(write_hf(folder, weights), weights)
 
 
+EXPERTS = GEMMA4["26b-a4b"]
 SHARD_2 = "model-00002-of-00002.safetensors"
 FOLDERS = [
     folder_case("float32"),
@@ -148,6 +176,11 @@ FOLDERS = [
              oracle=SAFETENSORS)
         for name in ("model.safetensors", "config.json")
     ),
+    Case(FOLDER, "experts one by one", oracle=SAFETENSORS,
+         check=partial(experts_apart, names="{1}.{0}_proj.weight".format)),
+    Case(FOLDER, "experts stacked, gate and up apart (mlx-lm)", oracle=SAFETENSORS,
+         check=partial(experts_apart, names="switch_glu.{0}_proj.weight".format)),
+    Case(FOLDER, "weights that are not numbers", diverged, "refused", error="NaN"),
     folder_case("a missing tensor and one of another size", "refused", error="missing",
                 model=UNTIED, config=UNTIED.to_hf() | {"vocab_size": 500,
                 "num_hidden_layers": 8, "layer_types": None}),
@@ -255,6 +288,42 @@ def filled(folder: Path) -> Read:
     return reads(path, stored_in_gguf(weights, CONFIG))
 
 
+def experts_apart_in_gguf(folder: Path) -> Read:
+    weights = random_weights(EXPERTS)
+    tensors = gguf_tensors(weights, EXPERTS)
+    for name in [name for name in tensors if "ffn_gate_up_exps" in name]:
+        gate, up = np.split(tensors.pop(name)[0], 2, axis=1)
+        tensors[name.replace("gate_up", "gate")] = (np.ascontiguousarray(gate), None)
+        tensors[name.replace("gate_up", "up")] = (np.ascontiguousarray(up), None)
+    return reads(write_gguf(folder / "m.gguf", tensors, EXPERTS), weights, EXPERTS)
+
+
+def unscaled(folder: Path) -> Read:
+    weights = random_weights(EXPERTS)
+    tensors = gguf_tensors(weights, EXPERTS)
+    rest = {name: array for name, array in tensors.items() if "layer_output_scale" not in name}
+    expected = {
+        name: np.ones_like(array) if name.endswith("layer_scalar") else array
+        for name, array in weights.items()
+    }
+    return reads(write_gguf(folder / "m.gguf", rest, EXPERTS), expected, EXPERTS)
+
+
+def more_tokens(folder: Path) -> Read:
+    """Write a control token more than the table has rows, as ollama's files have."""
+    weights = random_weights()
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256))]
+    pieces += [f"w{i}" for i in range(252)] + ["<image_soft_token>"]
+    types = [3, 3, 3, 2] + [6] * 256 + [1] * 252 + [3]
+    extra = {
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.scores": [-float(i) for i in range(513)],
+    }
+    path = write_gguf(folder / "m.gguf", gguf_tensors(weights), extra=extra)
+    return reads(path, stored_in_gguf(weights, CONFIG))
+
+
 def settings(folder: Path, extra: dict[str, Any], expected: Any) -> Read:
     """Compare the stops and the settings of a file."""
     path = write_gguf(folder / "m.gguf", gguf_tensors(random_weights()), extra=extra)
@@ -272,7 +341,6 @@ TYPES = [
     T.Q5_K, T.Q6_K, T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS, T.IQ3_S, T.IQ4_NL,
     T.IQ4_XS, T.TQ1_0, T.TQ2_0, T.MXFP4, T.NVFP4,
 ]  # fmt: skip
-EXPERTS = GEMMA4["26b-a4b"]
 PATTERN = "gemma4.attention.sliding_window_pattern"
 CAPPED = dataclasses.replace(
     CONFIG, text=dataclasses.replace(CONFIG.text, final_logit_softcapping=30.0)
@@ -313,6 +381,11 @@ GGUFS = [
     gguf_case("a key at a neutral value", extra={"gemma3.pooling_type": 0}, log="pooling_type"),
     gguf_case("a key that changes the answer", extra={"gemma3.attention.causal": False},
               error="attention.causal = False"),
+    Case(GGUF, "Gemma 4 with experts' gate and up apart", experts_apart_in_gguf, oracle=GGUF_PY),
+    Case(GGUF, "Gemma 4 without the scales of its layers", unscaled, oracle=GGUF_PY,
+         log="is not there and taken as 1"),
+    Case(GGUF, "more tokens than the table has rows (ollama)", more_tokens, oracle=GGUF_PY,
+         log="no row in the table"),
     Case(GGUF, "a vocabulary filled up with unused pieces", filled, oracle=GGUF_PY),
     settings_case("an end of turn beside the end of text", {IDS.EOT_ID: 106}, (1, 106), {}),
     settings_case("ollama's list of stops", {"tokenizer.ggml.eos_token_ids": [1, 106]},
@@ -320,6 +393,8 @@ GGUFS = [
     settings_case("sampling settings (`general.sampling.*`)",
                   {SAMPLING.SAMPLING_TEMP: 0.5, SAMPLING.SAMPLING_TOP_K: 64}, (1,),
                   {"temperature": 0.5, "top_k": 64, "do_sample": True}),
+    settings_case("tokens that are never to be sampled",
+                  {"tokenizer.ggml.suppress_tokens": [7, 8]}, (1,), {"suppress_tokens": [7, 8]}),
     settings_case("samplers that gemlax has not", {SAMPLING.SAMPLING_MIROSTAT: 2}, (1,), {},
                   log="mirostat"),
     Case(GGUF, "a truncated file", cut_off, "refused", error="truncated"),

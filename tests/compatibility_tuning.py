@@ -90,6 +90,19 @@ def beside_model(folder: Path) -> Read:
     return same_factors(found, own)
 
 
+def some_layers(folder: Path) -> Read:
+    own = factors()
+    said = {"layers_to_transform": [0, 3]}
+    write_adapter(folder, {f"{ROOT}{name}.weight": array for name, array in own.items()}, said)
+    kept = {n: array for n, array in own.items() if n.startswith(("layers.0.", "layers.3."))}
+    return same_factors(folder, kept)
+
+
+def new_embeddings(folder: Path) -> None:
+    (folder / "new_embeddings.safetensors").write_bytes(b"x")
+    peft(folder)
+
+
 def pickled(folder: Path) -> None:
     write_adapter(folder, {"x": np.zeros(1, np.float32)})
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
@@ -138,6 +151,10 @@ ADAPTERS = [
     peft_case("keys of newer peft at null, false or empty",
               said={"arrow_config": None, "use_bdlora": False, "target_parameters": []}),
     peft_case("with LoRA of the vision tower", more=TOWERS, log="left aside 2 tensors"),
+    Case(ADAPTER, "`layers_to_transform` beside tensors of other layers", some_layers,
+         oracle=SAFETENSORS, log="left aside"),
+    Case(ADAPTER, "with embeddings in a file of their own", new_embeddings, "refused",
+         error="new_embeddings.safetensors"),
     Case(ADAPTER, "beside the weights of its base", beside_model, oracle=SAFETENSORS),
     peft_case("DoRA", said={"use_dora": True}, error="use_dora=True"),
     peft_case("DoRA, by its tensors", more={f"{Q}.lora_magnitude_vector": ZERO}, error="DoRA"),
@@ -224,6 +241,9 @@ DATASET = [
               "yes<eos>"),
     data_case("prompt and completion, messages", {"prompt": [USER], "completion": [YES]}),
     data_case("Alpaca", ALPACA),
+    data_case("Gemini's contents",
+              {"contents": [{"role": "user", "parts": [{"text": "hi"}]},
+                            {"role": "model", "parts": [{"text": "yes"}]}]}),
     data_case("text", {"text": "hiyes"}, PLAIN, "hiyes<eos>"),
     data_case("text that a chat template wrote", {"text": CHAT + "\n"}, CHAT + "\n<eos>",
               CHAT.removeprefix("<bos>") + "\n<eos>"),
@@ -233,6 +253,8 @@ DATASET = [
               "rejected": {"from": "gpt", "value": "no"}}),
     pair_case("OpenAI's", {"input": {"messages": [USER]}, "preferred_output": [YES],
               "non_preferred_output": [NO]}),
+    Case(DATA, "--dpo: two answers that are the same", verdict="refused", error="are the same",
+         check=partial(pairs, line={"prompt": "a", "chosen": "b", "rejected": "b"})),
     data_case("a JSON array", json.dumps([MESSAGES] * 2).encode(), count=2, name="train.json"),
     data_case("a JSON array over several lines", pretty([MESSAGES])),
     data_case("a byte order mark and Windows' line ends", b"\xef\xbb\xbf" + ROW.strip() + b"\r\n"),
