@@ -11,8 +11,9 @@ from adapters import build
 from golden.conditioned import conditioned_weights
 
 import gemlax
-from gemlax import Model, RequestError, completion, preset, tiny
+from gemlax import Model, RequestError, preset, tiny
 from gemlax.checkpoints import text_weights
+from gemlax.completion import _seeds
 from gemlax.tokenizer import Tokenizer
 
 # One period and one layer more; window 32, 512 tokens.
@@ -354,9 +355,9 @@ def test_none_says_nothing_and_names_of_ids_may_be_digits(ids_model):
 
 
 def test_after_the_largest_seed_comes_the_first():
-    assert completion._seeds(2**32 - 1, 3) == [2**32 - 1, 0, 1]
+    assert _seeds(2**32 - 1, 3) == [2**32 - 1, 0, 1]
     with pytest.raises(RequestError, match=r"seed must be an integer in \[0, 2\*\*32\)"):
-        completion._seeds(2**32, 2)
+        _seeds(2**32, 2)
 
 
 def test_numpy_numbers_are_as_good_as_pythons(ids_model):

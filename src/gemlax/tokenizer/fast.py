@@ -149,11 +149,6 @@ def to_json(vocabulary: Vocabulary, merges: Sequence[tuple[str, str]]) -> str:
         if vocabulary.kinds[id] in (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED)
         and vocabulary.ids[piece] == id
     ]
-    unused = vocabulary.unused_ids
-    names = (
-        f"[PAD{id}]" if id in unused else vocabulary.name(id)
-        for id in range(len(vocabulary.pieces))
-    )  # fmt: skip
     bos = vocabulary.pieces[vocabulary.bos_id]
     first = [{"SpecialToken": {"id": bos, "type_id": 0}}] if vocabulary.add_bos else []
     second = [{"SpecialToken": {"id": bos, "type_id": 1}}] if vocabulary.add_bos else []
@@ -189,7 +184,7 @@ def to_json(vocabulary: Vocabulary, merges: Sequence[tuple[str, str]]) -> str:
             "fuse_unk": True,
             "byte_fallback": True,
             "ignore_merges": False,
-            "vocab": {name: id for id, name in enumerate(names)},
+            "vocab": {vocabulary.name(id): id for id in range(len(vocabulary.pieces))},
             "merges": merges,
         },
     }

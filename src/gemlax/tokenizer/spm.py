@@ -88,11 +88,10 @@ def write_model(vocabulary: Vocabulary, scores: Sequence[float]) -> bytes:
     message = bytearray()
     known = set(vocabulary.byte_values.values())
     missing = [byte for byte in range(256) if known and bytes([byte]) not in known]
-    names = [*map(vocabulary.name, range(len(scores))), *(f"<0x{byte:02X}>" for byte in missing)]
-    kinds = [
-        kind if vocabulary.ids.get(piece) == id else Kind.UNUSED
-        for id, (piece, kind) in enumerate(zip(vocabulary.pieces, vocabulary.kinds, strict=True))
-    ]
+    names, kinds = list(vocabulary.pieces), list(vocabulary.kinds)
+    for id in vocabulary.other_ids:
+        names[id], kinds[id] = vocabulary.name(id), Kind.UNUSED
+    names += [f"<0x{byte:02X}>" for byte in missing]
     kinds += [Kind.BYTE] * len(missing)
     scores = [*scores, *[0.0] * len(missing)]
     for name, score, kind in zip(names, scores, kinds, strict=True):

@@ -27,8 +27,9 @@ SPACE = "▁"
 NAMES = {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>", "unk": "<unk>"}
 
 # Pieces that steer the model: <|turn>, <turn|>, <|image|>, <start_of_turn>, <image_soft_token>,
-# <unused7>; FunctionGemma's <start_function_call> and <escape>. Runs of whitespace, HTML tags and [multimodal] are none, and none of the 255,474
-# normal pieces of the published vocabularies is written like one.
+# <unused7>; FunctionGemma's <start_function_call> and <escape>. Runs of whitespace, HTML tags and
+# [multimodal] are none, and none of the 255,474 normal pieces of the published vocabularies is
+# written like one.
 MARKER = re.compile(
     r"<\|.*>|<.*\|>|<(start|end)_(of|function)_\w+>|<\w+_soft_token>|<unused\d+>"
     r"|<(pad|eos|bos|unk|mask|escape)>"
@@ -97,7 +98,7 @@ class Vocabulary:
             settled[id] = Kind.CONTROL
         settled[unk_id] = Kind.UNKNOWN
         vocabulary = cls(pieces, settled, bos_id, eos_id, pad_id, unk_id, add_bos, strips or {})
-        twice = [piece for id, piece in enumerate(pieces) if piece and vocabulary.ids[piece] != id]
+        twice = [pieces[id] for id in vocabulary.other_ids if pieces[id]]
         if twice:
             logger.warning(
                 "%d pieces have several ids (%r: %d counts); the others are read, not written",
@@ -113,10 +114,19 @@ class Vocabulary:
         order = itertools.chain(sorted(self.unused_ids), used, named)
         return {self.pieces[id]: id for id in order if self.pieces[id]}
 
+    @cached_property
+    def other_ids(self) -> list[int]:
+        """Ids whose piece is empty or another id's."""
+        ids = self.ids
+        if len(ids) == len(self.pieces):
+            return []
+        return [id for id, piece in enumerate(self.pieces) if ids.get(piece) != id]
+
     def name(self, id: int) -> str:
-        """Return the piece, or a name of its own where it is empty or another id's."""
+        """Return the piece, or a name as llama.cpp's where it is unused or another id's."""
         piece = self.pieces[id]
-        return piece if self.ids.get(piece) == id else f"[PAD{id}]"
+        used = self.ids.get(piece) == id and self.kinds[id] != Kind.UNUSED
+        return piece if used else f"[PAD{id}]"
 
     @cached_property
     def unused_ids(self) -> frozenset[int]:
