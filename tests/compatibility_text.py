@@ -135,6 +135,35 @@ def gguf_file(folder: Path, oracle: str, **changes: Any) -> Read:
     return same_ids(path, fast(folder / "t" / "tokenizer.json"))
 
 
+def twice(folder: Path) -> Read:
+    """Have a piece twice, as Google's own QAT files of Gemma 4 do."""
+    pieces = [*TOY_PIECES, "hello", *(f"<unused{i}>" for i in range(1, 512 - MORE))]
+    types = [*TOY_TYPES, 1, *[3] * (511 - MORE)]
+    extra = vocabulary_of(tokens=pieces, token_type=types)
+    path = write_gguf(folder / "m.gguf", gguf_tensors(random_weights()), extra=extra)
+    tokenizer = gemlax.load_tokenizer(path)
+    both = tokenizer.decode([TOY_PIECES.index("hello"), MORE])
+    return Read((tokenizer.encode("hello", add_bos=False), both), ([MORE], "hellohello"))
+
+
+def strips(folder: Path) -> Read:
+    """Add a token that takes in the blanks beside it."""
+    toy(merges=TOY_MERGES).save(folder)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens([tokenizers.AddedToken("<tool>", lstrip=True, rstrip=True)])
+    said = {str(MORE): {"content": "<tool>", "special": True, "lstrip": True, "rstrip": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": said}))
+    text = "hello  <tool>  hello"
+    found = gemlax.load_tokenizer(folder).encode(text, add_bos=False, parse_special=True)
+    return Read(found, backend.encode(text, add_special_tokens=False).ids)
+
+
+def holes(folder: Path) -> Read:
+    edited_json(folder, lambda c: c["model"]["vocab"].update(more=MORE + 1))
+    tokenizer = gemlax.load_tokenizer(folder)
+    return Read((tokenizer.decode([MORE, MORE + 1]), tokenizer.unused_ids), ("more", {MORE}))
+
+
 def normal_markers(folder: Path) -> Read:
     """Type the markers of turns as ordinary pieces, as some converters did."""
     types = [1 if "_of_turn" in p else t for p, t in zip(TOY_PIECES, TOY_TYPES, strict=True)]
@@ -185,6 +214,13 @@ TOKENIZERS = [
     Case(TOKENIZER, "GGUF, scores", partial(gguf_file, oracle=SPM), oracle=SPM),
     Case(TOKENIZER, "GGUF, merges", oracle=FAST,
          check=partial(gguf_file, oracle=FAST, model="gemma4", merges=TOY_MERGES)),
+    Case(TOKENIZER, "GGUF, byte pieces typed NORMAL", oracle=SPM,
+         check=partial(gguf_file, oracle=SPM, token_type=[
+             *(1 if kind == 6 else kind for kind in TOY_TYPES), *[3] * (512 - MORE)])),
+    Case(TOKENIZER, "GGUF, a piece twice", twice, "loads", "the last id counts",
+         log="several ids"),
+    Case(TOKENIZER, "an added token that strips its sides", strips, oracle=FAST),
+    Case(TOKENIZER, "ids with holes", holes, "loads", "an id without a piece is never made"),
     Case(TOKENIZER, "GGUF, markers of turns typed NORMAL", normal_markers, "loads",
          "they are markers, and the end of a turn stops"),
     Case(TOKENIZER, "GGUF of another kind (gpt2): ids in, ids out", verdict="loads",

@@ -3,7 +3,14 @@
 import json
 
 import pytest
-from vocabularies import chat_tokenizer, published_tokenizer, toy
+from vocabularies import (
+    TOY_PIECES,
+    TOY_SCORES,
+    TOY_TYPES,
+    chat_tokenizer,
+    published_tokenizer,
+    toy,
+)
 
 from gemlax import Message, RequestError
 from gemlax.chat import ChatFormat
@@ -162,6 +169,15 @@ def test_the_ids_are_those_of_the_real_gemma4_tokenizer():
     assert chat.encode([SYSTEM, HI])[:3] == [2, 105, 9731]
     assert set(chat.stop_ids) == {1, 106, 50}
     assert set(ChatFormat(published_tokenizer("gemma3")).stop_ids) == {1, 106}
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4], ids=["normal", "control", "user-defined"])
+def test_a_turn_ends_where_the_markers_of_another_family_end_it(kind):
+    pieces = [*TOY_PIECES, "<|im_start|>", "<|im_end|>", "</s>"]
+    tokenizer = toy(pieces=pieces, scores=[*TOY_SCORES, 0.0, 0.0, 0.0],
+                    token_types=[*TOY_TYPES, kind, kind, 4])  # fmt: skip
+    size = len(TOY_PIECES)
+    assert set(ChatFormat(tokenizer).stop_ids) == {1, tokenizer.id_of("<end_of_turn>"), size + 1}
 
 
 def test_ids_of_harmless_text_are_those_of_the_whole_prompt():

@@ -13,6 +13,7 @@ from golden.conditioned import conditioned_weights
 import gemlax
 from gemlax import Model, RequestError, preset, tiny
 from gemlax.checkpoints import text_weights
+from gemlax.completion import _seeds
 from gemlax.tokenizer import Tokenizer
 
 # One period and one layer more; window 32, 512 tokens.
@@ -342,6 +343,23 @@ def test_markers_in_a_text_are_read_where_asked_and_told_once(model, caplog):
     assert "parse_special=True" in record.getMessage() and record.levelname == "WARNING"
 
 
+def test_none_says_nothing_and_names_of_ids_may_be_digits(ids_model):
+    (prompt,) = prompts(20)
+    settings = {"max_new_tokens": 4, "stop_ids": [300], "logit_bias": {301: 9.0}, "context": 64}
+    want = ids_model.generate([prompt], **settings)
+    names = ("presence_penalty", "frequency_penalty", "seed", "stop", "parse_special", "bad_words")
+    given = settings | dict.fromkeys(names) | {"logit_bias": {"301": 9.0}}
+    assert ids_model.generate([prompt], **given) == want
+    with pytest.raises(RequestError, match="logit_bias: id '3x' is outside"):
+        ids_model.generate([prompt], logit_bias={"3x": 1.0})
+
+
+def test_after_the_largest_seed_comes_the_first():
+    assert _seeds(2**32 - 1, 3) == [2**32 - 1, 0, 1]
+    with pytest.raises(RequestError, match=r"seed must be an integer in \[0, 2\*\*32\)"):
+        _seeds(2**32, 2)
+
+
 def test_numpy_numbers_are_as_good_as_pythons(ids_model):
     (prompt,) = prompts(20)
     settings = {"max_new_tokens": 4, "stop_ids": [300], "logit_bias": {301: 1.0}, "context": 64}
@@ -383,7 +401,8 @@ def test_a_long_text_is_scored_in_windows_each_token_once(ids_model):
 
 
 def test_a_text_of_one_token_has_nothing_to_score(ids_model):
-    assert ids_model.score([[2]]) == [(0.0, 0)]
+    (score,) = ids_model.score([[2]])
+    assert score == (0.0, 0) and np.isnan(score.perplexity)
 
 
 # --- what is refused ---------------------------------------------------------------------------

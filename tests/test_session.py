@@ -400,7 +400,7 @@ def chat_in_terminal(model, lines, **settings):
 
 
 def test_a_terminal_chat_streams_and_says_what_each_turn_cost(model):
-    lines = ["hello there", "", "and then", "/help", "/what", "/reset", "hello there", "/exit", "x"]
+    lines = ["hello there", "", "and then", "/help", "/reset", "hello there", "/exit", "x"]
     terminal, out, notes = chat_in_terminal(model, lines, max_new_tokens=12)
     first, second, third = terminal.turns
     assert out == "".join(f"{turn['content']}\n" for turn in terminal.turns)
@@ -410,8 +410,30 @@ def test_a_terminal_chat_streams_and_says_what_each_turn_cost(model):
     assert notes.count("tok/s; prefilled ") == 3
     assert f"context {second['context_used']}/32768" in notes
     assert HELP in notes
-    assert "unknown command /what" in notes
     assert not terminal.failed
+
+
+@pytest.mark.parametrize(
+    ("line", "sent"),
+    [
+        ("/a/b", "/a/b"),
+        ("/no_think", "/no_think"),
+        ("//exit", "/exit"),
+        ("//", "/"),
+        (" /reset it ", "/reset it"),
+    ],
+)
+def test_a_line_that_is_no_command_is_sent(line, sent):
+    texts = []
+
+    class Unable:
+        def send(self, text):
+            texts.append(text)
+            raise RequestError("unable")
+
+    lines = iter([line, "/exit"])
+    Terminal(Unable(), None, print, print).run(lambda: next(lines))
+    assert texts == [sent]
 
 
 def test_a_terminal_chat_says_that_the_context_is_full(model):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 from vocabularies import (
     CHARS,
     TOY_IDS,
@@ -228,7 +229,62 @@ def test_no_text_is_split_into_unused_pieces(merges, tmp_path):
     assert tokenizer.decode(ids) == f"hello中{fill[0]}"
     assert tokenizer.decode([size]) == fill[0]
     tokenizer.save(tmp_path)
-    assert load_tokenizer(tmp_path).unused_ids == {size, size + 1, size + 2}
+    assert load_tokenizer(tmp_path).unused_ids == tokenizer.unused_ids
+
+
+TWICE = {"pieces": [*TOY_PIECES, "hello", "", "<bos>"], "scores": [*TOY_SCORES, 0.0, 0.0, 0.0],
+         "token_types": [*TOY_TYPES, 1, 1, 3]}  # fmt: skip
+
+
+@pytest.mark.parametrize("merges", [None, TOY_MERGES], ids=["scores", "merges"])
+def test_of_a_piece_with_two_ids_the_last_or_the_named_one_is_written_and_all_are_read(
+    merges, tmp_path, caplog
+):
+    tokenizer = toy(**TWICE, merges=merges)
+    size = len(TOY_PIECES)
+    ids = tokenizer.encode("<bos>hello", add_bos=False, parse_special=True)
+    assert ids == [TOY_IDS["bos_id"], size]
+    assert tokenizer.decode([TOY_PIECES.index("hello"), size, size + 1]) == "hellohello"
+    assert tokenizer.unused_ids == {size + 1} and tokenizer.id_of("") is None
+    (record,) = caplog.records
+    assert f"2 pieces have several ids ('hello': {size} counts)" in record.getMessage()
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode("<bos>hello", add_bos=False, parse_special=True) == ids
+    assert loaded.unused_ids == {TOY_PIECES.index("hello"), size + 1, size + 2}
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert backend.encode("<bos>hello", add_special_tokens=False).ids == ids
+
+
+@pytest.mark.parametrize("merges", [None, TOY_MERGES], ids=["scores", "merges"])
+@pytest.mark.parametrize("kind", [1, 4], ids=["normal", "user-defined"])
+def test_pieces_named_as_bytes_are_bytes_whatever_their_label(kind, merges):
+    types = [kind if own == 6 else own for own in TOY_TYPES]
+    tokenizer = toy(token_types=types, merges=merges)
+    text = "ß\t<0x0A>"
+    assert tokenizer.encode(text) == toy(merges=merges).encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    few = toy(pieces=[*TOY_PIECES[:-1], "<0x0A"], merges=merges)
+    assert few.decode(few.encode("<0x0A")) == "<0x0A"
+
+
+@pytest.mark.parametrize("merges", [None, TOY_MERGES], ids=["scores", "merges"])
+def test_a_byte_without_a_piece_is_its_raw_piece_or_unknown(merges):
+    place = TOY_PIECES.index("<0x09>")
+    tokenizer = toy(pieces=[*TOY_PIECES[:place], "tab", *TOY_PIECES[place + 1 :]],
+                    token_types=[*TOY_TYPES[:place], 1, *TOY_TYPES[place + 1 :]],
+                    merges=merges)  # fmt: skip
+    ids = tokenizer.encode("h\n\u00df\t", add_bos=False)
+    assert tokenizer.decode(ids) == "h\nß" and ids[-1] == tokenizer.unk_id
+
+
+def test_functiongemma_markers_are_control_tokens():
+    markers = ["<start_function_call>", "<end_function_response>", "<escape>"]
+    tokenizer = toy(pieces=TOY_PIECES + markers, scores=[*TOY_SCORES, 0.0, 0.0, 0.0],
+                    token_types=[*TOY_TYPES, 4, 1, 4])  # fmt: skip
+    ids = list(range(len(TOY_PIECES), len(TOY_PIECES) + 3))
+    assert tokenizer.encode("".join(markers), add_bos=False, parse_special=True) == ids
+    assert tokenizer.special_ids.isdisjoint(tokenizer.encode("".join(markers), add_bos=False))
 
 
 def test_empty_merges_leave_it_to_the_scores():

@@ -145,7 +145,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="?", help="the text; '-' or nothing: read stdin")
+    parser.add_argument(
+        "prompt", nargs="?", help="the text; '-' or nothing: read stdin, but for its last line end"
+    )
     parser.add_argument("--file", type=Path, metavar="F", help="read the prompt from a file")
     _add_model(parser)
     _add_sampling(parser, new_tokens=256)

@@ -77,12 +77,10 @@ def _describe(error: Exception) -> str:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from gemlax.completion import DEFAULTS
-
     prompt = _read_prompt(args)
+    settings = _settings(args)
     begin = time.perf_counter()
     model = _load(args)
-    settings = {k: v for k, v in vars(args).items() if k in DEFAULTS}
     if model.tokenizer is None:
         raise Error("this model has no tokenizer; use the Python API with ids")
     with _status(args, "compiling and reading the prompt") as quiet_down:
@@ -96,6 +94,15 @@ def _generate(args: argparse.Namespace) -> int:
     if args.json:
         _write(json.dumps(_report(model, stream.completion, first_s)))
     return 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of a generation; what is wrong is said before a model is loaded."""
+    from gemlax.completion import DEFAULTS, check_settings
+
+    settings = {k: v for k, v in vars(args).items() if k in DEFAULTS}
+    check_settings(settings)
+    return settings
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
@@ -126,25 +133,29 @@ def _read_prompt(args: argparse.Namespace) -> str:
     if args.file is not None and args.prompt is not None:
         raise Error("give a prompt or --file, not both")
     if args.file is not None:
-        return args.file.read_text(encoding="utf-8")
+        return _without_end(args.file.read_text(encoding="utf-8-sig"))
     if args.prompt is not None and args.prompt != "-":
         return args.prompt
     if sys.stdin is None or (args.prompt is None and sys.stdin.isatty()):
         raise Error("no prompt: give it as an argument, with --file, or on stdin")
-    return sys.stdin.buffer.read().decode("utf-8")
+    return _without_end(sys.stdin.buffer.read().decode("utf-8-sig"))
+
+
+def _without_end(text: str) -> str:
+    """Return a text without its last line end, which `echo` and editors write."""
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 # --- chat --------------------------------------------------------------------------------------
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from gemlax.completion import DEFAULTS
     from gemlax.terminal import HELP, Terminal
 
     if sys.stdin is None:
         raise Error("standard input is closed")
+    settings = _settings(args)
     model = _load(args)
-    settings = {k: v for k, v in vars(args).items() if k in DEFAULTS}
     if args.max_new_tokens is None and model.generation_config.get("max_new_tokens") is None:
         settings["max_new_tokens"] = CHAT_TOKENS
     session = model.session(system=args.system, thinking=args.thinking or None, **settings)
@@ -153,7 +164,7 @@ def _chat(args: argparse.Namespace) -> int:
         _note(f"{_model_name(args)}\n{HELP}")
         terminal.run(_ask)
     else:
-        lines = (line.decode("utf-8") for line in sys.stdin.buffer)
+        lines = (line.decode("utf-8-sig") for line in sys.stdin.buffer)
         terminal.run(lambda: _next_line(lines))
     if args.json:
         _write(json.dumps({"turns": terminal.turns}))
@@ -404,9 +415,11 @@ def _perplexity(args: argparse.Namespace) -> int:
     if str(args.file) == "-":
         if sys.stdin is None:
             raise Error("standard input is closed")
-        text = sys.stdin.buffer.read().decode("utf-8")
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
     else:
-        text = args.file.read_text(encoding="utf-8")
+        text = args.file.read_text(encoding="utf-8-sig")
+    if args.window < 2:
+        raise Error(f"--window must be at least 2, got {args.window}")
     model = _load(args)
     if model.tokenizer is None:
         raise Error("this model has no tokenizer; use the Python API with ids")

@@ -12,7 +12,14 @@ from gemlax.adapters import DEFAULT, entries
 from gemlax.config import GemmaConfig, TextConfig
 from gemlax.errors import RequestError
 from gemlax.generate import STOP_PLACES, DecodeState, Engine, Rows
-from gemlax.sampling import TOP_LOGPROBS, Sampling, check_integer, make_sampling
+from gemlax.sampling import (
+    TOP_LOGPROBS,
+    Sampling,
+    check_integer,
+    check_sampling,
+    check_seed,
+    make_sampling,
+)
 from gemlax.settings import read_defaults, read_stop
 from gemlax.speculation import MOST
 from gemlax.tokenizer import TextStream, Tokenizer
@@ -26,6 +33,7 @@ __all__ = [
     "TokenLogprob",
     "as_ids",
     "check_ids",
+    "check_settings",
     "read_prompts",
     "spelled_marker",
 ]
@@ -128,6 +136,20 @@ def spelled_marker(prompt: Prompt, tokenizer: Tokenizer | None) -> str | None:
     return None
 
 
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise RequestError for what no model takes, before one is loaded."""
+    given = _given(settings)
+    check_sampling(**given)
+    _drafts(given.get("speculate"))
+    _seeds(given.get("seed", 0), 1)
+    _stop(given.get("stop", ()))
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is said: None says nothing, but for the adapter, where it means the base."""
+    return {k: v for k, v in settings.items() if v is not None or k == "adapter"}
+
+
 class Request:
     """One call of `generate` or `stream`: checked, prefilled, and read block by block."""
 
@@ -146,13 +168,13 @@ class Request:
             raise TypeError(f"unknown settings {unknown}; expected some of {sorted(DEFAULTS)}")
         self.engine, self.config, self.tokenizer = engine, config, tokenizer
         self.prompts = prompts
-        self.options = DEFAULTS | dict(options)
+        self.options = DEFAULTS | _given(options)
         self.defaults = read_defaults(generation_config, config.text.vocab_size)
         self.max_new_tokens, self.context = self._lengths()
         self.stop, ends = self._stop_strings()
         self.stop_ids = self._stop_ids(ends)
         self.num_logprobs = self._num_logprobs()
-        self.drafts = self._drafts()
+        self.drafts = _drafts(self.options["speculate"])
         self.adapters = entries(engine.adapters, self.options["adapter"], len(prompts))
         self.settings = self._settings()
         # Per row what says that a stop string was met; a chat puts its own parser here.
@@ -261,10 +283,7 @@ class Request:
 
     def _stop_strings(self) -> tuple[tuple[str, ...], list[int]]:
         """Return the strings that end a text, and the ids of those that spell a control token."""
-        stop = self.options["stop"]
-        stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        if any(not isinstance(text, str) or not text for text in stop):
-            raise RequestError(f"stop must be non-empty strings, got {list(stop)!r}")
+        stop = _stop(self.options["stop"])
         if self.tokenizer is None:
             if stop:
                 raise RequestError("stop strings need a tokenizer, and this model has none")
@@ -306,19 +325,12 @@ class Request:
             raise RequestError(f"logprobs must be None or in [0, {TOP_LOGPROBS}], got {n!r}")
         return n
 
-    def _drafts(self) -> int:
-        most = self.options["speculate"]
-        number = isinstance(most, (int, np.integer)) and not isinstance(most, bool)
-        if most is not None and not (number and 0 <= most <= MOST):
-            raise RequestError(f"speculate must be None or in [0, {MOST}] drafts, got {most!r}")
-        return int(most or 0)
-
     def _settings(self) -> Sampling:
         options, limit, defaults = self.options, self.engine.num_tokens, self.defaults
         asked = {name: options[name] for name in defaults.sampling if options[name] is not None}
         unused = self.tokenizer.unused_ids if self.tokenizer else ()
         never = (*defaults.suppress, *self.config.placeholder_ids, *unused)
-        bias = {i: -np.inf for i in never if i < limit} | dict(options["logit_bias"] or {})
+        bias = {i: -np.inf for i in never if i < limit} | _as_bias(options["logit_bias"] or {})
         words = {tuple(word): -np.inf for word in self._bad_words()}
         return make_sampling(
             self.engine.rows(len(self.prompts)),
@@ -397,12 +409,34 @@ class Request:
         return ids
 
 
+def _stop(stop: Any) -> tuple[str, ...]:
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if any(not isinstance(text, str) or not text for text in stop):
+        raise RequestError(f"stop must be non-empty strings, got {list(stop)!r}")
+    return stop
+
+
+def _drafts(most: Any) -> int:
+    number = isinstance(most, (int, np.integer)) and not isinstance(most, bool)
+    if most is not None and not (number and 0 <= most <= MOST):
+        raise RequestError(f"speculate must be None or in [0, {MOST}] drafts, got {most!r}")
+    return int(most or 0)
+
+
 def _seeds(seed: Any, count: int) -> list[int]:
+    """Return the seed of each row; after the largest one comes 0."""
     if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
-        return [int(seed) + row for row in range(count)]
+        first = check_seed(seed)
+        return [(first + row) % 2**32 for row in range(count)]
     if isinstance(seed, Sequence) and not isinstance(seed, str) and len(seed) == count:
-        return list(seed)
+        return [check_seed(one) for one in seed]
     raise RequestError(f"seed must be an integer or a list of {count}, got {seed!r}")
+
+
+def _as_bias(bias: Mapping[Any, float]) -> dict[Any, float]:
+    """Return a logit_bias by id: the names of JSON's objects are strings of digits."""
+    return {int(k) if isinstance(k, str) and k.isascii() and k.isdigit() else k: v
+            for k, v in bias.items()}  # fmt: skip
 
 
 class Stream:

@@ -24,6 +24,8 @@ __all__ = [
     "adjust",
     "check_integer",
     "check_number",
+    "check_sampling",
+    "check_seed",
     "make_sampling",
     "sample",
     "top_logprobs",
@@ -39,6 +41,15 @@ _SMALLEST = float(np.finfo(np.float32).tiny)  # below it a CPU counts everything
 _BIASED, _SEQUENCES, _HELD = 8, 8, 32
 _SEQUENCE = 8  # tokens
 _ANY = -1  # a place of a sequence that every token fits
+_NUMBERS = {
+    "temperature": (0, math.inf), "top_p": (0, 1), "min_p": (0, 1),
+    "repetition_penalty": (0, math.inf), "presence_penalty": (-math.inf, math.inf),
+    "frequency_penalty": (-math.inf, math.inf),
+}  # fmt: skip
+_INTEGERS = {
+    "top_k": (-1, "0 or -1 turns it off"), "no_repeat_ngram_size": (0, "0 turns it off"),
+    "max_new_tokens": (0, ""), "min_new_tokens": (0, ""), "context": (1, ""),
+}  # fmt: skip
 
 
 class Sampling(NamedTuple):
@@ -119,14 +130,11 @@ def make_sampling(
     Raises:
         RequestError: a value outside its range; it is named with what was expected.
     """
-    check_number("temperature", temperature, 0, math.inf)
-    check_number("top_p", top_p, 0, 1)
-    check_number("min_p", min_p, 0, 1)
-    check_number("repetition_penalty", repetition_penalty, 0, math.inf, open_low=True)
-    check_number("presence_penalty", presence_penalty, -math.inf, math.inf)
-    check_number("frequency_penalty", frequency_penalty, -math.inf, math.inf)
-    top_k = check_integer("top_k", top_k, -1, "0 or -1 turns it off")
-    ngram = check_integer("no_repeat_ngram_size", no_repeat_ngram_size, 0, "0 turns it off")
+    check_sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty, no_repeat_ngram_size=no_repeat_ngram_size,
+    )  # fmt: skip
     bias_ids, bias = _bias(logit_bias or {}, vocab_size)
     sequences, sequence_bias_values = _sequences(sequence_bias or {}, vocab_size)
     held_ids, held_until = _held(held or {}, len(seeds), batch, vocab_size)
@@ -143,15 +151,25 @@ def make_sampling(
         repetition_penalty=rows(repetition_penalty),
         presence_penalty=rows(presence_penalty),
         frequency_penalty=rows(frequency_penalty),
-        no_repeat_ngram_size=rows(min(ngram, np.iinfo(np.int32).max), np.int32),
+        no_repeat_ngram_size=rows(min(no_repeat_ngram_size, np.iinfo(np.int32).max), np.int32),
         sequences=_tiled(sequences, batch),
         sequence_bias=_tiled(sequence_bias_values, batch),
         held_ids=_tiled(held_ids, batch),
         held_until=jnp.asarray(held_until),
         bias_ids=_tiled(bias_ids, batch),
         bias=_tiled(bias, batch),
-        key=jnp.stack([jax.random.key_data(jax.random.key(_seed(seed))) for seed in seeds]),
+        key=jnp.stack([jax.random.key_data(jax.random.key(check_seed(seed))) for seed in seeds]),
     )
+
+
+def check_sampling(**settings: Any) -> None:
+    """Raise RequestError for a setting outside its range, whatever the model; others are passed."""
+    for name, value in settings.items():
+        if name in _NUMBERS:
+            low, high = _NUMBERS[name]
+            check_number(name, value, low, high, open_low=name == "repetition_penalty")
+        elif name in _INTEGERS:
+            check_integer(name, value, *_INTEGERS[name])
 
 
 def _tiled(array: np.ndarray, batch: int) -> Array:
@@ -182,7 +200,8 @@ def check_integer(name: str, value: Any, low: int, meaning: str = "") -> int:
     return int(value)
 
 
-def _seed(seed: int) -> int:
+def check_seed(seed: Any) -> int:
+    """Return a seed, or raise RequestError."""
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
         raise RequestError(f"seed must be an integer in [0, 2**32), got {seed!r}")
     return int(seed)

@@ -24,8 +24,10 @@ class Score(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood."""
-        return float(np.exp(-self.log_likelihood / max(self.num_tokens, 1)))
+        """exp of the mean negative log-likelihood; NaN of no tokens."""
+        if not self.num_tokens:
+            return float("nan")
+        return float(np.exp(-self.log_likelihood / self.num_tokens))
 
 
 def windows(

@@ -20,6 +20,7 @@ __all__ = ["HELP", "Terminal"]
 HELP = """/reset  forget the conversation
 /exit   end (or Ctrl-D)
 /help   show this
+//...   send a line that begins with one of these, without its first slash
 Ctrl-C stops an answer."""
 
 
@@ -53,10 +54,8 @@ class Terminal:
                 self._note("the conversation is forgotten")
             elif text == "/help":
                 self._note(HELP)
-            elif text.startswith("/") and " " not in text:
-                self._note(f"unknown command {text}; /help lists them")
             elif text:
-                self._answer(text)
+                self._answer(text.removeprefix("/") if text.startswith("//") else text)
 
     def _answer(self, text: str) -> None:
         try:

@@ -36,6 +36,12 @@ Messages = Iterable[Mapping[str, Any] | Message]
 # in <|tool_response>.
 TURN = {"gemma4": "<|turn>", "gemma3": "<start_of_turn>"}
 STOPS = {"gemma4": ("<turn|>", "<|tool_response>"), "gemma3": ("<end_of_turn>",)}
+# What ends a turn in the templates of other models that people give Gemma, such as ChatML.
+# Source: llama.cpp, llama-vocab.cpp, special_eog_ids.
+ENDS = (
+    "<|im_end|>", "<|eot_id|>", "<|end|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>",
+    "<|return|>", "<|call|>", "<EOT>", "[EOT]", "</s>", "<end_of_utterance>",
+)  # fmt: skip
 # What `encode` itself hands to a template.
 GIVEN = ("messages", "tools", "add_generation_prompt")
 # A template that reads this of a tool, or of a call, knows OpenAI's form.
@@ -88,7 +94,7 @@ class ChatFormat:
             self.family = "gemma4"
         elif self._marker(TURN["gemma3"]) is not None:
             self.family = "gemma3"
-        stops = [self._marker(piece) for piece in STOPS.get(self.family or "", ())]
+        stops = [self._marker(piece) for piece in (*STOPS.get(self.family or "", ()), *ENDS)]
         found = [tokenizer.eos_id, *(id for id in stops if id is not None)]
         self.stop_ids = tuple(dict.fromkeys(found))
 

@@ -26,12 +26,13 @@ logger = logging.getLogger(__name__)
 
 
 class Added(NamedTuple):
-    """A token that a file adds. `source` is the file."""
+    """A token that a file adds. `source` is the file; `strips`: see `Vocabulary`."""
 
     id: int
     content: str
     special: bool
     source: Path
+    strips: tuple[bool, bool] = (False, False)
 
 
 class Beside(NamedTuple):
@@ -65,7 +66,7 @@ class Beside(NamedTuple):
             elif token.id < size:
                 raise CheckpointError(
                     f"{token.source}: id {token.id} is {token.content!r}, "
-                    f"in the vocabulary it is {pieces[token.id]!r}"
+                    f"in the vocabulary it is {pieces.get(token.id)!r}"
                 )
             elif token.id != size + len(new):
                 raise CheckpointError(
@@ -87,7 +88,7 @@ def read_beside(files: Mapping[str, Path]) -> Beside:
 
     Raises:
         CheckpointError: a file is damaged, or two disagree.
-        UnsupportedError: a special token that takes in the blanks beside it.
+        UnsupportedError: a special token that is one as a whole word only.
     """
     settings = read_settings(files[SETTINGS]) if SETTINGS in files else {}
     mapped = read_settings(files[MAP]) if MAP in files else {}
@@ -132,9 +133,10 @@ def read_decoder(settings: Mapping[str, Any], files: Mapping[str, Path]) -> Iter
         if not (key.isascii() and key.isdigit()) or not content or not isinstance(said, dict):
             raise CheckpointError(f"{path}: added_tokens_decoder[{key!r}] is {said!r}, not a token")
         special = said.get("special") is True
-        if special and any(said.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
-            raise UnsupportedError(f"{path}: the special token {content!r} strips its sides")
-        yield Added(int(key), content, special, path)
+        if special and said.get("single_word"):
+            raise UnsupportedError(f"{path}: the special token {content!r} needs a whole word")
+        strips = (bool(said.get("lstrip")), bool(said.get("rstrip")))
+        yield Added(int(key), content, special, path, strips)
 
 
 def read_added(files: Mapping[str, Path], special: set[str | None]) -> Iterator[Added]:

@@ -72,6 +72,7 @@ class Tokenizer:
         pad_id: int,
         add_bos: bool = True,
         merges: Sequence[str] | None = None,
+        strips: Mapping[int, tuple[bool, bool]] | None = None,
         files: Mapping[str, Path] | None = None,
     ) -> "Tokenizer":
         """Build a tokenizer from the lists of a GGUF header.
@@ -87,15 +88,16 @@ class Tokenizer:
             add_bos: `tokenizer.ggml.add_bos_token`.
             merges: `tokenizer.ggml.merges`, pairs joined by a space. Gemma 4 files have them, and
                 scores that say nothing. None or empty: the scores rank.
+            strips: See `Vocabulary`.
             files: See `__init__`.
 
         Raises:
             CheckpointError: The lists do not fit each other.
         """
         ids = {"bos_id": bos_id, "eos_id": eos_id, "pad_id": pad_id, "unk_id": unk_id}
-        vocabulary = Vocabulary.create(pieces, token_types, add_bos=add_bos, **ids)
+        vocabulary = Vocabulary.create(pieces, token_types, add_bos=add_bos, strips=strips, **ids)
         if merges:
-            unused = {vocabulary.pieces[id] for id in vocabulary.unused_ids}
+            unused = {piece for piece, id in vocabulary.ids.items() if id in vocabulary.unused_ids}
             pairs = [split_merge(merge) for merge in merges]
             pairs = [pair for pair in pairs if "".join(pair) not in unused] if unused else pairs
             text = fast.to_json(vocabulary, pairs)
@@ -164,8 +166,8 @@ class Tokenizer:
     def token_bytes(self, id: int, *, skip_special: bool = True) -> bytes:
         """Return what one id adds to the text, as UTF-8; it may be part of a character."""
         piece = self.piece(id)
-        if id in self.special_ids:
-            return b"" if skip_special else piece.encode()
+        if skip_special and id in self.special_ids:
+            return b""
         byte = self._vocabulary.byte_values.get(id)
         return piece.replace(SPACE, " ").encode() if byte is None else byte
 
@@ -213,23 +215,27 @@ class Tokenizer:
     @cached_property
     def _markers(self) -> tuple[re.Pattern[str], list[int], dict[str, int]]:
         """How markers begin, their lengths with the longest first, and their ids."""
-        ids = {self.piece(id): id for id in sorted(self.special_ids)}
+        known = self._vocabulary.ids.items()
+        ids = {piece.replace(SPACE, " "): id for piece, id in known if id in self.special_ids}
         starts = "".join(sorted({piece[0] for piece in ids}))
         return re.compile(f"[{re.escape(starts)}]"), sorted(set(map(len, ids)), reverse=True), ids
 
     def split_special(self, text: str) -> Iterator[str | int]:
         """Yield the ids of the markers in a text and the text between them."""
         starts, lengths, ids = self._markers
-        done = 0
+        text, done = text.replace(SPACE, " "), 0
         for match in starts.finditer(text):
             at = match.start()
             if at < done:
                 continue
             size = next((n for n in lengths if text[at : at + n] in ids), None)
             if size is not None:
-                yield text[done:at]
-                yield ids[text[at : at + size]]
-                done = at + size
+                id, between, done = ids[text[at : at + size]], text[done:at], at + size
+                left, right = self._vocabulary.strips.get(id, (False, False))
+                yield between.rstrip() if left else between
+                yield id
+                if right:
+                    done = len(text) - len(text[done:].lstrip())
         yield text[done:]
 
 

@@ -41,16 +41,16 @@ def read_json(path: Path, beside: Beside) -> tuple[Vocabulary, "Encoder"]:
         raise CheckpointError(f"{path} has no merges: each character would be a token of its own")
     special = add_tokens(tokenizer, beside)
     added = tokenizer.get_added_tokens_decoder()
-    for token in added.values():
-        if token.special and (token.lstrip or token.rstrip or token.single_word):
-            raise UnsupportedError(f"{path}: the special token {token.content!r} strips its sides")
+    if odd := [token.content for token in added.values() if token.special and token.single_word]:
+        raise UnsupportedError(f"{path}: the special token {odd[0]!r} is one as a whole word only")
+    strips = {id: (token.lstrip, token.rstrip) for id, token in added.items() if token.special}
     pieces, kinds = list_pieces(tokenizer.get_vocab(), added, special, path)
     ids = {piece: id for id, piece in enumerate(pieces)}
     named = {f"{name}_id": find_named(name, ids, beside.names[name], -1, path) for name in NAMES}
     # Asked of its description: a damaged post-processor panics when it runs.
     state = tokenizer.post_processor.__getstate__().decode() if tokenizer.post_processor else ""
     add_bos = json.dumps(pieces[named["bos_id"]], ensure_ascii=False) in state
-    vocabulary = Vocabulary.create(pieces, kinds, add_bos=add_bos, **named)
+    vocabulary = Vocabulary.create(pieces, kinds, add_bos=add_bos, strips=strips, **named)
     return vocabulary, make_encoder(vocabulary, tokenizer)
 
 
@@ -61,7 +61,10 @@ def add_tokens(tokenizer: Any, beside: Beside) -> set[int]:
     new, special = beside.extend(tokenizer.get_vocab())
     tokenizers = import_tokenizers()
     for token in new:
-        added = tokenizers.AddedToken(token.content, special=token.special, normalized=False)
+        left, right = token.strips
+        added = tokenizers.AddedToken(
+            token.content, special=token.special, normalized=False, lstrip=left, rstrip=right
+        )
         tokenizer.add_tokens([added])
     return special
 
@@ -69,10 +72,17 @@ def add_tokens(tokenizer: Any, beside: Beside) -> set[int]:
 def list_pieces(
     ids: dict[str, int], added: dict[int, Any], special: set[int], path: Path
 ) -> tuple[list[str], list[Kind]]:
-    """Return the pieces by id, with a kind for each; `special`: ids that are, whatever `added`."""
-    pieces = [piece for piece, _ in sorted(ids.items(), key=lambda item: item[1])]
-    if sorted(ids.values()) != list(range(len(pieces))):
-        raise CheckpointError(f"{path}: the ids of its {len(pieces)} pieces have holes or repeat")
+    """Return the pieces by id, with a kind for each; `special`: ids that are, whatever `added`.
+
+    An id without a piece gets the empty one.
+    """
+    known = {id: piece for piece, id in ids.items()}
+    size = max(known, default=-1) + 1
+    if len(known) < len(ids) or size > 2 * len(ids):
+        raise CheckpointError(
+            f"{path}: the ids of its {len(ids)} pieces repeat, or go far beyond: up to {size - 1}"
+        )
+    pieces = [known.get(id, "") for id in range(size)]
     kinds = []
     for id, piece in enumerate(pieces):
         if id in added or id in special:
@@ -87,7 +97,9 @@ def make_encoder(vocabulary: Vocabulary, tokenizer: Any) -> "Encoder":
     """Return the function from text to ids that parses no marker. Safe to call from threads."""
     # Markers that the file does not call special would match in text (measured: it is the content
     # that counts, an added token of the same text keeps its id).
-    tokenizer.add_special_tokens([vocabulary.pieces[id] for id in sorted(vocabulary.special_ids)])
+    bytes_added = tokenizer.get_added_tokens_decoder().keys() & vocabulary.byte_values.keys()
+    markers = sorted(vocabulary.special_ids | bytes_added)
+    tokenizer.add_special_tokens([vocabulary.pieces[id] for id in markers])
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return Encoder(tokenizer)
@@ -119,7 +131,10 @@ def from_json(vocabulary: Vocabulary, text: str) -> "Encoder":
 
 
 def to_json(vocabulary: Vocabulary, merges: Sequence[tuple[str, str]]) -> str:
-    """Return the vocabulary as a complete `tokenizer.json`, which transformers loads too."""
+    """Return the vocabulary as a complete `tokenizer.json`, which transformers loads too.
+
+    It has no unused pieces, and no piece twice: these ids get names that are read as unused.
+    """
     added = [
         {
             "id": id,
@@ -132,6 +147,7 @@ def to_json(vocabulary: Vocabulary, merges: Sequence[tuple[str, str]]) -> str:
         }
         for id, piece in enumerate(vocabulary.pieces)
         if vocabulary.kinds[id] in (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED)
+        and vocabulary.ids[piece] == id
     ]
     bos = vocabulary.pieces[vocabulary.bos_id]
     first = [{"SpecialToken": {"id": bos, "type_id": 0}}] if vocabulary.add_bos else []
@@ -168,7 +184,7 @@ def to_json(vocabulary: Vocabulary, merges: Sequence[tuple[str, str]]) -> str:
             "fuse_unk": True,
             "byte_fallback": True,
             "ignore_merges": False,
-            "vocab": vocabulary.ids,
+            "vocab": {vocabulary.name(id): id for id in range(len(vocabulary.pieces))},
             "merges": merges,
         },
     }

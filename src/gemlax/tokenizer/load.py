@@ -94,6 +94,7 @@ def read_model(path: Path, beside: Beside, files: Mapping[str, Path]) -> Tokeniz
         unk_id=named["unk"],
         pad_id=named["pad"],
         add_bos=beside.settings.get("add_bos_token", True),
+        strips={known.get(t.content, t.id): t.strips for t in beside.added if t.special},
         files=files,
     )
 

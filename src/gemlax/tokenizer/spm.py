@@ -8,7 +8,7 @@ Source: sentencepiece_model.proto (field numbers).
 
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from operator import index
 from types import ModuleType
 from typing import Any
@@ -68,21 +68,39 @@ def make_encoder(vocabulary: Vocabulary, scores: Sequence[float]) -> Callable[[s
         model = sentencepiece.SentencePieceProcessor(model_proto=write_model(vocabulary, scores))
     except RuntimeError as error:
         raise CheckpointError(f"sentencepiece refuses the vocabulary: {error}") from error
-    return model.encode
+    size = len(vocabulary.pieces)
+    if len(model) == size:
+        return model.encode
+    return partial(encode_known, model, size, vocabulary.unk_id)
+
+
+def encode_known(model: Any, size: int, unk_id: int, text: str) -> list[int]:
+    """Return the ids of a text; what would be a byte that has no piece is unknown."""
+    return [id if id < size else unk_id for id in model.encode(text)]
 
 
 def write_model(vocabulary: Vocabulary, scores: Sequence[float]) -> bytes:
-    """Return the vocabulary as the SentencePiece model that does what Gemma's do."""
+    """Return the vocabulary as the SentencePiece model that does what Gemma's do.
+
+    SentencePiece takes all bytes or none: pieces of those that are missing come last.
+    """
     size = cache(encode_varint)
     message = bytearray()
-    for piece, score, kind in zip(vocabulary.pieces, scores, vocabulary.kinds, strict=True):
-        text = piece.encode()
+    known = set(vocabulary.byte_values.values())
+    missing = [byte for byte in range(256) if known and bytes([byte]) not in known]
+    names, kinds = list(vocabulary.pieces), list(vocabulary.kinds)
+    for id in vocabulary.other_ids:
+        names[id], kinds[id] = vocabulary.name(id), Kind.UNUSED
+    names += [f"<0x{byte:02X}>" for byte in missing]
+    kinds += [Kind.BYTE] * len(missing)
+    scores = [*scores, *[0.0] * len(missing)]
+    for name, score, kind in zip(names, scores, kinds, strict=True):
+        text = name.encode()
         body = (
             b"\x0a" + size(len(text)) + text + struct.pack("<BfBB", 2 << 3 | 5, score, 3 << 3, kind)
         )
         message += b"\x0a" + size(len(body)) + body
-    byte_fallback = len(vocabulary.byte_values) == 256
-    trainer = number(3, BPE) + number(35, byte_fallback)
+    trainer = number(3, BPE) + number(35, bool(known))
     ids = {40: vocabulary.unk_id, 41: vocabulary.bos_id}
     ids |= {42: vocabulary.eos_id, 43: vocabulary.pad_id}
     for field, id in ids.items():

@@ -5,9 +5,9 @@ them as control, converters some as normal text. Here a marker is control whatev
 that untrusted text can never produce one.
 """
 
+import itertools
 import logging
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -27,10 +27,12 @@ SPACE = "▁"
 NAMES = {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>", "unk": "<unk>"}
 
 # Pieces that steer the model: <|turn>, <turn|>, <|image|>, <start_of_turn>, <image_soft_token>,
-# <unused7>. Runs of whitespace, HTML tags and [multimodal] are none, and none of the 255,474
-# normal pieces of the published vocabularies is written like one.
+# <unused7>; FunctionGemma's <start_function_call> and <escape>. Runs of whitespace, HTML tags and
+# [multimodal] are none, and none of the 255,474 normal pieces of the published vocabularies is
+# written like one.
 MARKER = re.compile(
-    r"<\|.*>|<.*\|>|<(start|end)_of_\w+>|<\w+_soft_token>|<unused\d+>|<(pad|eos|bos|unk|mask)>"
+    r"<\|.*>|<.*\|>|<(start|end)_(of|function)_\w+>|<\w+_soft_token>|<unused\d+>"
+    r"|<(pad|eos|bos|unk|mask|escape)>"
 )
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -52,7 +54,11 @@ BY_VALUE = {kind.value: kind for kind in Kind}
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The pieces by id, a kind for each, and the ids that have a name."""
+    """The pieces by id, a kind for each, and the ids that have a name.
+
+    A piece may be there several times, or be empty: see `ids`. `strips` says of markers whether
+    they take in the blanks to their left and right.
+    """
 
     pieces: Sequence[str]
     kinds: Sequence[Kind]
@@ -61,6 +67,7 @@ class Vocabulary:
     pad_id: int
     unk_id: int
     add_bos: bool
+    strips: Mapping[int, tuple[bool, bool]]
 
     @classmethod
     def create(
@@ -73,6 +80,7 @@ class Vocabulary:
         pad_id: int,
         unk_id: int,
         add_bos: bool,
+        strips: Mapping[int, tuple[bool, bool]] | None = None,
     ) -> "Vocabulary":
         """Check the lists of a file and settle the kinds; raise CheckpointError for what is wrong.
 
@@ -85,21 +93,40 @@ class Vocabulary:
             if not 0 <= id < len(pieces):
                 raise CheckpointError(f"{name} id {id} is outside 0 to {len(pieces) - 1}")
         pieces = [piece.replace(" ", SPACE) for piece in pieces]
-        if "" in pieces:
-            raise CheckpointError(f"the piece of id {pieces.index('')} is empty")
-        if len(set(pieces)) != len(pieces):
-            piece = next(piece for piece, count in Counter(pieces).items() if count > 1)
-            raise CheckpointError(f"the piece {piece!r} has two ids")
         settled = settle(pieces, kinds)
         for id in named.values():
             settled[id] = Kind.CONTROL
         settled[unk_id] = Kind.UNKNOWN
-        return cls(pieces, settled, bos_id, eos_id, pad_id, unk_id, add_bos)
+        vocabulary = cls(pieces, settled, bos_id, eos_id, pad_id, unk_id, add_bos, strips or {})
+        twice = [pieces[id] for id in vocabulary.other_ids if pieces[id]]
+        if twice:
+            logger.warning(
+                "%d pieces have several ids (%r: %d counts); the others are read, not written",
+                len(twice), twice[0], vocabulary.ids[twice[0]],
+            )  # fmt: skip
+        return vocabulary
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Id of each piece."""
-        return {piece: id for id, piece in enumerate(self.pieces)}
+        """Id of each piece, of several the last one, as in llama.cpp, unless one has a name."""
+        named = (self.bos_id, self.eos_id, self.pad_id, self.unk_id)
+        used = (id for id, kind in enumerate(self.kinds) if kind != Kind.UNUSED)
+        order = itertools.chain(sorted(self.unused_ids), used, named)
+        return {self.pieces[id]: id for id in order if self.pieces[id]}
+
+    @cached_property
+    def other_ids(self) -> list[int]:
+        """Ids whose piece is empty or another id's."""
+        ids = self.ids
+        if len(ids) == len(self.pieces):
+            return []
+        return [id for id, piece in enumerate(self.pieces) if ids.get(piece) != id]
+
+    def name(self, id: int) -> str:
+        """Return the piece, or a name as llama.cpp's where it is unused or another id's."""
+        piece = self.pieces[id]
+        used = self.ids.get(piece) == id and self.kinds[id] != Kind.UNUSED
+        return piece if used else f"[PAD{id}]"
 
     @cached_property
     def unused_ids(self) -> frozenset[int]:
@@ -125,6 +152,9 @@ class Vocabulary:
 def settle(pieces: Sequence[str], kinds: Sequence[int]) -> list[Kind]:
     """Return the kinds as gemlax understands them: names decide where a label is wrong."""
     settled, mislabelled = [], []
+    # Written at length for speed: there are 262,144 pieces.
+    bytes_named = {piece for piece in pieces if piece[:3] == "<0x" and BYTE.fullmatch(piece)}
+    has_bytes = len(bytes_named) > 128
     for id, (piece, kind) in enumerate(zip(pieces, kinds, strict=True)):
         if kind not in BY_VALUE:
             known = "expected 1 to 6"
@@ -138,7 +168,10 @@ def settle(pieces: Sequence[str], kinds: Sequence[int]) -> list[Kind]:
             settled.append(Kind.CONTROL)
             if kind != Kind.USER_DEFINED:  # as SentencePiece calls them
                 mislabelled.append(piece)
-        elif kind == Kind.NORMAL and piece == f"[PAD{id}]":  # as llama.cpp fills a list up
+        elif has_bytes and piece in bytes_named and kind in (Kind.NORMAL, Kind.USER_DEFINED):
+            settled.append(Kind.BYTE)
+        # As llama.cpp fills a list up; and nothing can be split into an empty piece.
+        elif not piece or (kind == Kind.NORMAL and piece == f"[PAD{id}]"):
             settled.append(Kind.UNUSED)
         else:
             settled.append(BY_VALUE[kind])
