@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -36,6 +35,7 @@ from gemlax.decoder import Decoder, Layers
 from gemlax.errors import RequestError, UnsupportedError
 from gemlax.generate import DecodeState, Engine, bucket
 from gemlax.ops.storage import Storage
+from gemlax.options import check_options, choose_mesh, read_dtype
 from gemlax.quantization import (
     Rules,
     Texts,
@@ -408,13 +408,12 @@ def load(
         dtype: "float32", "bfloat16"; None or "auto": float32 on CPU, bfloat16 elsewhere.
         layers: "scan", "unroll", or None for the faster one of this backend.
         progress: told (bytes filled, bytes in all).
-        mesh: spread the model over all devices, as "data=2,tensor=4" says: rows over data and
-            fsdp, widths over fsdp, heads, MLP and vocabulary over tensor, experts over expert.
-            With several processes (`jax.distributed`) each makes the same calls.
+        mesh: over all devices, as "data=2,tensor=4" says: rows over data and fsdp, widths over
+            fsdp, heads, MLP and vocabulary over tensor, experts over expert. Each of several
+            processes (`jax.distributed`) makes the same calls.
         kv_cache: "int8" holds keys and values as 8-bit codes (docs/log.md); None: in `dtype`.
-        quantize: how matrices are held. "stored": as the file has them; "dense": decoded; "int8",
-            "int4", "nf4": quantised now; or rules, see `quantization.Rules`. None: "stored" where
-            native kernels run, and for a folder that gemlax quantised; else "dense".
+        quantize: how matrices are held: "stored" as in the file, "dense", "int8", "int4", "nf4", or
+            rules (`quantization.Rules`); None: "stored" where native kernels run, else "dense".
         calibration: texts that int4 shall suit, some thousand tokens; None: a page of ours.
         implementation: of products with codes and attention: "xla", "cpu" (kernels); None: faster.
         adapters: a peft folder, or several by name; None: one beside the weights, if any; {}: none.
@@ -426,9 +425,9 @@ def load(
         UnsupportedError: another architecture or format.
         RequestError: an option out of range, an unfit mesh, or an adapter of another base.
     """
-    dtype = _dtype(dtype)
-    _check_options(layers, kv_cache, implementation, quantize)
-    placed, implementation = _mesh(mesh, quantize, implementation)
+    dtype = read_dtype(dtype)
+    check_options(layers, kv_cache, implementation, quantize)
+    placed, implementation = choose_mesh(mesh, quantize, implementation)
     with ops.implementation(implementation):
         native = ops.cpu.live() is not None
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
@@ -436,8 +435,8 @@ def load(
         tokenizer = _tokenizer(source)
         stored = lora.read_folders(adapters, source.config.text, source.source)
         template = lora.template_of(stored, source.chat_template, source.source)
-        as_stored = placed is None and (native or source.keeps_codes)
-        rules = quantize or ("stored" if as_stored else "dense")
+        keeps = placed is None and (native or source.keeps_codes)
+        rules = quantize or ("stored" if keeps else "dense")
         decoder = build_decoder(
             source.config.text, source.read, dtype=dtype, layers=layers, progress=progress,
             mesh=placed, codes=codes_of(source, rules, calibration),
@@ -458,53 +457,6 @@ def _tokenizer(source: checkpoints.Checkpoint) -> Tokenizer | None:
         _log.info("%s has no tokenizer: ids in, ids out", source.source)
     tell(defaults, tokenizer, file)
     return tokenizer
-
-
-def _mesh(mesh: Any, quantize: Rules | None, implementation: Any) -> tuple[Mesh | None, Any]:
-    """Return the mesh, and the implementation: no kernel reads codes that are cut over devices."""
-    if mesh is None:
-        return None, implementation
-    if quantize == "stored" or (quantize not in (None, "dense") and implementation == "cpu"):
-        raise RequestError(
-            "a file's own codes and native kernels need one device; on a mesh quantize= takes "
-            "'int8', 'int4', 'nf4' or rules, and XLA decodes them"
-        )
-    return sharding.make_mesh(mesh), implementation if quantize in (None, "dense") else "xla"
-
-
-def _check_options(layers: Any, kv_cache: Any, implementation: Any, quantize: Any) -> None:
-    ops.backend()  # says what is wrong with jax, if anything
-    if layers not in (None, "scan", "unroll"):
-        raise RequestError(f"layers must be 'scan', 'unroll' or None, got {layers!r}")
-    if kv_cache not in (None, "int8"):
-        raise RequestError(f"kv_cache must be 'int8' or None, got {kv_cache!r}")
-    if implementation not in (None, "xla", "cpu"):
-        raise RequestError(f"implementation must be 'xla', 'cpu' or None, got {implementation!r}")
-    check_rules(quantize)
-
-
-def _dtype(given: Any) -> jnp.dtype:
-    """Return a dtype given by any of its names, of NumPy, jax or torch; None and "auto": ours.
-
-    Ours is float32 on CPU and bfloat16 elsewhere.
-
-    Raises:
-        RequestError: another one.
-    """
-    if given is None or (isinstance(given, str) and given == "auto"):
-        return jnp.dtype(jnp.float32 if ops.backend() == "cpu" else jnp.bfloat16)
-    name = str(given)
-    short = name.removeprefix("torch.")
-    short = {"fp32": "float32", "bf16": "bfloat16"}.get(short, short)
-    expected = "dtype must be float32, bfloat16 or 'auto', got"
-    try:
-        dtype = jnp.dtype(given if short == name and not isinstance(given, str) else short)
-    except TypeError as error:
-        raise RequestError(f"{expected} {name[:40]!r}") from error
-    if dtype not in (jnp.float32, jnp.bfloat16):
-        why = " (Gemma's activations overflow float16)" if dtype == jnp.float16 else ""
-        raise RequestError(f"{expected} {dtype.name}{why}")
-    return dtype
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
