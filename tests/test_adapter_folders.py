@@ -475,17 +475,10 @@ def test_a_file_or_the_folder_above_is_told(folder):
 
 
 def test_an_adapter_is_found_by_name_in_the_hub_cache(source, folder, monkeypatch):
-    monkeypatch.setattr(adapters.folders.checkpoints, "find", {"one/lora": folder}.__getitem__)
+    # What is looked up there, and what is said where it is not: tests/test_find.py.
+    found = {"one/lora": folder}
+    monkeypatch.setattr(adapters.folders.checkpoints, "find_adapter", found.__getitem__)
     assert adapters.read_folder("one/lora", CONFIG.text).adapter == source.adapter
-
-    def missing(name):
-        raise FileNotFoundError(name)
-
-    monkeypatch.setattr(adapters.folders.checkpoints, "find", missing)
-    with pytest.raises(
-        FileNotFoundError, match=r"no adapter at 'two/lora': .*hf download two/lora"
-    ):
-        adapters.read_folder("two/lora", CONFIG.text)
 
 
 def test_a_folder_appears_whole_or_not_at_all(source, folder, tmp_path):

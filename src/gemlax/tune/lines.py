@@ -28,6 +28,7 @@ _KINDS = (
     (b"\xfe\xff", "UTF-16", "iconv -f UTF-16 -t UTF-8 {name} > {stem}.utf8.jsonl"),
     (b"version https:", "a Git LFS pointer, not the file itself", "git lfs pull"),
     (b"<!DOCTYPE", "a web page, not a download", None),
+    (b"<!doctype", "a web page, not a download", None),
     (b"<html", "a web page, not a download", None),
 )  # fmt: skip
 _TABLES = {
