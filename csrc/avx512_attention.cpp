@@ -1,12 +1,17 @@
 // Attention of many queries, for AVX-512: keys by blocks, products as in a blocked matrix product.
 #if defined(__x86_64__)
 
+#include <vector>
+
+// The linker keeps one copy of these members for all files: it must be for any CPU, so they are made
+// before these instructions are asked for. Without this a CPU that lacks them may get theirs.
+template class std::vector<float>;
+
 #include "avx512.h"
 
 #include <algorithm>
 #include <limits>
 #include <type_traits>
-#include <vector>
 
 #include "attention.h"
 
