@@ -74,7 +74,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "no tokenizer to score": (["perplexity", "--model", "{bad}/mute", "{bad}/prompt.txt"], 1,
                               "no tokenizer"),
     "long prompt": ([*GENERATE, "--context", "2", PROMPT], 1, "more than the context of 2"),
-    "zero context": ([*GENERATE, "--context", "0", PROMPT], 1, "context must be in"),
+    "zero context": ([*GENERATE, "--context", "0", PROMPT], 1, "context must be an integer >= 1"),
     "negative count": ([*GENERATE, "--max-new-tokens", "-1", PROMPT], 1, "max_new_tokens"),
     "negative temperature": ([*GENERATE, "--temperature", "-0.5", PROMPT], 1, "temperature"),
     "nan temperature": ([*GENERATE, "--temperature", "nan", PROMPT], 1, "temperature"),
@@ -238,7 +238,8 @@ def assert_one_line(outcome: Outcome, status: int, says: str) -> None:
 @pytest.mark.parametrize("name", GOOD)
 def test_a_good_command_succeeds_and_complains_of_nothing(outcomes, name):
     assert outcomes[name].status == 0
-    assert outcomes[name].error == ""
+    # What is said of a marker: test_markers_of_a_prompt_are_read_where_asked_and_told_where_not.
+    assert outcomes[name].error == "" or name == "marker"
 
 
 def test_json_ends_the_output_and_holds_the_text_that_stands_before_it(outcomes):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -251,7 +252,8 @@ def test_info_reads_what_load_reads_and_refuses_what_it_refuses(
     tmp_path, monkeypatch, capsys, name
 ):
     path = INPUTS[name](tmp_path)
-    monkeypatch.setattr(gemlax.model, "build_decoder", lambda *_, **__: None)
+    monkeypatch.setattr(gemlax.model, "build_decoder", lambda *_, **__: SimpleNamespace())
+    monkeypatch.setattr(gemlax.model.lora, "put_tables", lambda *_: None)
     monkeypatch.setattr(gemlax.model, "Model", lambda *_, **__: None)
     expected = message_of(lambda: gemlax.load(str(path)))
     status = cli.main(["info", str(path), "--json"])

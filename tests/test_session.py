@@ -155,7 +155,7 @@ def test_stop_ids_are_those_of_the_format_and_of_the_caller(model):
     ended = model.chat(USER, max_new_tokens=8, stop_ids=[stop])
     assert ended.tokens == free.tokens[: free.tokens.index(stop) + 1]
     assert ended.finish_reason == "stop"
-    with pytest.raises(RequestError, match="stop_ids must be token ids"):
+    with pytest.raises(RequestError, match="stop_ids must be integer token ids"):
         model.generate("a", stop_ids=["a"])
     request = model.chat(USER, stream=True)._request
     assert model.tokenizer.id_of("<end_of_turn>") in request.stop_ids

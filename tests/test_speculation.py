@@ -358,13 +358,16 @@ def p_value(counts, p):
 # --- forms and fronts --------------------------------------------------------------------------
 
 
+PLACES = make_sampling(1, 512, [0]).places()
+
+
 def test_without_drafts_the_program_is_the_one_it_was(model):
     keys = model.engine.counters.keys
     model.generate([[2, 5, 6]], max_new_tokens=3, speculate=0)
     model.generate([[2, 5, 6]], max_new_tokens=3)
-    assert keys[-1] == ("decode", 1, 16, 8, False)
+    assert keys[-1] == ("decode", 1, 16, *PLACES, False)
     model.generate([[2, 5, 6]], max_new_tokens=3, speculate=2)
-    assert keys[-1] == ("decode", 1, 16, 8, False, 2)
+    assert keys[-1] == ("decode", 1, 16, *PLACES, False, 2)
     state, _ = model.engine.start([[2, 5, 6]], 3, 100, [1])
     assert state.drafting is None
 

@@ -134,6 +134,15 @@ def leaves(decoder):
     return jax.tree.leaves(nnx.state(decoder, nnx.LoRAParam))
 
 
+@pytest.fixture
+def ctrl_c():
+    """Let Ctrl-C interrupt, as in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_run_keeps_its_steps_and_goes_on(folder, data, whole, caplog):
     """Stopped after step 2, between two checkpoints."""
     output = folder / "stopped"
@@ -151,6 +160,7 @@ def test_an_interrupted_run_keeps_its_steps_and_goes_on(folder, data, whole, cap
     assert losses(output) == losses(whole[2])
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_in_the_middle_of_a_step_keeps_nothing_of_it(data, tmp_path, monkeypatch):
     def step(*_):
         os.kill(os.getpid(), signal.SIGINT)  # noted
