@@ -207,7 +207,7 @@ def test_a_snapshot_gives_the_same_bits_as_the_prefix_run_again(run, tokens):
     np.testing.assert_array_equal(first, again)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+@pytest.mark.parametrize("implementation", ["xla", None])  # None: the kernels, where there are some
 def test_a_few_rows_of_a_larger_cache_run_alone_and_touch_no_other(
     run, tokens, full, implementation
 ):
