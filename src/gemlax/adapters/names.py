@@ -72,16 +72,16 @@ def modules(
     idle = {weight.name.removesuffix(".weight") for weight in unused(config)}
     named = {name: _bare(name) for name in tensors}
     encoders = [name for name, bare in named.items() if is_encoder(bare)]
-    found = {name: _part(bare) for name, bare in named.items() if not is_encoder(bare)}
-    bare = [part.module for part in found.values() if part]
+    parts_by_name = {name: _part(bare) for name, bare in named.items() if not is_encoder(bare)}
+    bare = [part.module for part in parts_by_name.values() if part]
     prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in bare)), "")
     parts: dict[str, dict[str, np.ndarray]] = {}
     others, aside = [], []
-    for name, part in found.items():
+    for name, part in parts_by_name.items():
         module = part.module.removeprefix(prefix) if part else ""
         if part and module in adaptable(config):
             if part.part in parts.setdefault(module, {}):
-                raise _several(found.values(), path)
+                raise _several(parts_by_name.values(), path)
             parts[module][part.part] = tensors[name].astype(np.float32)
         elif part and module in idle:
             aside.append(module)
@@ -112,8 +112,8 @@ def _bare(name: str) -> str:
 
 
 def _part(name: str) -> _Part | None:
-    found = _NAME.fullmatch(name)
-    return _Part(found["module"], found["part"], found["adapter"]) if found else None
+    match = _NAME.fullmatch(name)
+    return _Part(match["module"], match["part"], match["adapter"]) if match else None
 
 
 def _several(parts: Iterable[_Part | None], path: Path) -> CheckpointError:

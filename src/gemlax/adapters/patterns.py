@@ -102,23 +102,23 @@ class _Automaton:
         return self._tokens[self._at].lastgroup if self._at < len(self._tokens) else None
 
     def _alternatives(self) -> Part:
-        found = self._sequence()
+        choice = self._sequence()
         while self._peek() == "or":
             self._at += 1
             other = self._sequence()
-            found = Part(
-                found.empty or other.empty, found.first | other.first, found.last | other.last
+            choice = Part(
+                choice.empty or other.empty, choice.first | other.first, choice.last | other.last
             )
-        return found
+        return choice
 
     def _sequence(self) -> Part:
-        found = _NOTHING
+        sequence = _NOTHING
         while self._peek() not in (None, "or", "close"):
             begin, made = self._at, self._one()
             if self._peek() == "repeat":
                 made = self._repeated(begin, made)
-            found = self._joined(found, made)
-        return found
+            sequence = self._joined(sequence, made)
+        return sequence
 
     def _joined(self, a: Part, b: Part) -> Part:
         for state in a.last:
@@ -131,17 +131,17 @@ class _Automaton:
         token = self._tokens[self._at][0]
         after = self._at + 1
         least, most = _counts(token)
-        found = self._joined(_NOTHING, made) if least else made._replace(empty=True)
+        repeated = self._joined(_NOTHING, made) if least else made._replace(empty=True)
         for number in range(1, max(least, 1) if most is None else most):
             self._at = begin
             again = self._one()
-            found = self._joined(found, again._replace(empty=again.empty or number >= least))
+            repeated = self._joined(repeated, again._replace(empty=again.empty or number >= least))
             made = again
         if most is None:
             for state in made.last:
                 self._follow[state] |= made.first
         self._at = after
-        return _NOTHING if most == 0 else found
+        return _NOTHING if most == 0 else repeated
 
     def _one(self) -> Part:
         token, kind = self._tokens[self._at][0], self._peek()
@@ -165,12 +165,12 @@ class _Automaton:
         self._depth += 1
         if self._depth > _MAX_DEPTH:
             raise UnsupportedError("it is nested too deeply")
-        found = self._alternatives()
+        group = self._alternatives()
         if self._peek() != "close":
             raise CheckpointError("no regular expression: unbalanced parenthesis")
         self._at += 1
         self._depth -= 1
-        return found
+        return group
 
 
 def _counts(token: str) -> tuple[int, int | None]:

@@ -87,10 +87,10 @@ def template_of(stored: Mapping[str, Stored], base: Template, model: Path) -> Te
     """
     chosen = base
     for one in stored.values():
-        found = find_chat_template(one.source)
-        if found is not None and found != base:
+        template = find_chat_template(one.source)
+        if template is not None and template != base:
             used = list(stored) == [DEFAULT]
-            chosen = found if used else base
+            chosen = template if used else base
             _log.info(
                 "%s: its chat template, which differs from the base's, is %s",
                 one.source, "used" if used else "left aside: it is one of several adapters",
