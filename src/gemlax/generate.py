@@ -9,21 +9,21 @@ of (batch, chunk, capacity); sampling settings, limits and stop ids are traced.
 import functools
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from gemlax import ops, sampling, sharding, speculation
 from gemlax.adapters import choose
-from gemlax.cache import Caches, holds, mark, new_caches, resume, rollback, round_capacity
-from gemlax.config import CHUNK, Kind, TextConfig
+from gemlax.cache import Caches, holds, new_caches, resume, rollback, round_capacity
+from gemlax.config import CHUNK
 from gemlax.decoder import Decoder
+from gemlax.engine import Counters, bucket, cache_sharding, run_decoder
 from gemlax.ops.storage import Storage
 from gemlax.sampling import Sampling
 from gemlax.speculation import Drafting, Drafts
@@ -31,11 +31,6 @@ from gemlax.speculation import Drafting, Drafts
 __all__ = ["Counters", "DecodeState", "Engine", "Rows", "bucket"]
 
 STOP_PLACES = 16
-
-
-def bucket(size: int, smallest: int = 1) -> int:
-    """Return the power of two, at least `smallest`, that holds `size`."""
-    return max(smallest, 1 << max(size - 1, 0).bit_length())
 
 
 class DecodeState(NamedTuple):
@@ -72,21 +67,6 @@ class Rows(NamedTuple):
     logprobs: tuple[np.ndarray, ...] | None
     state: DecodeState
     steps: np.ndarray | None = None  # [B], of rows that draft
-
-
-@dataclass
-class Counters:
-    """What was done, for tests and reports: counts, and seconds by the wall clock."""
-
-    prefill_tokens: int = 0
-    prefill_calls: int = 0
-    decode_calls: int = 0
-    decode_tokens: int = 0
-    programs: int = 0
-    compile_s: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    keys: list[tuple] = field(default_factory=list)
 
 
 class Engine:
@@ -146,7 +126,7 @@ class Engine:
         placed = {}
         for kind, cache in jax.eval_shape(make, *args).items():
             batch = len(cache.positions)
-            held = _cache_sharding(self.mesh, self.config, kind, batch)
+            held = cache_sharding(self.mesh, self.config, kind, batch)
             rows = sharding.rows_sharding(self.mesh, batch)
             placed[kind] = cache._replace(k=held, v=held, positions=rows)
         return jax.jit(make, out_shardings=placed)(*args)
@@ -363,30 +343,7 @@ def _prefill(
     """Write one chunk into the caches. The hidden states are dropped, and what makes only them."""
     decoder = nnx.merge(graphdef, weights)
     choose(decoder, adapters)
-    return _run(decoder, mesh, tokens, positions, caches)[1]
-
-
-def _run(
-    decoder: Decoder, mesh: Mesh | None, tokens: Array, positions: Array, caches: Caches
-) -> tuple[Array, Caches]:
-    """Run the decoder; on a mesh, caches stay cut as they are on the way through.
-
-    The other rows and heads follow: XLA works on the part of each that the caches have.
-    """
-    if mesh is None:
-        return decoder(tokens, positions, caches)
-    held = {
-        kind: sharding.Placed(cache, _cache_sharding(mesh, decoder.config, kind, len(tokens)))
-        for kind, cache in mark(caches, positions).items()
-    }
-    hidden, held = decoder(tokens, positions, held)
-    return hidden, {kind: placed.cache for kind, placed in held.items()}
-
-
-def _cache_sharding(mesh: Mesh, config: TextConfig, kind: Kind, batch: int) -> NamedSharding:
-    spec = config.first(kind)
-    assert spec is not None
-    return sharding.cache_sharding(mesh, config, spec, batch)
+    return run_decoder(decoder, mesh, tokens, positions, caches)[1]
 
 
 def _decode(
@@ -442,7 +399,7 @@ def _step(program: _Program, state: DecodeState) -> DecodeState:
     # A row that is done writes nothing: neither cache nor token.
     positions = jnp.where(state.done, ops.EMPTY, last)[:, None]
     current = jnp.where(state.done, 0, state.tokens[rows, last])[:, None]
-    hidden, caches = _run(program.decoder, program.mesh, current, positions, state.caches)
+    hidden, caches = run_decoder(program.decoder, program.mesh, current, positions, state.caches)
     raw = program.decoder.logits(hidden[:, 0])[:, : program.num_tokens]
     return _append(program, raw, state)._replace(caches=caches)
 
@@ -530,7 +487,7 @@ def _verify(program: _Program, drafts: Drafts, state: DecodeState) -> DecodeStat
     positions = jnp.where(wanted, last[:, None] + order, ops.EMPTY)
     current = jnp.concatenate([state.tokens[rows, last][:, None], drafts.tokens], axis=1)
     current = jnp.where(wanted, current, 0)
-    hidden, caches = _run(program.decoder, program.mesh, current, positions, state.caches)
+    hidden, caches = run_decoder(program.decoder, program.mesh, current, positions, state.caches)
     raw = program.decoder.logits(hidden)[..., : program.num_tokens]  # [B, d + 1, V]
     tried = jnp.pad(drafts.tokens, ((0, 0), (0, 1)))
 

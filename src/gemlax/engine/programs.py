@@ -22,7 +22,7 @@ from gemlax.decoder import Decoder
 from gemlax.engine.state import State
 from gemlax.sampling import Sampling
 
-__all__ = ["MAX_STEPS", "Output", "cache_sharding", "decode", "prefill", "verify"]
+__all__ = ["MAX_STEPS", "Output", "cache_sharding", "decode", "prefill", "run_decoder", "verify"]
 
 # The most decode steps of one call: the width of what it returns.
 MAX_STEPS = 128
@@ -70,7 +70,9 @@ def prefill(
     """Write one chunk into the caches. The hidden states are dropped, and what makes only them."""
     decoder = nnx.merge(graphdef, weights)
     choose(decoder, _take(state.adapters, rows))
-    return state._replace(caches=_run(decoder, mesh, tokens, positions, state.caches, rows)[1])
+    return state._replace(
+        caches=run_decoder(decoder, mesh, tokens, positions, state.caches, rows)[1]
+    )
 
 
 def decode(
@@ -102,7 +104,7 @@ def decode(
         positions = jnp.where(now.running, last, ops.EMPTY)[:, None]
         current = jnp.take_along_axis(now.tokens, last[:, None], axis=1)
         current = jnp.where(now.running[:, None], current, 0)
-        hidden, caches = _run(fixed.decoder, mesh, current, positions, caches, rows)
+        hidden, caches = run_decoder(fixed.decoder, mesh, current, positions, caches, rows)
         raw = fixed.decoder.logits(hidden[:, 0])[:, :num_tokens]
         return index + 1, caches, _append(fixed, raw, now, index)
 
@@ -136,7 +138,7 @@ def verify(
     positions = jnp.where(wanted, last[:, None] + order, ops.EMPTY)
     current = jnp.take_along_axis(local.tokens, last[:, None], axis=1)
     current = jnp.where(wanted, jnp.concatenate([current, drafts], axis=1), 0)
-    hidden, caches = _run(fixed.decoder, mesh, current, positions, state.caches, rows)
+    hidden, caches = run_decoder(fixed.decoder, mesh, current, positions, state.caches, rows)
     raw = fixed.decoder.logits(hidden)[..., :num_tokens]  # [b, d + 1, V]
     tried = jnp.pad(drafts, ((0, 0), (0, 1)))
 
@@ -243,13 +245,13 @@ def _write_back(
     )
 
 
-def _run(
+def run_decoder(
     decoder: Decoder,
     mesh: Mesh | None,
     tokens: Array,
     positions: Array,
     caches: Caches,
-    rows: Array | None,
+    rows: Array | None = None,
 ) -> tuple[Array, Caches]:
     """Run the decoder; on a mesh, caches stay cut as they are on the way through.
 
