@@ -511,7 +511,7 @@ def test_decoding_on_a_mesh_writes_the_caches_in_place(engines, axes):
 
 
 def test_twin_without_held_caches_gathers_them(weights, monkeypatch):
-    monkeypatch.setattr(generate, "_run", lambda decoder, mesh, *args: decoder(*args))
+    monkeypatch.setattr(generate, "run_decoder", lambda decoder, mesh, *args: decoder(*args))
     assert decode_faults(engine_on(TINY, weights, make_mesh("data=2,tensor=4")))
 
 
