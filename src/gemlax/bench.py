@@ -23,8 +23,8 @@ from gemlax import cost, linen, ops
 from gemlax.cache import new_caches, new_list, new_pools, round_capacity
 from gemlax.config import CHUNK, TextConfig
 from gemlax.decoder import Decoder, Layers, Read
+from gemlax.engine import bucket
 from gemlax.errors import RequestError
-from gemlax.generate import bucket
 from gemlax.weights import build_decoder
 
 __all__ = [

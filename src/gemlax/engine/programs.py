@@ -88,7 +88,7 @@ def decode(
     eager: Bool[Array, ""],
 ) -> tuple[State, Output]:
     """Run up to `steps` decode steps; stop when no row runs, or with `eager` when one ends."""
-    fixed = _fixed(graphdef, num_tokens, mesh, weights, state, rows)
+    fixed = _fixed(graphdef, num_tokens, mesh, weights, state, rows, running)
     local = _local(fixed, state, running, MAX_STEPS, logprobs)
 
     def more(carry: tuple[Array, Caches, _Local]) -> Array:
@@ -129,7 +129,7 @@ def verify(
     A row goes on while what it samples is what was drafted. So each token is drawn from the logits
     after the tokens before it, with its own key, as without drafts: nothing has to be corrected.
     """
-    fixed = _fixed(graphdef, num_tokens, mesh, weights, state, rows)
+    fixed = _fixed(graphdef, num_tokens, mesh, weights, state, rows, running)
     width = drafts.shape[1] + 1
     local = _replicated(mesh, _local(fixed, state, running, width, logprobs))
     last = local.lengths - 1
@@ -168,6 +168,7 @@ def _fixed(
     weights: Any,
     state: State,
     rows: Array | None,
+    running: Array,
 ) -> _Fixed:
     decoder = nnx.merge(graphdef, weights)
     choose(decoder, _take(state.adapters, rows))
@@ -180,7 +181,7 @@ def _fixed(
         taken(state.prompts),
         taken(state.max_lengths),
         taken(state.stop_ids),
-        taken(state.settings),
+        taken(state.settings).quiet(running),
     )
 
 
