@@ -56,7 +56,7 @@ def decoder_on(config, weights, mesh, layers="scan", dtype=jnp.float32):
 
 def engine_on(config, weights, mesh, **options) -> Engine:
     decoder = decoder_on(config, weights, mesh, **options)
-    dtype = decoder.norm.weight.get_value().dtype
+    dtype = decoder.dtype
     return Engine(decoder, num_tokens=config.vocab_size, dtype=dtype, mesh=mesh)
 
 
@@ -511,7 +511,9 @@ def test_decoding_on_a_mesh_writes_the_caches_in_place(engines, axes):
 
 
 def test_twin_without_held_caches_gathers_them(weights, monkeypatch):
-    monkeypatch.setattr(generate, "run_decoder", lambda decoder, mesh, *args: decoder(*args))
+    monkeypatch.setattr(
+        generate, "run_decoder", lambda decoder, mesh, *args, adapters: decoder(*args)
+    )
     assert decode_faults(engine_on(TINY, weights, make_mesh("data=2,tensor=4")))
 
 

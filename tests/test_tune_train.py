@@ -66,9 +66,9 @@ def test_adapters_and_their_moments_are_cut_as_their_weights():
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
     training = trainer(decoder_of(SMALL, mesh=mesh), mesh=mesh)
     specs = {name: a.sharding.spec for name, a in training.values.items()}
-    (gate,) = {str(s) for n, s in specs.items() if n.endswith("up_proj.lora_b")}
+    (gate,) = {str(s) for n, s in specs.items() if n.endswith("up_proj.lora.b")}
     assert "tensor" in gate
-    (read,) = {str(s) for n, s in specs.items() if n.endswith("up_proj.lora_a")}
+    (read,) = {str(s) for n, s in specs.items() if n.endswith("up_proj.lora.a")}
     assert "fsdp" in read
     moments = [a for a in jax.tree.leaves(training.optimizer_state) if a.ndim]
     assert len(moments) == 2 * len(specs)

@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from gemlax import ops, sampling, sharding, speculation
-from gemlax.adapters import choose
 from gemlax.cache import Caches, holds, new_caches, resume, rollback, round_capacity
 from gemlax.config import CHUNK
 from gemlax.decoder import Decoder
@@ -342,8 +341,7 @@ def _prefill(
 ) -> Caches:
     """Write one chunk into the caches. The hidden states are dropped, and what makes only them."""
     decoder = nnx.merge(graphdef, weights)
-    choose(decoder, adapters)
-    return run_decoder(decoder, mesh, tokens, positions, caches)[1]
+    return run_decoder(decoder, mesh, tokens, positions, caches, adapters=adapters)[1]
 
 
 def _decode(
@@ -359,7 +357,6 @@ def _decode(
 ) -> DecodeState:
     """Run up to `steps` decode steps on the device; stop early when every row is done."""
     decoder = nnx.merge(graphdef, weights)
-    choose(decoder, limits.adapters)
     program = _Program(decoder, num_tokens, mesh, limits, settings)
 
     def more(carry: Any) -> Array:
@@ -399,7 +396,10 @@ def _step(program: _Program, state: DecodeState) -> DecodeState:
     # A row that is done writes nothing: neither cache nor token.
     positions = jnp.where(state.done, ops.EMPTY, last)[:, None]
     current = jnp.where(state.done, 0, state.tokens[rows, last])[:, None]
-    hidden, caches = run_decoder(program.decoder, program.mesh, current, positions, state.caches)
+    hidden, caches = run_decoder(
+        program.decoder, program.mesh, current, positions, state.caches,
+        adapters=program.limits.adapters,
+    )  # fmt: skip
     raw = program.decoder.logits(hidden[:, 0])[:, : program.num_tokens]
     return _append(program, raw, state)._replace(caches=caches)
 
@@ -487,7 +487,10 @@ def _verify(program: _Program, drafts: Drafts, state: DecodeState) -> DecodeStat
     positions = jnp.where(wanted, last[:, None] + order, ops.EMPTY)
     current = jnp.concatenate([state.tokens[rows, last][:, None], drafts.tokens], axis=1)
     current = jnp.where(wanted, current, 0)
-    hidden, caches = run_decoder(program.decoder, program.mesh, current, positions, state.caches)
+    hidden, caches = run_decoder(
+        program.decoder, program.mesh, current, positions, state.caches,
+        adapters=program.limits.adapters,
+    )  # fmt: skip
     raw = program.decoder.logits(hidden)[..., : program.num_tokens]  # [B, d + 1, V]
     tried = jnp.pad(drafts.tokens, ((0, 0), (0, 1)))
 

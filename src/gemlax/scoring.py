@@ -48,10 +48,10 @@ def windows(
 
 
 def token_logprobs(
-    decoder: Decoder, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
+    decoder: Decoder, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"]
 ) -> Float[Array, "B T-1"]:
     """Return the log-probabilities of tokens[:, 1:]; logits exist for a block at a time."""
-    hidden = decoder(tokens, positions)[0][:, :-1]
+    hidden = hidden[:, :-1]
     targets = tokens[:, 1:]
     pad = -hidden.shape[1] % _ROWS if hidden.shape[1] > _ROWS else 0
     rows = min(_ROWS, hidden.shape[1])

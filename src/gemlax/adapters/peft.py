@@ -193,7 +193,7 @@ def restore(
     if decoder.adapter is not None:
         _check_same(stored, decoder.adapter)
         detach(decoder)
-    put(decoder, stored.adapter, stored.values, dtype=dtype)
+    put(decoder, [(stored.adapter, stored.values)], dtype=dtype)
     return stored.adapter
 
 

@@ -8,7 +8,7 @@ from gemlax.ops.attention import attend, attend_blocks, causal_mask, fresh_atten
 from gemlax.ops.backend import backend, check_compiles
 from gemlax.ops.basic import EMPTY, geglu, rms_norm, rope, softcap
 from gemlax.ops.cpu import Implementation, implementation
-from gemlax.ops.matmul import Low, embed, linear, linears, low_rank, unembed, watched
+from gemlax.ops.matmul import LowRank, add_low_rank, embed, linear, linears, unembed, watched
 from gemlax.ops.moe import experts, route
 from gemlax.ops.paged import (
     AttentionMetadata,
@@ -22,7 +22,8 @@ __all__ = [
     "EMPTY",
     "AttentionMetadata",
     "Implementation",
-    "Low",
+    "LowRank",
+    "add_low_rank",
     "attend",
     "attend_blocks",
     "backend",
@@ -37,7 +38,6 @@ __all__ = [
     "implementation",
     "linear",
     "linears",
-    "low_rank",
     "paged_attend",
     "rms_norm",
     "rope",

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemlax import adapters, ops, sharding
+from gemlax import ops, sharding
 from gemlax.decoder import Decoder
 from gemlax.errors import Error, RequestError
 from gemlax.qtensor import QTensor
@@ -158,14 +158,14 @@ class Trainer:
         own: dict[str, Any] = {}
         for name, (path, _) in self._variables.items():
             own[name] = everywhere
-            base: Any = weights.get((*path[:-1], "weight"))
+            base: Any = weights.get((*path[:-2], "weight"))  # of .../lora/a or b
             held = None if base is None else base.get_value()
             if isinstance(self.values[name].sharding, NamedSharding):
                 own[name] = self.values[name].sharding
             elif isinstance(held, QTensor):  # A and B as the codes are cut
                 spec = (*held.codes.sharding.spec, None, None, None)[: held.codes.ndim]
-                cut = (None, spec[-1]) if path[-1] == "lora_a" else (spec[-2], None)
-                own[name] = NamedSharding(self.mesh, PartitionSpec(*spec[:-2], *cut))
+                cut = (None, spec[-1]) if path[-1] == "a" else (spec[-2], None)
+                own[name] = NamedSharding(self.mesh, PartitionSpec(*spec[:-2], None, *cut))
         state = jax.eval_shape(functools.partial(_with_optax, self._tx.init), self.values)
         placed = _optax().tree_map_params(
             self._tx, lambda _, how: how, state, own, transform_non_params=lambda _: everywhere
@@ -258,21 +258,18 @@ class Trainer:
     def _totals(self, values: Values, frozen: Any, rows: Rows, key: Any = None) -> Any:
         """Return sums over rows: loss, tokens or pairs, and pairs that are told right."""
         decoder = self._merge(values, frozen)
-        if key is not None:
-            adapters.dropout(decoder, key)
-        logprobs = self._logprobs(decoder, rows)
+        logprobs = self._logprobs(decoder, rows, dropout_key=key)
         units = self._units(rows)
         if self.recipe.beta is None:
             return -(logprobs * rows.weights).sum(), units.sum(), jnp.float32(0.0)
-        with adapters.lora_enabled(decoder, False):
-            reference = jax.lax.stop_gradient(self._logprobs(decoder, rows))
+        reference = jax.lax.stop_gradient(self._logprobs(decoder, rows, use_adapter=False))
         policy, reference = ((p * rows.weights).sum(axis=1) for p in (logprobs, reference))
         loss, margin = losses.preference_loss(policy, reference, beta=self.recipe.beta)
         return (loss * units).sum(), units.sum(), jnp.where(margin > 0, units, 0.0).sum()
 
-    def _logprobs(self, decoder: Decoder, rows: Rows) -> jax.Array:
+    def _logprobs(self, decoder: Decoder, rows: Rows, **how: Any) -> jax.Array:
         hidden, _ = decoder(
-            rows.tokens, rows.positions, segments=rows.segments, remat=self.recipe.remat
+            rows.tokens, rows.positions, segments=rows.segments, remat=self.recipe.remat, **how
         )
         groups = 1 if self.mesh is None else sharding.parts(self.mesh, "batch")
         groups = groups if len(rows.tokens) % groups == 0 else 1
