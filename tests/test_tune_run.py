@@ -22,14 +22,14 @@ import gemlax
 from gemlax import adapters
 from gemlax.errors import CheckpointError, Error, RequestError
 from gemlax.sharding import make_mesh
-from gemlax.tune import Settings, run, state, train
+from gemlax.tune import TuneSettings, run, state, train
 from gemlax.tune.state import Checkpoints
 from gemlax.tune.train import Measured, Trainer
 
 # The same code in this process and in those that are killed.
 pytestmark = pytest.mark.optimised
 
-HOW = Settings(rules=4, steps=6, batch_size=2, max_length=48, learning_rate=1e-2, save_every=3)
+HOW = TuneSettings(rules=4, steps=6, batch_size=2, max_length=48, learning_rate=1e-2, save_every=3)
 
 
 def model() -> gemlax.Model:

@@ -45,7 +45,7 @@ from gemlax.quantization import (
     importance_by_rules,
 )
 from gemlax.sampling import check_integer
-from gemlax.scoring import Score, token_logprobs, windows
+from gemlax.scoring import Score, label_logprobs, windows
 from gemlax.session import Reply, Session
 from gemlax.settings import read_defaults, tell
 from gemlax.tokenizer import Tokenizer
@@ -120,7 +120,9 @@ class Model:
         self._hidden = jit(lambda decoder, hidden, tokens: hidden)
         self._logits = jit(lambda decoder, hidden, tokens: decoder.logits(hidden))
         self._score = jit(
-            token_logprobs,
+            lambda decoder, hidden, tokens: label_logprobs(
+                decoder, hidden[:, :-1], tokens[:, 1:], tokens[:, 1:] >= 0, mesh=mesh
+            ),
             out_shardings=None if mesh is None else sharding.replicated(mesh),
         )
 

@@ -8,6 +8,7 @@ from gemlax.ops.attention import attend, attend_blocks, causal_mask, fresh_atten
 from gemlax.ops.backend import backend, check_compiles
 from gemlax.ops.basic import EMPTY, geglu, rms_norm, rope, softcap
 from gemlax.ops.cpu import Implementation, implementation
+from gemlax.ops.crossentropy import Head, chunked_logprobs
 from gemlax.ops.matmul import LowRank, add_low_rank, embed, linear, linears, unembed, watched
 from gemlax.ops.moe import experts, route
 from gemlax.ops.paged import (
@@ -21,6 +22,7 @@ from gemlax.ops.paged import (
 __all__ = [
     "EMPTY",
     "AttentionMetadata",
+    "Head",
     "Implementation",
     "LowRank",
     "add_low_rank",
@@ -29,6 +31,7 @@ __all__ = [
     "backend",
     "causal_mask",
     "check_compiles",
+    "chunked_logprobs",
     "cpu",
     "embed",
     "experts",

@@ -31,89 +31,20 @@ from gemlax.tune.report import (
     read_settings,
     write_settings,
 )  # fmt: skip
+from gemlax.tune.settings import TuneSettings
 from gemlax.tune.state import Checkpoints
-from gemlax.tune.train import Measured, Recipe, Trainer
+from gemlax.tune.train import Measured, Trainer, learning_rate
 
-__all__ = ["Result", "Settings", "check_run", "train"]
+__all__ = ["Result", "check_run", "train"]
 
 _log = logging.getLogger(__name__)
 RUN, LOG, PLOT, CHECKPOINTS = "run.json", "log.jsonl", "loss.png", "checkpoints"
 RESULTS = {"adapter": "adapter", "full": "model"}
-# Peak rates. By custom, not by measurement: all weights take a tenth of what an adapter does,
-# and preferences, whose slopes are small at the start, a quarter.
-RATES = {"adapter": 2e-4, "full": 2e-5, "preferences": 5e-5}
-WARMUP = 0.05  # of all steps
 MERGE_FIRST = (
     "the model has adapters beside its weights: gemlax convert MODEL FOLDER --adapter DIR merges "
     "one, and the result can be tuned"
 )
 ROUND = 16  # widths are multiples of it
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What to train, and on what.
-
-    Attributes:
-        rules: of the adapter, see `adapters.attach`; None: the adapter that the model has, or
-            rank 8 for every projection.
-        full: train all weights, and no adapter.
-        beta: learn preferences with that strength (DPO); None: the loss is cross-entropy.
-        steps: in all; None: `epochs` times the data.
-        batch_size: rows of a step; a row holds up to `max_length` tokens of several examples.
-        accumulate: parts into which the rows of a step are taken, one after another.
-        learning_rate: at its peak; None: 2e-4 for adapters, 2e-5 for all weights, 5e-5 for
-            preferences.
-        truncate: cut examples that are longer; otherwise they are an error.
-        pack: put several examples into a row.
-        parse_special: read markers in texts as what they name; in messages they are text always.
-        save_every: steps between checkpoints and evaluations; None: at the end alone.
-        seed: of the adapter, the order of examples and dropout.
-    """
-
-    rules: Any = None
-    full: bool = False
-    beta: float | None = None
-    steps: int | None = None
-    epochs: int = 1
-    batch_size: int = 4
-    accumulate: int = 1
-    max_length: int = 512
-    learning_rate: float | None = None
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    remat: bool = True
-    truncate: bool = False
-    pack: bool = True
-    parse_special: bool = True
-    save_every: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "max_length": 2}
-        optional = {k: 1 for k in ("steps", "save_every") if self.as_dict()[k] is not None}
-        for name, low in {**least, **optional}.items():
-            value = self.as_dict()[name]
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise RequestError(f"{name} must be at least {low}, got {value!r}")
-        if self.batch_size % self.accumulate:
-            raise RequestError(
-                f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}"
-            )
-        if self.full and (self.rules is not None or self.beta is not None):
-            raise RequestError("full trains all weights: it takes neither rules nor preferences")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the attributes by name."""
-        return {field.name: vars(self)[field.name] for field in dataclasses.fields(self)}
-
-    @property
-    def rate(self) -> float:
-        """The peak of the learning rate."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        kind = "full" if self.full else "adapter" if self.beta is None else "preferences"
-        return RATES[kind]
 
 
 class Result(NamedTuple):
@@ -134,7 +65,7 @@ def train(
     model: Model,
     data: str | Path,
     output: str | Path,
-    settings: Settings | None = None,
+    settings: TuneSettings | None = None,
     *,
     eval_data: str | Path | None = None,
     resume: bool = False,
@@ -161,12 +92,12 @@ def train(
     """
     if jax.process_count() > 1:
         raise UnsupportedError("training runs in one process, over all of its devices")
-    settings = dataclasses.replace(settings or Settings(), **changes)
+    settings = dataclasses.replace(settings or TuneSettings(), **changes)
     return _Run(model, Path(data), Path(output), settings, eval_data, resume, progress).go()
 
 
 def check_run(
-    data: Path, eval_data: Path | None, output: Path, settings: Settings, *, resume: bool
+    data: Path, eval_data: Path | None, output: Path, settings: TuneSettings, *, resume: bool
 ) -> None:
     """Check what needs no model: the kind of the files, and that a run can be in the folder.
 
@@ -197,13 +128,13 @@ def check_run(
         raise Error(f"{output} cannot be made: {above} cannot {what}")
 
 
-def _known(data: Path, settings: Settings) -> dict[str, Any]:
+def _known(data: Path, settings: TuneSettings) -> dict[str, Any]:
     """Return what must be the same when a run goes on, as far as no model is needed for it."""
-    known = settings.as_dict()
+    known = dataclasses.asdict(settings) | {"rules": repr(settings.rules), "data": digest(data)}
     del known["save_every"]
     if settings.steps is None:  # the data will say
         del known["steps"]
-    return known | {"rules": repr(known["rules"]), "data": digest(data)}
+    return known
 
 
 def _check_same(output: Path, record: dict[str, Any]) -> None:
@@ -249,7 +180,7 @@ class _Run:
         model: Model,
         data: Path,
         output: Path,
-        settings: Settings,
+        settings: TuneSettings,
         eval_data: str | Path | None,
         resume: bool,
         progress: Progress | None,
@@ -272,14 +203,10 @@ class _Run:
             _check_same(output, self.record)
         self.checkpoints = Checkpoints(output / CHECKPOINTS)
         self.decoder = self._decoder()
-        recipe = Recipe(
-            steps=self.steps, learning_rate=settings.rate,
-            warmup=math.ceil(WARMUP * self.steps), weight_decay=settings.weight_decay,
-            clip=settings.clip, accumulate=settings.accumulate, remat=settings.remat,
-            beta=settings.beta, seed=settings.seed,
+        self.trainer = Trainer(
+            self.decoder, dataclasses.replace(settings, steps=self.steps),
+            mesh=model.mesh, implementation=model.implementation,
         )  # fmt: skip
-        ways: dict[str, Any] = {"mesh": model.mesh, "implementation": model.implementation}
-        self.trainer = Trainer(self.decoder, recipe, **ways)
         self.first = max(self.checkpoints.steps(), default=0) if resume else 0
         self.done: int | None = self.first  # steps; None in the middle of one
         self._open(resume)
@@ -389,7 +316,7 @@ class _Run:
             "step": step + 1,
             "loss": found.loss,
             "gradient_norm": found.norm,
-            "learning_rate": float(self.trainer.recipe.rate(step)),
+            "learning_rate": float(learning_rate(self.trainer.settings, step)),
             "tokens": tokens,
             "learnt": found.tokens,
             "tok_s": round(tokens / seconds, 2),
