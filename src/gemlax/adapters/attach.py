@@ -173,11 +173,7 @@ def adapted(decoder: Decoder) -> Iterator[Linear]:
 
 
 def adapter_of(decoder: Decoder) -> Adapter:
-    """Return the record of the adapter on a decoder.
-
-    Raises:
-        RequestError: there is none.
-    """
+    """Return the record of the adapter on a decoder."""
     if decoder.adapter is None:
         raise RequestError("the decoder has no adapter; attach or restore one")
     return decoder.adapter

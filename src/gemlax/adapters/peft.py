@@ -72,9 +72,6 @@ class Stored(NamedTuple):
     base: dict[str, Any]
 
 
-# --- out ---------------------------------------------------------------------------------------
-
-
 def save(
     decoder: Decoder, folder: str | Path, *, multimodal: bool | None = None, overwrite: bool = False
 ) -> None:
@@ -157,9 +154,6 @@ def _targets(adapter: Adapter, config: TextConfig, prefix: str) -> list[str]:
     if meant == own and prefix == "model.":
         return short
     return [prefix + module.name for module in adapter]
-
-
-# --- in ----------------------------------------------------------------------------------------
 
 
 def restore(

@@ -30,11 +30,7 @@ Choice = str | None | Sequence[str | None]
 
 
 def entries(names: Sequence[str], choice: Choice, count: int) -> tuple[int, ...]:
-    """Return the entry of the tables that each of `count` rows takes.
-
-    Raises:
-        RequestError: a name that is not there, or a list of another length.
-    """
+    """Return the entry of the tables that each of `count` rows takes."""
     if choice is None or isinstance(choice, str):
         chosen = [choice] * count
     else:
@@ -60,8 +56,6 @@ def read_folders(given: Any, config: TextConfig, model: Path) -> dict[str, Store
         given: a folder, several by name, or None: the adapter that lies beside the model's weights.
         config: of the model.
         model: its folder or file.
-
-    Raises: see `read_folder`.
     """
     own = beside(model)
     if own is not None and given is None:
@@ -106,11 +100,7 @@ def _folders(given: Any) -> list[Path]:
 
 
 def put_folders(decoder: Decoder, stored: Mapping[str, Stored]) -> None:
-    """Put several adapters on a decoder, in place: entry i + 1 of the table is the i-th of them.
-
-    Raises:
-        RequestError: the decoder has an adapter, or one of them was trained on another base.
-    """
+    """Put several adapters on a decoder, in place: entry i + 1 of the table is the i-th of them."""
     if not stored:
         return
     for one in stored.values():

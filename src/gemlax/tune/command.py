@@ -67,11 +67,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> TuneSettings:
-    """Return the settings that arguments stand for.
-
-    Raises:
-        RequestError: arguments that exclude one another, or rules of another form.
-    """
+    """Return the settings that arguments stand for."""
     names = {field.name for field in dataclasses.fields(TuneSettings)}
     given = {key: value for key, value in vars(args).items() if key in names}
     adapter = (args.rank, args.alpha, args.dropout)

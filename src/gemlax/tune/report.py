@@ -27,11 +27,7 @@ class Log:
         part.replace(path)
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Write a line; `step` is one of its keys.
-
-        Raises:
-            Error: it cannot be written.
-        """
+        """Write a line; `step` is one of its keys."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -100,11 +96,7 @@ def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return what a run was made with.
-
-    Raises:
-        Error: there is no run, or its record is damaged.
-    """
+    """Return what a run was made with."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -99,12 +99,7 @@ def train(
 def check_run(
     data: Path, eval_data: Path | None, output: Path, settings: TuneSettings, *, resume: bool
 ) -> None:
-    """Check what needs no model: the kind of the files, and that a run can be in the folder.
-
-    Raises:
-        Error: the folder holds another run or cannot be written, a file is no data, or a package
-            is missing.
-    """
+    """Check what needs no model: the kind of the files, and that a run can be in the folder."""
     for path in (data, eval_data):
         if path is not None:
             check_file(path)

@@ -26,11 +26,7 @@ class Checkpoints:
     """The checkpoints of one run in one folder."""
 
     def __init__(self, folder: Path):
-        """The folder is made with the first checkpoint.
-
-        Raises:
-            Error: orbax is not installed.
-        """
+        """The folder is made with the first checkpoint."""
         try:
             import orbax.checkpoint as ocp
         except ImportError as error:
@@ -47,11 +43,7 @@ class Checkpoints:
         return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal())
 
     def check_room(self, values: Any, optimizer_state: Any) -> None:
-        """Check that a checkpoint and what is trained fit on the disk of the folder above.
-
-        Raises:
-            Error: they do not.
-        """
+        """Check that a checkpoint and what is trained fit on the disk of the folder above."""
         output = self.folder.absolute().parent
         above = next(folder for folder in (output, *output.parents) if folder.exists())
         try:
@@ -60,11 +52,7 @@ class Checkpoints:
             raise Error(f"cannot write in {output}: {error}") from error
 
     def save(self, step: int, values: Any, optimizer_state: Any) -> None:
-        """Write a checkpoint; it is there whole or not at all.
-
-        Raises:
-            Error: it cannot be written; the ones before it are as they were.
-        """
+        """Write a checkpoint; it is there whole or not at all."""
         tree = {"values": values, "optimizer": optimizer_state, "step": np.asarray(step)}
         target = self.folder / str(step)
         try:
@@ -88,11 +76,7 @@ class Checkpoints:
             shutil.rmtree(gone, ignore_errors=True)
 
     def restore(self, step: int, values: Any, optimizer_state: Any) -> tuple[Any, Any]:
-        """Return what was saved, in the form and over the devices of what is given.
-
-        Raises:
-            CheckpointError: it is damaged, or of another shape.
-        """
+        """Return what was saved, in the form and over the devices of what is given."""
         wanted = {"values": values, "optimizer": optimizer_state, "step": np.asarray(0)}
         source = (self.folder / str(step)).absolute()
         try:
