@@ -87,10 +87,10 @@ def settings_of(args: argparse.Namespace) -> TuneSettings:
     return TuneSettings(**{**given, "rules": rules, "beta": beta})
 
 
-def _rules(found: Any) -> dict[str, Rule | int]:
+def _rules(by_pattern: Any) -> dict[str, Rule | int]:
     """Read rules by pattern: a rank, or an object of rank, alpha and dropout."""
     rules: dict[str, Rule | int] = {}
-    for pattern, rule in found.items():
+    for pattern, rule in by_pattern.items():
         if isinstance(rule, dict) and rule.keys() <= {"rank", "alpha", "dropout"}:
             rules[pattern] = Rule(**rule)
         elif isinstance(rule, int):
@@ -108,16 +108,16 @@ def run(args: argparse.Namespace, model: Model, *, shown: bool) -> dict[str, Any
     settings = settings_of(args)
     begin = time.perf_counter()
     with _bar(shown) as progress:
-        found = train(
+        result = train(
             model, args.data, args.output, settings,
             eval_data=args.eval_data, resume=args.resume, progress=progress,
         )  # fmt: skip
     return {
         "output": str(args.output),
-        "steps": found.steps,
-        "loss": found.loss,
-        "eval_loss_before": found.eval_before,
-        "eval_loss": found.eval_after,
+        "steps": result.steps,
+        "loss": result.loss,
+        "eval_loss_before": result.eval_before,
+        "eval_loss": result.eval_after,
         "seconds": round(time.perf_counter() - begin, 3),
     }
 

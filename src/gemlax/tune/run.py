@@ -133,11 +133,11 @@ def _known(data: Path, settings: TuneSettings) -> dict[str, Any]:
 
 
 def _check_same(output: Path, record: dict[str, Any]) -> None:
-    held = read_settings(output / RUN)
+    there = read_settings(output / RUN)
     for key in sorted(record):
-        if held.get(key) != record[key]:
+        if there.get(key) != record[key]:
             raise Error(
-                f"{output} holds another run: {key} is {held.get(key)!r} there and "
+                f"{output} holds another run: {key} is {there.get(key)!r} there and "
                 f"{record[key]!r} now"
             )
 
@@ -156,17 +156,16 @@ def _interrupts() -> Iterator[list[int]]:
         noted.append(number)
         _log.warning("stopping after this step; once more stops at once and keeps less")
 
-    before = signal.getsignal(signal.SIGINT)
-    # Whoever handles it otherwise goes on to, and other threads than the first cannot.
-    ours = before is signal.default_int_handler
-    ours = ours and threading.current_thread() is threading.main_thread()
-    if ours:
+    handler = signal.getsignal(signal.SIGINT)
+    # A handler of the caller's stays, and only the main thread can set one.
+    is_main = threading.current_thread() is threading.main_thread()
+    if sets := is_main and handler is signal.default_int_handler:
         signal.signal(signal.SIGINT, note)
     try:
         yield noted
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, before)
+        if sets:
+            signal.signal(signal.SIGINT, handler)
 
 
 class _Run:
@@ -186,8 +185,7 @@ class _Run:
         check_run(data, held_out, output, settings, resume=resume)
         chat = None
         if model.tokenizer is not None:
-            found = model.chat_format
-            chat = None if found.family is None else found
+            chat = model.chat_format if model.chat_format.family is not None else None
         self.encoder = Encoder(model.tokenizer, chat, parse_special=settings.parse_special)
         self.batches = self._batches(data)
         self.held_out = None if held_out is None else self._batches(held_out)
@@ -208,12 +206,12 @@ class _Run:
 
     def _batches(self, path: Path) -> Batches:
         s = self.settings
-        most = min(s.max_length, self.model.config.text.max_position_embeddings)
+        max_length = min(s.max_length, self.model.config.text.max_position_embeddings)
         examples: Any
         if s.beta is None:
-            examples = texts = read_examples(path, self.encoder, most, truncate=s.truncate)
+            examples = texts = read_examples(path, self.encoder, max_length, truncate=s.truncate)
         else:
-            examples = read_pairs(path, self.encoder, most, truncate=s.truncate)
+            examples = read_pairs(path, self.encoder, max_length, truncate=s.truncate)
             texts = [one for pair in examples for one in pair]
         highest = max((i for one in texts for i in one.ids), default=0)
         if refusal := self.model.config.text.refusal(highest):
@@ -277,7 +275,7 @@ class _Run:
                 except KeyboardInterrupt:
                     self._keep()
                     raise
-        # What the run is for comes first: nothing that is only told may cost it.
+        # What the run is for comes first: nothing that is only reported may cost it.
         model = self._save()
         if first < self.steps:
             self._evaluate(log, self.steps)
@@ -301,25 +299,25 @@ class _Run:
         rows = self.batches[step]
         begin = time.perf_counter()
         self.done = None
-        found = self.trainer.step(step, rows)
+        measured = self.trainer.step(step, rows)
         seconds = time.perf_counter() - begin
-        if not (math.isfinite(found.loss) and math.isfinite(found.norm)):
-            raise Error(self._broken(step + 1, found))
+        if not (math.isfinite(measured.loss) and math.isfinite(measured.norm)):
+            raise Error(self._broken(step + 1, measured))
         self.done = step + 1
         tokens = int((rows.positions >= 0).sum())
         line = {
             "step": step + 1,
-            "loss": found.loss,
-            "gradient_norm": found.norm,
+            "loss": measured.loss,
+            "gradient_norm": measured.norm,
             "learning_rate": float(learning_rate(self.trainer.settings, step)),
             "tokens": tokens,
-            "learnt": found.tokens,
+            "learnt": measured.tokens,
             "tok_s": round(tokens / seconds, 2),
             "seconds": round(seconds, 4),
             "memory_bytes": memory_bytes(),
         }
-        if found.accuracy is not None:
-            line["accuracy"] = found.accuracy
+        if measured.accuracy is not None:
+            line["accuracy"] = measured.accuracy
         self._say(log, line)
         done, every = step + 1, self.settings.save_every
         if done == self.steps or (every and done % every == 0):
@@ -335,11 +333,11 @@ class _Run:
         how = "run the same command with --resume to go on" if last else "nothing is kept"
         _log.warning("%s: stopped; step %d of %d is kept: %s", self.output, last, self.steps, how)
 
-    def _broken(self, step: int, found: Measured) -> str:
+    def _broken(self, step: int, measured: Measured) -> str:
         last = max(self.checkpoints.steps(), default=0)
         kept = f"the checkpoint of step {last} is kept" if last else "there is no checkpoint"
         return (
-            f"step {step}: the loss is {found.loss} and the gradients' norm {found.norm}; "
+            f"step {step}: the loss is {measured.loss} and the gradients' norm {measured.norm}; "
             f"nothing was saved, {kept}; a smaller --learning-rate may help"
         )
 
@@ -348,10 +346,10 @@ class _Run:
             return
         held_out = self.held_out
         batches: Iterator[Rows] = (held_out[i] for i in range(held_out.per_epoch))
-        found = self.trainer.evaluate(batches)
-        line: dict[str, Any] = {"step": step, "eval_loss": found.loss}
-        if found.accuracy is not None:
-            line["eval_accuracy"] = found.accuracy
+        measured = self.trainer.evaluate(batches)
+        line: dict[str, Any] = {"step": step, "eval_loss": measured.loss}
+        if measured.accuracy is not None:
+            line["eval_accuracy"] = measured.accuracy
         self._say(log, line)
 
     def _say(self, log: Log, line: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ write that was cut off is never read, and goes at the next start. Arrays are put
 bit for bit, over whatever mesh the run goes on with.
 """
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -81,29 +80,18 @@ class Checkpoints:
         source = (self.folder / str(step)).absolute()
         try:
             with self._ocp.PyTreeCheckpointer() as checkpointer:
-                held = checkpointer.metadata(source).item_metadata.tree
-                self._check_shapes(held["values"], values, source)
+                tree = checkpointer.metadata(source).item_metadata.tree
+                _check_shapes(tree["values"], values, source)
                 how = self._ocp.checkpoint_utils.construct_restore_args(wanted)
-                found = checkpointer.restore(source, item=wanted, restore_args=how)
+                restored = checkpointer.restore(source, item=wanted, restore_args=how)
         except CheckpointError:
             raise
         except Exception as error:  # as above
             reason = str(error).partition("\n")[0]
             raise CheckpointError(f"{source} cannot be read: {reason}") from error
-        if int(found["step"]) != step:
-            raise CheckpointError(f"{source} holds step {int(found['step'])}")
-        return found["values"], found["optimizer"]
-
-    def _check_shapes(self, held: Any, values: Any, source: Path) -> None:
-        got = {name: tuple(a.shape) for name, a in held.items()}
-        want = {name: tuple(a.shape) for name, a in values.items()}
-        if got == want:
-            return
-        name = next(n for n in sorted(got.keys() | want.keys()) if got.get(n) != want.get(n))
-        raise CheckpointError(
-            f"{source} is of another run: {name} is {json.dumps(got.get(name))} there and "
-            f"{json.dumps(want.get(name))} here"
-        )
+        if int(restored["step"]) != step:
+            raise CheckpointError(f"{source} holds step {int(restored['step'])}")
+        return restored["values"], restored["optimizer"]
 
     def _clean_patiently(self) -> None:
         """Clean up after a write that failed: its other threads may still be writing."""
@@ -124,6 +112,18 @@ class Checkpoints:
         """Remove what is left of writes and removals that were cut off."""
         for path in self._leftovers():
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_shapes(stored: Any, values: Any, source: Path) -> None:
+    """Compare a checkpoint's arrays with those of the run, by name."""
+    for name in sorted(stored.keys() | values.keys()):
+        there, here = (
+            list(tree[name].shape) if name in tree else None for tree in (stored, values)
+        )
+        if there != here:
+            raise CheckpointError(
+                f"{source} is of another run: {name} is {there} there and {here} here"
+            )
 
 
 def _check_free(folder: Path, tree: Any) -> None:

@@ -29,12 +29,12 @@ Values = dict[str, jax.Array]
 
 
 class Measured(NamedTuple):
-    """What a step, or an evaluation, found. `accuracy`: of preferences, else None."""
+    """What a step or an evaluation measured."""
 
     loss: float
     tokens: int  # that were learnt
     norm: float  # of the gradients before clipping
-    accuracy: float | None
+    accuracy: float | None  # of preferences
 
 
 class Trainer:
@@ -99,49 +99,53 @@ class Trainer:
         assert self.mesh is not None
         everywhere = sharding.replicated(self.mesh)
         weights = dict(nnx.to_flat_state(self._frozen))
-        own: dict[str, Any] = {}
+        placements: dict[str, Any] = {}
         for name, (path, _) in self._variables.items():
-            own[name] = everywhere
-            base: Any = weights.get((*path[:-2], "weight"))  # of .../lora/a or b
-            held = None if base is None else base.get_value()
+            placements[name] = everywhere
+            variable: Any = weights.get((*path[:-2], "weight"))  # of .../lora/a or b
+            weight = None if variable is None else variable.get_value()
             if isinstance(self.values[name].sharding, NamedSharding):
-                own[name] = self.values[name].sharding
-            elif isinstance(held, QTensor):  # A and B as the codes are cut
-                spec = (*held.codes.sharding.spec, None, None, None)[: held.codes.ndim]
+                placements[name] = self.values[name].sharding
+            elif isinstance(weight, QTensor):  # A and B as the codes are cut
+                spec = (*weight.codes.sharding.spec, None, None, None)[: weight.codes.ndim]
                 cut = (None, spec[-1]) if path[-1] == "a" else (spec[-2], None)
-                own[name] = NamedSharding(self.mesh, PartitionSpec(*spec[:-2], None, *cut))
+                placements[name] = NamedSharding(self.mesh, PartitionSpec(*spec[:-2], None, *cut))
         state = jax.eval_shape(functools.partial(_with_optax, self._tx.init), self.values)
         placed = _optax().tree_map_params(
-            self._tx, lambda _, how: how, state, own, transform_non_params=lambda _: everywhere
+            self._tx,
+            lambda _, how: how,
+            state,
+            placements,
+            transform_non_params=lambda _: everywhere,
         )
-        return own, placed
+        return placements, placed
 
     def step(self, number: int, rows: Rows) -> Measured:
         """Change the weights by one batch: rows [accumulate * B, T], step `number` from 0."""
         count = self.settings.accumulate
         if len(rows.tokens) % count:
-            raise RequestError(f"{len(rows.tokens)} rows are no {count} equal parts")
+            raise RequestError(f"{len(rows.tokens)} rows cannot be split into {count} equal parts")
         batch = self._put(Rows(*(a.reshape(count, -1, a.shape[-1]) for a in rows)))
         args = (self._frozen, jnp.int32(number), batch)
-        self.values, self.optimizer_state, found = self.program(
+        self.values, self.optimizer_state, sums = self.program(
             self.values, self.optimizer_state, *args
         )
-        return self._measured(found)
+        return self._measured(sums)
 
     def evaluate(self, batches: Iterable[Rows]) -> Measured:
         """Return the loss over all batches of rows [B, T]; nothing is changed."""
         sums = np.zeros(4)
         for rows in batches:
-            found = self._evaluate(self.values, self._frozen, self._put(rows))
-            sums += np.asarray([*jax.device_get(found), 0.0], np.float64)
+            batch_sums = self._evaluate(self.values, self._frozen, self._put(rows))
+            sums += np.asarray([*jax.device_get(batch_sums), 0.0], np.float64)
         return self._measured(sums)
 
     def decoder(self) -> Decoder:
         """Return the decoder with the weights as they are now."""
         return self._merge(self.values, self._frozen)
 
-    def _measured(self, found: Any) -> Measured:
-        loss, units, right, norm = (x.item() for x in map(np.asarray, found))
+    def _measured(self, sums: Any) -> Measured:
+        loss, units, right, norm = (x.item() for x in map(np.asarray, sums))
         units = max(units, 1)
         accuracy = None if self.settings.beta is None else right / units
         return Measured(loss / units, int(units), norm, accuracy)
@@ -171,12 +175,12 @@ class Trainer:
             if self._drops:
                 key = jax.random.fold_in(jax.random.key(self.settings.seed), number)
                 key = jax.random.fold_in(key, index)
-            (_, found), slopes = slope(values, frozen, rows, units, key)
-            return jax.tree.map(jnp.add, sums, (slopes, found)), None
+            (_, totals), slopes = slope(values, frozen, rows, units, key)
+            return jax.tree.map(jnp.add, sums, (slopes, totals)), None
 
         zeros, none = jax.tree.map(jnp.zeros_like, values), jnp.float32(0.0)
         parts = (jnp.arange(self.settings.accumulate, dtype=jnp.int32), batch)
-        (slopes, found), _ = jax.lax.scan(part, (zeros, (none, none, none)), parts)
+        (slopes, totals), _ = jax.lax.scan(part, (zeros, (none, none, none)), parts)
 
         def apply(slopes: Values, state: Any, values: Values) -> Any:
             optax = _optax()
@@ -184,23 +188,23 @@ class Trainer:
             return optax.apply_updates(values, changes), state, optax.tree.norm(slopes)
 
         values, state, norm = _with_optax(apply, slopes, state, values)
-        return values, state, (*found, norm)
+        return values, state, (*totals, norm)
 
     def _loss(
         self, values: Values, frozen: Any, rows: Rows, units: Any, key: Any
     ) -> tuple[Any, Any]:
-        found = self._totals(values, frozen, rows, key)
-        return found[0] / jnp.maximum(units, 1.0), found
+        totals = self._totals(values, frozen, rows, key)
+        return totals[0] / jnp.maximum(units, 1.0), totals
 
     def _units(self, rows: Rows) -> jax.Array:
-        """Return what a loss is the mean of: tokens, or pairs that are no filling."""
+        """Return what a loss is the mean of: tokens, or pairs that are not filling."""
         if self.settings.beta is None:
             return rows.weights
         chosen = rows.weights[..., 0::2, :]
         return (chosen.sum(axis=-1) > 0).astype(jnp.float32)
 
     def _totals(self, values: Values, frozen: Any, rows: Rows, key: Any = None) -> Any:
-        """Return sums over rows: loss, tokens or pairs, and pairs that are told right."""
+        """Return sums over rows: loss, tokens or pairs, and pairs whose better one is preferred."""
         decoder = self._merge(values, frozen)
         logprobs = self._logprobs(decoder, rows, dropout_key=key)
         units = self._units(rows)
@@ -257,17 +261,17 @@ def _trainable(decoder: Decoder) -> Decoder:
     graph, state = nnx.split(decoder)
     flat = dict(nnx.to_flat_state(state))
     for path, variable in flat.items():
-        held: Any = variable.get_value()
-        if isinstance(held, QTensor) and held.format in ("float32", "bfloat16"):
-            held = held.dense()
-        if not isinstance(held, jax.Array):
+        weight: Any = variable.get_value()
+        if isinstance(weight, QTensor) and weight.format in ("float32", "bfloat16"):
+            weight = weight.dense()
+        if not isinstance(weight, jax.Array):
             raise RequestError(
                 "codes cannot be trained: load the model with quantize='dense', or train an adapter"
             )
-        flat[path] = variable.replace(held)
-    found = nnx.merge(graph, nnx.from_flat_state(flat))
-    found.read = "slice"
-    return found
+        flat[path] = variable.replace(weight)
+    decoder = nnx.merge(graph, nnx.from_flat_state(flat))
+    decoder.read = "slice"
+    return decoder
 
 
 def _with_optax(function: Any, *args: Any) -> Any:
