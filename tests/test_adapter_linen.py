@@ -36,15 +36,15 @@ def variables(decoder):
 
 
 def test_an_adapter_is_a_collection_at_the_paths_of_its_weights(variables):
-    assert set(variables) == {"params", "lora", "lora_scale"}
+    assert set(variables) == {"params", "lora", "lora_constants"}
     specs = traverse_util.flatten_dict(nn.get_partition_spec(variables["lora"]), sep="/")
     at = "layers/0/sliding_attention/self_attn/q_proj"
-    assert specs[f"{at}/lora_a"] == P("layers", None, "embed")
-    assert specs[f"{at}/lora_b"] == P("layers", "heads", None)
+    assert specs[f"{at}/lora/a"] == P("layers", None, None, "embed")
+    assert specs[f"{at}/lora/b"] == P("layers", None, "heads", None)
 
 
 def test_values_and_gradients_are_those_of_nnx(decoder, variables):
-    rest = {name: variables[name] for name in ("params", "lora_scale")}
+    rest = {name: variables[name] for name in ("params", "lora_constants")}
 
     def of_linen(lora):
         hidden = MODULE.apply({**rest, "lora": lora}, IDS, AT)[0]
@@ -81,10 +81,10 @@ def test_an_adapter_goes_to_linen_and_back(decoder, variables, tmp_path):
 @pytest.mark.parametrize("change", ["drop", "rename"])
 def test_leaves_that_do_not_fit_are_an_error(change, variables):
     flat = traverse_util.flatten_dict(nn.meta.unbox(variables["lora"]))
-    path = next(path for path in flat if path[-1] == "lora_b")
+    path = next(path for path in flat if path[-1] == "b")
     leaf = flat.pop(path)
     if change == "rename":
-        flat[(*path[:-2], "nothing", "lora_b")] = leaf
+        flat[(*path[:-2], "nothing", "b")] = leaf
     wrong = {**variables, "lora": traverse_util.unflatten_dict(flat)}
     with pytest.raises(CheckpointError, match="the adapter does not fit"):
         jax.eval_shape(functools.partial(MODULE.apply, wrong), IDS, AT)

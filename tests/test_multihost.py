@@ -1,5 +1,6 @@
 """Two processes of four devices each, joined over loopback, against one device."""
 
+import itertools
 import json
 import os
 import socket
@@ -15,6 +16,8 @@ from vocabularies import SPECIAL, toy
 import gemlax
 from gemlax.checkpoints import text_weights
 from gemlax.cli import main
+from gemlax.generation import SamplingSettings
+from gemlax.generation.answers import Answer, drive
 
 CONFIG = gemlax.tiny(gemlax.preset("gemma-3-4b"), num_hidden_layers=6)
 MESH = "data=2,tensor=4"

@@ -515,7 +515,7 @@ def test_decoding_on_a_mesh_writes_the_caches_in_place(engines, axes):
 
 
 def test_twin_without_held_caches_gathers_them(weights, monkeypatch):
-    def run(decoder, mesh, tokens, positions, caches, *rest):
+    def run(decoder, mesh, tokens, positions, caches, *rest, **options):
         return decoder(tokens, positions, caches)
 
     monkeypatch.setattr(programs, "run_decoder", run)

@@ -265,7 +265,7 @@ class Fixed:
         self.config = None
         self.table = jnp.asarray(table, jnp.float32)
 
-    def __call__(self, tokens, positions, caches, *, cache_rows=None):
+    def __call__(self, tokens, positions, caches, *, cache_rows=None, adapter_rows=None):
         return jax.nn.one_hot(tokens, len(self.table)), caches
 
     def logits(self, hidden):

@@ -117,8 +117,8 @@ class Case:
         linen: bool = False,
     ):
         self.config: TextConfig = decoder.config
-        self.dtype = decoder.norm.weight.get_value().dtype
-        self.layers: Layers = "scan" if decoder.scanned else "unroll"
+        self.dtype = decoder.dtype
+        self.layers: Layers = decoder.layout
         self.batch, self.capacity, self.cache, self.linen = batch, capacity, cache, linen
         self._bind, self.weights = (_bind_linen if linen else _bind_nnx)(decoder)
 
@@ -229,9 +229,9 @@ def _bind_linen(decoder: Decoder) -> tuple[Callable[[Any], Any], Any]:
     """Hold the same arrays as the variables of the Linen decoder."""
     module = linen.Decoder(
         decoder.config,
-        layers="scan" if decoder.scanned else "unroll",
+        layers=decoder.layout,
         read=decoder.read,
-        dtype=decoder.norm.weight.get_value().dtype,
+        dtype=decoder.dtype,
     )
     return module.bind, linen.to_linen(decoder)
 

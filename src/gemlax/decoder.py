@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from gemlax import cache as kv
 from gemlax import ops
 from gemlax.config import Kind, Run, Segment, StackPlan, TextConfig
-from gemlax.layers import DecoderLayer, Embedder, Head, Keys, Linear, RMSNorm
+from gemlax.layers import DecoderLayer, Embedder, Head, Keys, Linear, LoRACall, RMSNorm
 from gemlax.qtensor import At
 
 __all__ = ["Decoder", "Layers", "Read", "weight_path"]
@@ -48,7 +48,7 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         dtype, keys = jnp.dtype(dtype), Keys(rngs.params())
-        self.config, self.read, self.scanned = config, read, layers == "scan"
+        self.config, self.read, self.layout = config, read, layers
         self.adapter: Any = None  # the record of what `adapters` put on the projections
         self.base: Any = None  # the checkpoint that it was loaded from, an `adapters.Base`
         self.embed_tokens = Embedder(
@@ -65,7 +65,7 @@ class Decoder(nnx.Module):
             return lambda keys: DecoderLayer(config, spec, dtype=dtype, keys=keys)
 
         self.layers: nnx.List[Any]
-        if self.scanned:
+        if layers == "scan":
             self.layers = nnx.List(
                 nnx.Dict(
                     {
@@ -101,6 +101,9 @@ class Decoder(nnx.Module):
         attention_metadata: Any = None,
         *,
         cache_rows: Int[Array, " B"] | None = None,
+        adapter_rows: Int[Array, " B"] | None = None,
+        dropout_key: Array | None = None,
+        use_adapter: bool = True,
         segments: Int[Array, "B T"] | None = None,
         remat: bool = False,
         scan: Scan = jax.lax.scan,
@@ -121,6 +124,10 @@ class Decoder(nnx.Module):
             attention_metadata: what paged caches need: `ops.AttentionMetadata`, or a dict of them
                 by kind, or by layer ("layer.0"). Every layer gets it as it is.
             cache_rows: which rows of stacked caches those of this call are; None: all, in order.
+            adapter_rows: the entry of the table of adapters that each row takes; None: entry 0,
+                which is the adapter of a decoder that has one.
+            dropout_key: draws the dropout of adapters, in training; None: nothing is dropped.
+            use_adapter: False: the base alone.
             segments: without caches, the text of its row that each token belongs to and alone
                 attends to; positions begin anew in each. None: one text.
             remat: keep only what goes from layer to layer for the backward pass, and compute the
@@ -143,15 +150,16 @@ class Decoder(nnx.Module):
             tokens, positions = tokens[None], positions[None]
         x = self.embed_tokens(tokens)
         _check_call(kv_caches, segments, cache_rows)
-        inputs = self._per_layer_inputs(tokens, x)
-        step = _Step(positions, inputs, metadata, scan, segments, remat, cache_rows)
+        call = LoRACall(adapter_rows, dropout_key, use_adapter)
+        inputs = self._per_layer_inputs(tokens, x, call)
+        step = _Step(positions, inputs, metadata, scan, segments, remat, cache_rows, call)
         x, kv_caches = self._run(x, step, kv_caches)
         x = self.norm(x)
         return (x[0] if flat else x), kv_caches
 
     def _run(self, x: Array, step: "_Step", kv_caches: Any) -> tuple[Array, Any]:
         """Run the layers against what `kv_caches` is, and give it back in its own form."""
-        run = self._scan if self.scanned else self._unroll
+        run = self._scan if self.layout == "scan" else self._unroll
         if kv_caches is None:
             return run(x, step, _fresh(self.config, step, x.dtype))[0], None
         if isinstance(kv_caches, dict):
@@ -168,7 +176,7 @@ class Decoder(nnx.Module):
                 f"dict of stacked caches by kind, or None; got {type(kv_caches).__name__}"
             )
         listed = kv.KVList(self.config, kv_caches, x.shape[0])
-        held = listed.by_kind() if self.scanned else listed.by_layer()
+        held = listed.by_kind() if self.layout == "scan" else listed.by_layer()
         x, held = run(x, step, kv.mark(held, step.positions))
         return x, listed.write_back(held)
 
@@ -183,7 +191,12 @@ class Decoder(nnx.Module):
         """What makes logits: the table of embeddings, or a matrix of its own."""
         return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
 
-    def _per_layer_inputs(self, tokens: Array, x: Array) -> Array | None:
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of what is not held as codes, and of the hidden states."""
+        return self.norm.weight.get_value().dtype
+
+    def _per_layer_inputs(self, tokens: Array, x: Array, call: LoRACall) -> Array | None:
         """Return [L, B, T, P]: the token's own embedding per layer and one made from `x`.
 
         Source: transformers modeling_gemma4.py, Gemma4TextModel.project_per_layer_inputs.
@@ -193,7 +206,8 @@ class Decoder(nnx.Module):
             return None
         shape = (*tokens.shape, config.num_hidden_layers, config.hidden_size_per_layer_input)
         own = self.embed_tokens_per_layer(tokens).reshape(shape)
-        made = self.per_layer_model_projection(x) * jnp.asarray(config.hidden_size**-0.5, x.dtype)
+        made = self.per_layer_model_projection(x, call)
+        made = made * jnp.asarray(config.hidden_size**-0.5, x.dtype)
         made = self.per_layer_projection_norm(made.reshape(shape))
         return jnp.moveaxis((made + own) * jnp.asarray(2.0**-0.5, x.dtype), 2, 0)
 
@@ -232,6 +246,7 @@ class _Step(NamedTuple):
     segments: Array | None  # [B, T]
     remat: bool
     cache_rows: Array | None  # [B]
+    lora: LoRACall
 
     def fresh(self) -> kv.Fresh:
         """Return what a layer attends to without caches."""
@@ -272,14 +287,14 @@ def _apply(
     if step.per_layer_inputs is not None:
         own = jax.lax.dynamic_index_in_dim(step.per_layer_inputs, index, 0, keepdims=False)
     if key not in held:
-        return layer(x, step.fresh(), own)[0], held
+        return layer(x, step.fresh(), own, step.lora)[0], held
     entry = held[key]
     if isinstance(entry, kv.Fresh):
-        x, entry = layer(x, entry, own)
+        x, entry = layer(x, entry, own, step.lora)
         return x, held | {key: entry}
     metadata = step.metadata[spec.kind]
     view = entry.layer(row, step.positions, spec, metadata, step.cache_rows)
-    x, view = layer(x, view, own)
+    x, view = layer(x, view, own, step.lora)
     return x, held | {key: view.cache}
 
 

@@ -54,7 +54,7 @@ from gemlax.quantization import (
     importance_by_rules,
 )
 from gemlax.sampling import check_integer
-from gemlax.scoring import Score, token_logprobs, windows
+from gemlax.scoring import Score, label_logprobs, windows
 from gemlax.tokenizer import TextStream, Tokenizer
 from gemlax.tokenizer.load import FILES as TOKENIZER_FILES
 from gemlax.weights import build_decoder, held_formats, held_weights, named_weights, weight_reader
@@ -105,7 +105,7 @@ class Model:
         self.chat_template = chat_template
         self.generation_config = dict(generation_config or {})
         self.mesh, self.kv_cache = mesh, kv_cache
-        self.dtype = decoder.norm.weight.get_value().dtype
+        self.dtype = decoder.dtype
         known = tokenizer.num_tokens if tokenizer else config.text.num_ids
         while tokenizer and known - 1 in tokenizer.unused_ids:
             known -= 1
@@ -118,15 +118,17 @@ class Model:
         def jit(function: Callable[..., Array], **options: Any) -> Callable[..., Array]:
             def whole(state: Any, tokens: Array, positions: Array, rows: Array | None) -> Array:
                 decoder = nnx.merge(graphdef, state)
-                lora.choose(decoder, rows)
-                return function(decoder, tokens, positions)
+                hidden = decoder(tokens, positions, adapter_rows=rows)[0]
+                return function(decoder, hidden, tokens)
 
             return jax.jit(ops.cpu.bind(implementation, whole), **options)
 
-        self._hidden = jit(lambda decoder, *args: decoder(*args)[0])
-        self._logits = jit(_all_logits)
+        self._hidden = jit(lambda decoder, hidden, tokens: hidden)
+        self._logits = jit(lambda decoder, hidden, tokens: decoder.logits(hidden))
         self._score = jit(
-            token_logprobs,
+            lambda decoder, hidden, tokens: label_logprobs(
+                decoder, hidden[:, :-1], tokens[:, 1:], tokens[:, 1:] >= 0, mesh=mesh
+            ),
             out_shardings=None if mesh is None else sharding.replicated(mesh),
         )
 
@@ -380,10 +382,6 @@ class Model:
         return read_prompts(prompt, self.tokenizer, config, parse_special=parse_special)
 
 
-def _all_logits(decoder: Decoder, tokens: Array, positions: Array) -> Array:
-    return decoder.logits(decoder(tokens, positions)[0])
-
-
 def load(
     path_or_name: str | Path,
     *,
@@ -439,7 +437,7 @@ def load(
             mesh=placed, codes=codes_of(source, rules, calibration),
         )  # fmt: skip
         decoder.base = lora.base_of(path_or_name, source.source, source.config)
-        lora.put_tables(decoder, stored)
+        lora.put_folders(decoder, stored)
         return Model(
             source.config, decoder, tokenizer, source.generation_config, template, mesh=placed,
             kv_cache=kv_cache, implementation=implementation, adapters=stored,
@@ -497,7 +495,7 @@ def quantize(model: Model, rules: Rules, *, calibration: Texts | None = None) ->
 
     importance = importance_by_rules(rules, model.config, fill, model.tokenizer, calibration)
     decoder = build_decoder(
-        model.config.text, fill, dtype=model.dtype, layers="scan" if old.scanned else "unroll",
+        model.config.text, fill, dtype=model.dtype, layers=old.layout,
         codes=codes_by_rules(model.config.text, fill, rules, importance),
     )  # fmt: skip
     decoder.base = old.base

@@ -47,7 +47,7 @@ def _rows(decoder: Decoder, names: list[str]) -> Iterator[tuple[str, np.ndarray 
     flat: dict[Any, Any] = dict(nnx.to_flat_state(nnx.state(decoder)))
     read: dict[Any, np.ndarray | None] = {}
     for name in names:
-        path, row = weight_path(decoder.config, "scan" if decoder.scanned else "unroll", name)
+        path, row = weight_path(decoder.config, decoder.layout, name)
         if path not in read:
             read[path] = _first(flat[path].get_value(), stacked=row is not None)
         first = read[path]

@@ -72,9 +72,6 @@ class Stored(NamedTuple):
     base: dict[str, Any]
 
 
-# --- out ---------------------------------------------------------------------------------------
-
-
 def save(
     decoder: Decoder, folder: str | Path, *, multimodal: bool | None = None, overwrite: bool = False
 ) -> None:
@@ -159,9 +156,6 @@ def _targets(adapter: Adapter, config: TextConfig, prefix: str) -> list[str]:
     return [prefix + module.name for module in adapter]
 
 
-# --- in ----------------------------------------------------------------------------------------
-
-
 def restore(
     decoder: Decoder,
     folder: str | Path,
@@ -193,7 +187,7 @@ def restore(
     if decoder.adapter is not None:
         _check_same(stored, decoder.adapter)
         detach(decoder)
-    put(decoder, stored.adapter, stored.values, dtype=dtype)
+    put(decoder, [(stored.adapter, stored.values)], dtype=dtype)
     return stored.adapter
 
 

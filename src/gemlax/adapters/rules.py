@@ -113,12 +113,7 @@ class Adapter:
 
 
 def resolve(rules: Rules, config: TextConfig, *, rslora: bool = False) -> Adapter:
-    """Return what `rules` come to for a config.
-
-    Raises:
-        RequestError: a rule that fits nothing, or a rank, alpha or dropout out of range.
-        UnsupportedError: a rule that fits experts, routers, norms or tables alone.
-    """
+    """Return what `rules` come to for a config."""
     shapes = text_weights(config)
     by_pattern = _by_pattern(rules)
     if by_pattern is None:

@@ -121,9 +121,6 @@ def example_of(line: Mapping[str, Any], *, chats: bool = True) -> tuple[Form, se
     Args:
         line: of JSON.
         chats: the model is talked to in turns; else an instruction becomes a text.
-
-    Raises:
-        RequestError: columns of no form, or values of other types.
     """
     own = _Line(_from_gemini(line))
     key = next((key for key in LISTS if own.has(key)), None)
@@ -141,11 +138,7 @@ def example_of(line: Mapping[str, Any], *, chats: bool = True) -> tuple[Form, se
 
 
 def pair_of(line: Mapping[str, Any], *, chats: bool = True) -> tuple[Form, Form, set[str]]:
-    """Return the better and the worse answer to one prompt, and the columns that are not read.
-
-    Raises:
-        RequestError: columns of no form, or answers that have no prompt in common.
-    """
+    """Return the better and the worse answer to one prompt, and the columns that are not read."""
     own = _Line(_from_openai(line))
     if not own.has("chosen", "rejected"):
         raise RequestError(f"{EXPECTED_PAIR}; got {_quoted(own.columns)}")
@@ -163,9 +156,6 @@ def pair_of(line: Mapping[str, Any], *, chats: bool = True) -> tuple[Form, Form,
             f"{quote(both[0])} and {quote(both[1])}"
         )
     return *forms, own.aside()
-
-
-# --- examples ----------------------------------------------------------------------------------
 
 
 def _completion(own: _Line) -> Form:
@@ -250,9 +240,6 @@ def _with_system(
     return [({"role": "system", "content": system}, False), *turns]
 
 
-# --- messages ----------------------------------------------------------------------------------
-
-
 def _listed(key: str, value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise RequestError(f'"{key}" must be a list of messages, got {quote(value)}')
@@ -290,12 +277,7 @@ def _calls(text: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _is_learnt(message: Mapping[str, Any], role: Any, where: str) -> bool:
-    """Tell whether the marks of a message let it be learnt.
-
-    Raises:
-        RequestError: marks that say less than all or nothing, that disagree, or that want the
-            turn of another than the model learnt.
-    """
+    """Tell whether the marks of a message let it be learnt."""
     marks: dict[str, bool] = {}
     for key in MARKS & message.keys():
         value = message[key]
@@ -348,9 +330,6 @@ def _json(text: str, what: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{what} is not JSON: {error}") from error
-
-
-# --- Gemini's form -----------------------------------------------------------------------------
 
 
 def _from_gemini(line: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -417,9 +396,6 @@ def _declarations(tool: Any) -> list[Any]:
 def _snake(name: str) -> str:
     """Return a name in Python's style, which Gemini's libraries write; its service has Java's."""
     return re.sub(r"(?<=[a-z])[A-Z]", lambda found: f"_{found[0].lower()}", name)
-
-
-# --- preferences -------------------------------------------------------------------------------
 
 
 def _from_openai(line: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -508,9 +484,6 @@ def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
     pairs = enumerate(zip(chosen, rejected, strict=False))
     shorter = min(len(chosen), len(rejected))
     return next((i for i, (a, b) in pairs if a != b), max(shorter - 1, 0))
-
-
-# --- errors ------------------------------------------------------------------------------------
 
 
 def _quoted(keys: Iterable[str]) -> str:

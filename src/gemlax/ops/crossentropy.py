@@ -1,10 +1,10 @@
-"""Log-probabilities of tokens without the logits of all of them, and the losses made of them.
+"""Log-probabilities of labels without the logits of all tokens.
 
 The head of a small Gemma is most of its work and its logits most of its memory: 262,144 float32
 for each token. Here a block of the table meets a block of tokens at a time, and what softmax needs
 is kept as a running maximum and sum, as attention does it (arXiv 2205.14135); where the table is
 frozen the slope of the hidden states is summed in the same pass. Tokens that are learnt come first,
-and a block of which none is learnt is not computed. `token_logprobs` is the reference.
+and a block of which none is learnt is not computed.
 """
 
 import functools
@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gemlax import ops, qtensor
-from gemlax.decoder import Decoder
-from gemlax.qtensor import QTensor, shape_of
+from gemlax.ops.basic import softcap
+from gemlax.qtensor import QTensor, shape_of, take
 
-__all__ = ["Head", "chunked_logprobs", "preference_loss", "token_logprobs"]
+__all__ = ["Head", "chunked_logprobs"]
 
 # Tokens and rows of the table that meet at a time: fewer are slower, more are not faster and leave
 # more tokens that are not learnt in the last block (docs/log.md).
@@ -42,22 +41,6 @@ class Head(NamedTuple):
     frozen: bool
     shards: int = 1
 
-    @classmethod
-    def of(cls, decoder: Decoder, *, frozen: bool, shards: int = 1) -> "Head":
-        """Return the head of a decoder."""
-        table = decoder.head.weight.get_value()
-        shards = shards if shape_of(table)[0] % shards == 0 else 1
-        return cls(table, decoder.config.final_logit_softcapping, frozen, shards)
-
-
-def token_logprobs(
-    decoder: Decoder, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """Return the log-probability of each label, from all logits at once: the reference."""
-    logits = decoder.logits(hidden)
-    own = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return own - jax.nn.logsumexp(logits, axis=-1)
-
 
 def chunked_logprobs(
     head: Head,
@@ -71,7 +54,7 @@ def chunked_logprobs(
 
     Args:
         wanted: bool [B, T]; time is spent on these alone.
-        groups: rows are taken in so many groups at once, as many as a mesh cuts them into, so
+        groups: of rows that are taken at once, as many as a mesh cuts them into, so
             that each device works on its own.
     """
     batch, length = labels.shape
@@ -119,7 +102,7 @@ def _logprobs(plan: _Plan, x: Array, table: Any, labels: Array, counts: Array) -
 
 
 def _forward(plan: _Plan, x: Array, table: Any, labels: Array, counts: Array) -> Any:
-    rows = qtensor.take(table, labels)
+    rows = take(table, labels)
     own = (x.astype(rows.dtype).astype(jnp.float32) * rows.astype(jnp.float32)).sum(axis=-1)
     own, bend = _capped(own, plan.cap)
     sums = _sum(plan, x, table, labels, counts, own)
@@ -239,7 +222,7 @@ def _is_label(start: Array, rows: Array, table: Any, labels: Array) -> Bool[Arra
 
 def _capped(logits: Array, cap: float | None) -> tuple[Array, Any]:
     """Return softcap of logits, and its slope there."""
-    capped = ops.softcap(logits, cap)
+    capped = softcap(logits, cap)
     return capped, 1.0 if cap is None else 1 - (capped / cap) ** 2  # of tanh
 
 
@@ -255,16 +238,3 @@ def _times_rows(
     return jnp.einsum(
         "gsnr,srd->gsnd", slope.astype(rows.dtype), rows, preferred_element_type=jnp.float32
     )
-
-
-def preference_loss(
-    policy: Float[Array, "R"], reference: Float[Array, "R"], *, beta: float
-) -> tuple[Float[Array, "P"], Float[Array, "P"]]:
-    """Return the DPO loss of each pair, and by how much the policy prefers the chosen answer.
-
-    Rows 2i and 2i + 1 are the log-probabilities of chosen and rejected answers.
-    Source: arXiv 2305.18290, equation 7.
-    """
-    gained = beta * (policy - reference)
-    margin = gained[0::2] - gained[1::2]
-    return -jax.nn.log_sigmoid(margin), margin
