@@ -124,20 +124,17 @@ class Decoder(nnx.Module):
             attention_metadata: what paged caches need: `ops.AttentionMetadata`, or a dict of them
                 by kind, or by layer ("layer.0"). Every layer gets it as it is.
             cache_rows: which rows of stacked caches those of this call are; None: all, in order.
-            adapter_rows: the entry of the table of adapters that each row takes; None: entry 0,
-                which is the adapter of a decoder that has one.
+            adapter_rows: the entry of the table of adapters that each row takes; None: entry 0.
             dropout_key: draws the dropout of adapters, in training; None: nothing is dropped.
             use_adapter: False: the base alone.
             segments: without caches, the text of its row that each token belongs to and alone
                 attends to; positions begin anew in each. None: one text.
-            remat: keep only what goes from layer to layer for the backward pass, and compute the
-                inside of each layer again.
+            remat: compute the inside of each layer again in the backward pass, to save memory.
             scan: the loop over layers; Linen hands in its own.
 
         Raises:
             TypeError: `kv_caches` of another type, or pages without `attention_metadata`.
-            ValueError: a list or dict that does not fit the layers, too many tokens for a ring,
-                or several rows of tokens for pages.
+            ValueError: caches that do not fit the layers, or tokens that do not fit the caches.
         """
         metadata = kv.metadata_by_kind(self.config, attention_metadata)
         if positions is None:
