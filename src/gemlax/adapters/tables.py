@@ -31,10 +31,8 @@ Choice = str | None | Sequence[str | None]
 
 def entries(names: Sequence[str], choice: Choice, count: int) -> tuple[int, ...]:
     """Return the entry of the tables that each of `count` rows takes."""
-    if choice is None or isinstance(choice, str):
-        chosen = [choice] * count
-    else:
-        chosen = list(choice)
+    is_one = choice is None or isinstance(choice, str)
+    chosen: Any = [choice] * count if is_one else list(choice or ())
     if len(chosen) != count:
         raise RequestError(f"adapter must be one name, or {count} of them, got {len(chosen)}")
     known: dict[str | None, int] = {None: 0, **{name: i for i, name in enumerate(names, 1)}}
@@ -57,11 +55,11 @@ def read_folders(given: Any, config: TextConfig, model: Path) -> dict[str, Store
         config: of the model.
         model: its folder or file.
     """
-    own = beside(model)
-    if own is not None and given is None:
+    neighbour = beside(model)
+    if neighbour is not None and given is None:
         _log.info("%s: the adapter beside the weights is applied, as transformers does", model)
-        given = own
-    elif own is not None and own.resolve() not in _folders(given):
+        given = neighbour
+    elif neighbour is not None and neighbour.resolve() not in _folders(given):
         _log.warning("%s: the adapter beside the weights is left aside for those given", model)
     if not given:
         return {}

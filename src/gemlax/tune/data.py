@@ -211,8 +211,8 @@ def _mask(ids: Sequence[int], turns: Turns, form: Conversation) -> list[bool]:
     """Say for each id whether it is learnt."""
     mask = [False] * len(ids)
     for parts, learnt in zip(turns, _learnt_turns(turns, form), strict=True):
-        for part, own in zip(parts, learnt, strict=True):
-            mask[part.start : part.stop] = [own] * len(part)
+        for part, is_learnt in zip(parts, learnt, strict=True):
+            mask[part.start : part.stop] = [is_learnt] * len(part)
     return mask
 
 
