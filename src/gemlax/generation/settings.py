@@ -133,8 +133,9 @@ class SamplingSettings:
     )
 
     def __post_init__(self) -> None:
+        given = dataclasses.asdict(self)
         for field in dataclasses.fields(self):
-            value, check = getattr(self, field.name), field.metadata["check"]
+            value, check = given[field.name], field.metadata["check"]
             if value is None and field.name != "adapter":
                 value = field.default
             elif check is not None:
