@@ -158,9 +158,6 @@ def state_of(decoder):
     return nnx.state(decoder)
 
 
-# --- beside a model's weights, and what an adapter says of its base ----------------------------
-
-
 @pytest.fixture(scope="module")
 def together(folders, tmp_path_factory):
     """A model's folder with an adapter in it."""

@@ -125,9 +125,6 @@ def test_merged_bfloat16_weights_are_as_near_to_float32_as_the_adapter():
     assert np.abs(merged - exact).max() < 1.5 * np.abs(before - exact).max() < 6 * ulp
 
 
-# --- frozen bases ------------------------------------------------------------------------------
-
-
 def coded(rules):
     """Return a decoder whose matrices are codes, and one of the floats that they decode to."""
 
@@ -283,9 +280,6 @@ def test_the_trainable_parameters_are_a_and_b_and_nothing_else():
     names = {path[-1] for path, _ in nnx.to_flat_state(state)}
     assert names == {"a", "b"}
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == adapter.parameters
-
-
-# --- rules -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -250,9 +250,6 @@ def test_a_cache_that_grows_into_a_ring_keeps_its_tokens(run, tokens, full, stor
     assert worst(out, full, kept, LENGTHS) < limit * full.std()
 
 
-# --- 8-bit storage -----------------------------------------------------------------------------
-
-
 def test_8_bit_codes_are_within_half_a_step_of_every_value():
     x = np.random.default_rng(8).standard_normal((5, 3, 2, 32)).astype(np.float32)
     x[0, 0] = 0

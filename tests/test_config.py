@@ -190,8 +190,6 @@ def test_tiny_keeps_what_makes_a_size_itself(name):
     assert (len(set(sizes.values())) == 2) == ("gemma-4" in name)
 
 
-# --- plans -------------------------------------------------------------------------------------
-
 SPEC = preset("gemma-3-4b").text
 S, F = SPEC.layers[0], SPEC.layers[5]
 

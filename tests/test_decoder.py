@@ -178,9 +178,6 @@ def test_the_default_is_the_faster_layout_of_the_cpu(weights, dtype, implementat
         assert default_layers(jnp.dtype(dtype), on_mesh=True) == "unroll"
 
 
-# --- where weights lie -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
 def test_no_two_matrices_of_a_new_decoder_are_alike(layers):
     made = Decoder(CONFIG.text, layers=layers, rngs=nnx.Rngs(0))

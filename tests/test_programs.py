@@ -95,9 +95,6 @@ def temporaries(program) -> int:
     return program.memory_analysis().temp_size_in_bytes
 
 
-# --- gates -------------------------------------------------------------------------------------
-
-
 def growth_faults(small, large, cache_growth: int) -> list[str]:
     """Temporaries may grow with capacity by a tenth of what the cache grows."""
     growth = temporaries(large) - temporaries(small)
@@ -355,9 +352,6 @@ def test_a_step_on_codes_holds_no_decoded_matrix():
     assert decoded_faults("cpu") == []
 
 
-# --- bad twins ---------------------------------------------------------------------------------
-
-
 def test_twin_on_xla_holds_a_decoded_matrix():
     assert decoded_faults("xla")
 
@@ -445,9 +439,6 @@ def test_twin_with_plain_bfloat16_weights_holds_a_float32_copy_of_them():
     program = compile_decode(engine, 1, 256)
     assert widened_faults(program, engine)
     assert size_faults(program, engine)
-
-
-# --- the shape of what is traced ---------------------------------------------------------------
 
 
 def count(jaxpr: jex.Jaxpr, primitive: str) -> int:
