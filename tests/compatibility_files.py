@@ -28,8 +28,8 @@ from orbax_trees import flat_tree, flat_tree_of_gemma4, nested_tree, write
 from safetensors.numpy import save_file
 
 from gemlax.checkpoints import open_checkpoint
-from gemlax.checkpoints.names import HEAD
 from gemlax.config import GemmaConfig
+from gemlax.names import HEAD
 
 __all__ = ["CASES"]
 

@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from gemlax.calibration import measure, random_rows
 from gemlax.checkpoints import Checkpoint, text_weights
-from gemlax.checkpoints.names import HEAD
 from gemlax.config import GemmaConfig
+from gemlax.names import HEAD
 from gemlax.presets import PRESETS, tiny
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

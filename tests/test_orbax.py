@@ -12,8 +12,8 @@ from disk import BFLOAT16, CONFIG, GEMMA4, assert_same_bits, random_weights, rea
 from orbax_trees import flat_tree, flat_tree_of_gemma4, nested_tree, write
 
 from gemlax.checkpoints import open_checkpoint, text_weights
-from gemlax.checkpoints.names import from_orbax, resolve, to_orbax
 from gemlax.errors import CheckpointError, UnsupportedError
+from gemlax.names import Weight, from_orbax, resolve
 from gemlax.presets import PRESETS, preset
 
 pytest.importorskip("orbax.checkpoint")
@@ -29,6 +29,11 @@ ROW = {
                 "query_pre_attn_scalar", "sliding_window", "max_position_embeddings",
                 "rope_scaling")
 }  # fmt: skip
+
+
+def to_orbax(array: np.ndarray, weight: Weight) -> np.ndarray:
+    """View a weight as its Orbax array or, where that is stacked, as its part of it."""
+    return array.reshape(weight.split_shape).transpose(np.argsort(weight.orbax_axes))
 
 
 @pytest.fixture

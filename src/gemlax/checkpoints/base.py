@@ -21,11 +21,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gemlax.checkpoints.names import Weight, resolve
 from gemlax.checkpoints.stand_ins import refuse_stand_in
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, Error, UnsupportedError
 from gemlax.formats import Coded
+from gemlax.names import Weight, resolve
 from gemlax.tokenizer import Tokenizer, find_chat_template
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gemlax.checkpoints.base import fill
-from gemlax.checkpoints.names import Weight
+from gemlax.names import Weight
 
 __all__ = ["Part", "fill_parts", "gguf_parts", "huggingface_parts"]
 

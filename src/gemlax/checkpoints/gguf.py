@@ -45,10 +45,10 @@ from gemlax.checkpoints.gguf_types import (
     decoder,
     has_finite_scales,
 )
-from gemlax.checkpoints.names import Weight, unused
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.formats import Coded
+from gemlax.names import Weight, unused
 from gemlax.tokenizer import Tokenizer
 from gemlax.tokenizer.vocabulary import BYTE, Kind
 

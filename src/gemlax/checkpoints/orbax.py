@@ -24,9 +24,9 @@ from gemlax.checkpoints.base import (
     resolve_config,
     show,
 )
-from gemlax.checkpoints.names import Weight, from_orbax, resolve, unused
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, UnsupportedError
+from gemlax.names import Weight, from_orbax, resolve, unused
 from gemlax.presets import PRESETS, preset
 from gemlax.tokenizer import Tokenizer, find_tokenizer
 

@@ -45,13 +45,13 @@ from gemlax.checkpoints.codes import (
     read_formats,
 )
 from gemlax.checkpoints.experts import Part, fill_parts, huggingface_parts
-from gemlax.checkpoints.names import HEAD, Weight, text_weights, unused
 from gemlax.checkpoints.shards import INDEX, choose_files
 from gemlax.checkpoints.stand_ins import refuse_stand_in, refuse_stand_ins
 from gemlax.checkpoints.wrappers import explain_names
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.formats import FORMATS, Coded, decode
+from gemlax.names import HEAD, Weight, text_weights, unused
 from gemlax.tokenizer import Tokenizer, find_tokenizer
 from gemlax.tokenizer.load import FILES
 

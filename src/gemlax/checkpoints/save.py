@@ -17,11 +17,11 @@ import numpy as np
 
 from gemlax.checkpoints.base import compare
 from gemlax.checkpoints.codes import Entry, Formats, entries, flatten, write_formats
-from gemlax.checkpoints.names import HEAD, text_weights
 from gemlax.checkpoints.safetensors import DTYPES, INDEX, READ, main_dtype
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError
 from gemlax.formats import Coded
+from gemlax.names import HEAD, text_weights
 
 __all__ = ["check_replaceable", "new_folder", "save_safetensors", "write_json", "write_tensors"]
 
