@@ -13,8 +13,9 @@ from disk import BFLOAT16, CONFIG, assert_same_bits, random_weights, read_all, w
 from golden.conditioned import weight_shapes
 from safetensors.numpy import save_file
 
-from gemlax.checkpoints import open_checkpoint, text_weights
+from gemlax.checkpoints import open_checkpoint
 from gemlax.errors import CheckpointError, Error, UnsupportedError
+from gemlax.names import text_weights
 from gemlax.presets import PRESETS, preset
 
 F32, F16 = np.dtype(np.float32), np.dtype(np.float16)

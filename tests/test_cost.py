@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 from gemlax import cache, cost, preset, tiny
-from gemlax.checkpoints import text_weights
 from gemlax.decoder import Decoder
+from gemlax.names import text_weights
 from gemlax.presets import PRESETS
 
 # Published, rounded to a tenth of a percent; and exact counts with numbers of tensors (Gemma 4

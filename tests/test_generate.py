@@ -12,8 +12,8 @@ from golden.conditioned import conditioned_weights
 
 import gemlax
 from gemlax import Model, RequestError, preset, tiny
-from gemlax.checkpoints import text_weights
 from gemlax.completion import _seeds
+from gemlax.names import text_weights
 from gemlax.tokenizer import Tokenizer
 
 # One period and one layer more; window 32, 512 tokens.

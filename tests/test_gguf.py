@@ -27,10 +27,11 @@ from disk import (
 )
 from gguf import GGMLQuantizationType as T
 
-from gemlax.checkpoints import open_checkpoint, text_weights
+from gemlax.checkpoints import open_checkpoint
 from gemlax.checkpoints.gguf import load_tokenizer, parse_header
 from gemlax.checkpoints.gguf_types import KEPT, QUANTISED
 from gemlax.errors import CheckpointError, Error, UnsupportedError
+from gemlax.names import text_weights
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "gemma-3-270m-gguf.json"
 TABLE, NORM = "embed_tokens.weight", "norm.weight"

@@ -11,9 +11,9 @@ import pytest
 from disk import BFLOAT16, CONFIG, GEMMA4, assert_same_bits, random_weights, read_all
 from orbax_trees import flat_tree, flat_tree_of_gemma4, nested_tree, write
 
-from gemlax.checkpoints import open_checkpoint, text_weights
+from gemlax.checkpoints import open_checkpoint
 from gemlax.errors import CheckpointError, UnsupportedError
-from gemlax.names import Weight, from_orbax, resolve
+from gemlax.names import Weight, from_orbax, resolve, text_weights
 from gemlax.presets import PRESETS, preset
 
 pytest.importorskip("orbax.checkpoint")

@@ -14,12 +14,12 @@ from flax import nnx
 from jax.extend import core as jex
 
 from gemlax import cache, generate, ops, speculation
-from gemlax.checkpoints import text_weights
 from gemlax.config import LayerSpec, TextConfig
 from gemlax.decoder import Decoder
 from gemlax.formats import Coded
 from gemlax.generate import DecodeState, Engine, Limits
 from gemlax.layers import DecoderLayer, Keys
+from gemlax.names import text_weights
 from gemlax.presets import preset, tiny
 from gemlax.qtensor import QTensor
 from gemlax.sampling import make_sampling

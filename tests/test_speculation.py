@@ -13,8 +13,8 @@ from scipy import stats
 from test_generate import CONFIG, assert_greedy, prompts, toy_tokenizer
 
 from gemlax import Model, RequestError, cache, generate, ops, speculation
-from gemlax.checkpoints import text_weights
 from gemlax.config import TextConfig
+from gemlax.names import text_weights
 from gemlax.sampling import make_sampling
 from gemlax.speculation import Drafting, Drafts
 

@@ -9,10 +9,11 @@ import ml_dtypes
 import numpy as np
 
 from gemlax.calibration import Importance, measure, own_text, random_rows, rows_of
-from gemlax.checkpoints import Checkpoint, text_weights
+from gemlax.checkpoints import Checkpoint
 from gemlax.config import GemmaConfig, TextConfig
 from gemlax.errors import RequestError
 from gemlax.formats import GROUP, MADE, Coded, Format, encode
+from gemlax.names import text_weights
 from gemlax.tokenizer import Tokenizer
 from gemlax.weights import Codes, Fill
 

@@ -14,7 +14,6 @@ from gemlax.checkpoints.locate import find_gguf, locate
 from gemlax.checkpoints.orbax import OrbaxCheckpoint
 from gemlax.checkpoints.safetensors import SafetensorsCheckpoint
 from gemlax.checkpoints.save import save_safetensors
-from gemlax.names import text_weights
 
 __all__ = [
     "DEMO",
@@ -28,7 +27,6 @@ __all__ = [
     "has_demo",
     "open_checkpoint",
     "save_safetensors",
-    "text_weights",
     "write_tokenizer",
 ]
 

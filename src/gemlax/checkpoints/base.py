@@ -5,7 +5,6 @@ here the two lists are compared, all at once, and the ranges are cast into the c
 """
 
 import abc
-import dataclasses
 import difflib
 import functools
 import json
@@ -22,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from gemlax.checkpoints.stand_ins import refuse_stand_in
-from gemlax.config import GemmaConfig
+from gemlax.config import GemmaConfig, edit
 from gemlax.errors import CheckpointError, Error, UnsupportedError
 from gemlax.formats import Coded
 from gemlax.names import Weight, resolve
@@ -318,9 +317,7 @@ def fit_vocab(config: GemmaConfig, rows: int | None) -> GemmaConfig:
     """Return `config` with the table's rows, where they differ by the 64 multimodal rows only."""
     if rows == config.text.vocab_size or {rows, config.text.vocab_size} != VOCAB_ROWS:
         return config
-    assert rows is not None
-    text = dataclasses.replace(config.text, vocab_size=rows)
-    return dataclasses.replace(config, text=text)
+    return edit(config, vocab_size=rows)
 
 
 # --- casting -----------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ gguf_header.py and gguf_parts.py.
 """
 
 import contextlib
-import dataclasses
 import logging
 import math
 import mmap
@@ -45,7 +44,7 @@ from gemlax.checkpoints.gguf_types import (
     decoder,
     has_finite_scales,
 )
-from gemlax.config import GemmaConfig
+from gemlax.config import GemmaConfig, edit, from_gguf
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.formats import Coded
 from gemlax.names import Weight, unused
@@ -116,16 +115,12 @@ class GGUFCheckpoint(Checkpoint):
         refuse_drafter(architecture, self.source)
         _refuse_encoder(self.metadata, self._tensors, self.source)
         config = resolve_config(
-            lambda: GemmaConfig.from_gguf(self._fitted(f"{architecture}.vocab_size")),
+            lambda: from_gguf(self._fitted(f"{architecture}.vocab_size")),
             layers=self.metadata.get(f"{architecture}.block_count"),
             tensors=len(self._tensors),
             source=self.source,
         )
-        table = self._tensors.get(TABLE)
-        config = fit_vocab(config, table.shape[0] if table else None)
-        stops = read_stops(self.metadata, config.text.vocab_size, self.source)
-        config = dataclasses.replace(config, eos_token_id=stops or config.eos_token_id)
-        self.config = self._find_head(self._find_k_eq_v(config))
+        self.config = config = self._corrected(config)
         self.generation_config = read_sampling(self.metadata, self.source)
         suppressed = read_suppressed(self.metadata, config.text.vocab_size, self.source)
         self.generation_config |= {"suppress_tokens": suppressed} if suppressed else {}
@@ -173,30 +168,26 @@ class GGUFCheckpoint(Checkpoint):
         scales = (name.removesuffix(".weight") + SCALE for name in own if name in expected)
         return [name for name in scales if name not in expected]
 
-    def _find_k_eq_v(self, config: GemmaConfig) -> GemmaConfig:
-        """Tell from the tensors whether full layers make values of keys: the header does not."""
-        specs = config.text.layers
-        owners = {i for i, s in enumerate(specs) if s.kind == "full_attention" and s.owns_kv}
-        stored = any(f"blk.{i}.attn_v.weight" in self._tensors for i in owners)
-        if stored or not config.text.v_norm:
-            return config
-        layers = tuple(
-            dataclasses.replace(spec, k_eq_v=i in owners) for i, spec in enumerate(specs)
-        )
-        text = dataclasses.replace(config.text, layers=layers)
-        return dataclasses.replace(config, text=text)
+    def _corrected(self, config: GemmaConfig) -> GemmaConfig:
+        """Return the config with what the tensors say and the header does not.
 
-    def _find_head(self, config: GemmaConfig) -> GemmaConfig:
-        """Tell from the tensors whether there is a head of its own: the header does not.
-
-        A table in another quantised type is one, since its numbers are others: llama.cpp reads it,
-        too. Source: llama.cpp, src/models/gemma3.cpp.
+        Full layers without a tensor of values make these of their keys. A head in another
+        quantised type than the table's is one of its own, since its numbers are others: llama.cpp
+        reads it, too. Source: llama.cpp, src/models/gemma3.cpp.
         """
         table, head = self._tensors.get(TABLE), self._tensors.get(HEAD)
-        if head is None or table is None or self._is_table(head, table):
-            return config
-        text = dataclasses.replace(config.text, tie_word_embeddings=False)
-        return dataclasses.replace(config, text=text)
+        config = fit_vocab(config, table.shape[0] if table else None)
+        specs, changes = config.text.layers, dict[str, Any]()
+        owners = [i for i, s in enumerate(specs) if s.kind == "full_attention" and s.owns_kv]
+        if config.text.v_norm and not any(
+            f"blk.{i}.attn_v.weight" in self._tensors for i in owners
+        ):
+            changes["attention_k_eq_v"] = True
+        if head is not None and table is not None and not self._is_table(head, table):
+            changes["tie_word_embeddings"] = False
+        if stops := read_stops(self.metadata, config.text.vocab_size, self.source):
+            changes["eos_token_id"] = stops
+        return edit(config, **changes)
 
     def _is_table(self, head: Tensor, table: Tensor) -> bool:
         """Tell whether a head is the table, rounded to the head's type where that is another."""

@@ -24,7 +24,7 @@ from gemlax.checkpoints.base import (
     resolve_config,
     show,
 )
-from gemlax.config import GemmaConfig
+from gemlax.config import GemmaConfig, from_hf
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.names import Weight, from_orbax, resolve, unused
 from gemlax.presets import PRESETS, preset
@@ -99,7 +99,7 @@ class OrbaxCheckpoint(Checkpoint):
         if path.exists():
             config = read_json(path)
             resolved = resolve_config(
-                lambda: GemmaConfig.from_hf(config),
+                lambda: from_hf(config),
                 layers=config.get("num_hidden_layers"),
                 tensors=len(self._shapes),
                 source=path,

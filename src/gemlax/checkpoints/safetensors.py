@@ -8,7 +8,6 @@ Source: https://github.com/huggingface/safetensors, README, "Format".
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import math
@@ -48,7 +47,7 @@ from gemlax.checkpoints.experts import Part, fill_parts, huggingface_parts
 from gemlax.checkpoints.shards import INDEX, choose_files
 from gemlax.checkpoints.stand_ins import refuse_stand_in, refuse_stand_ins
 from gemlax.checkpoints.wrappers import explain_names
-from gemlax.config import GemmaConfig
+from gemlax.config import edit, from_hf
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.formats import FORMATS, Coded, decode
 from gemlax.names import HEAD, Weight, text_weights, unused
@@ -145,7 +144,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._tensors = self._read_headers()
         text = config.get("text_config", config)
         resolved = resolve_config(
-            lambda: GemmaConfig.from_hf(config),
+            lambda: from_hf(config),
             layers=text.get("num_hidden_layers") if isinstance(text, dict) else None,
             tensors=len(self._tensors),
             source=path,
@@ -158,8 +157,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._head, self._idle_heads, tied = self._find_head(resolved.text.tie_word_embeddings)
         table = self._table()
         resolved = fit_vocab(resolved, table.shape[0] if table and table.shape else None)
-        text = dataclasses.replace(resolved.text, tie_word_embeddings=tied)
-        self.config = dataclasses.replace(resolved, text=text)
+        self.config = edit(resolved, tie_word_embeddings=tied)
         generation = self.source / "generation_config.json"
         self.generation_config = read_json(generation) if generation.exists() else {}
         check_formats(self._formats, text_weights(self.config.text), path)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from gemlax.config.keys import log_aside, show_value
-from gemlax.config.spec import KINDS, Kind, RopeSpec
+from gemlax.config.layer import KINDS, Kind, RopeSpec
 from gemlax.errors import UnsupportedError
 
 __all__ = ["read_ropes", "write_rope"]
