@@ -478,7 +478,7 @@ def packed(header: object, data: int = 8, length: int | None = None) -> bytes:
 
 HOSTILE = {
     "empty header": (packed(""), "header is not valid"),
-    "list": (packed([], 0), "no JSON object"),
+    "list": (packed([], 0), "not a JSON object"),
     "cut": (packed({"a": ENTRY})[:20], "truncated"),
     "short file": (b"\x01\0\0", "truncated or not a safetensors file"),
     "length beyond the file": (packed({"a": ENTRY}, length=10**6), "announces a header of 1000000"),

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gemlax.checkpoints.base import show
-from gemlax.checkpoints.gguf_header import Header, Tensor, map_file, parse_header
+from gemlax.checkpoints.base import Tensor, map_file, show
+from gemlax.checkpoints.gguf_header import Header, parse_header
 from gemlax.errors import CheckpointError
 
 __all__ = ["Parts", "is_part", "open_parts", "parts_of"]
@@ -129,9 +129,9 @@ def _join(headers: Sequence[Header], paths: Sequence[Path]) -> dict[str, Tensor]
         for name, tensor in header.tensors.items():
             if name in tensors:
                 raise CheckpointError(
-                    f"{path} holds {show(name)}, which {paths[tensors[name].part].name} has, too"
+                    f"{path} holds {show(name)}, which {paths[tensors[name].file].name} has, too"
                 )
-            tensors[name] = tensor._replace(part=part)
+            tensors[name] = tensor._replace(file=part)
     expected = first.get(TENSORS)
     if expected is not None and expected != len(tensors):
         raise CheckpointError(
