@@ -187,11 +187,7 @@ class Placement(NamedTuple):
 
 
 def place(config: TextConfig, layers: Layers, mesh: Mesh) -> Placement:
-    """Decide from the config and the axes of each weight how `mesh` holds them.
-
-    Raises:
-        RequestError: a weight that the mesh does not divide.
-    """
+    """Decide from the config and the axes of each weight how `mesh` holds them."""
     _, flat = abstract_decoder(config, layers, "slice", jnp.dtype(jnp.float32))
     shardings, repeated = {}, []
     most = math.prod(sharding.parts(mesh, axis) for axis in ("embed", "experts", "mlp"))

@@ -421,11 +421,7 @@ def _shortened(lines: list[str]) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that must hold an object.
-
-    Raises:
-        CheckpointError: it is not JSON, or not an object.
-    """
+    """Read a JSON file that must hold an object."""
     refuse_stand_in(path)
     try:
         value = json.loads(path.read_bytes())

@@ -47,12 +47,7 @@ _MLX = "quantization"
 
 
 def read_formats(config: Mapping[str, Any], source: Path) -> dict[str, Format]:
-    """Return what a config.json says of codes; empty: all weights are floats.
-
-    Raises:
-        CheckpointError: it says something that this version never writes.
-        UnsupportedError: another method, or another version.
-    """
+    """Return what a config.json says of codes; empty: all weights are floats."""
     said = config.get(KEY) or config.get(_MLX)
     if not said:  # null or empty: nothing is quantised
         return {}
@@ -95,11 +90,7 @@ def write_formats(own: Formats) -> dict[str, Any]:
 
 
 def check_formats(own: Formats, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
-    """Check that formats are those of matrices whose rows are whole blocks.
-
-    Raises:
-        CheckpointError: they are not.
-    """
+    """Check that formats are those of matrices whose rows are whole blocks."""
     for name, format in own.items():
         shape, block = shapes.get(name, ()), FORMATS[format].block
         if len(shape) < 2 or shape[-1] % block:
@@ -133,11 +124,7 @@ def count_bytes(shape: tuple[int, ...], format: Format) -> int:
 def flatten(
     weights: Iterable[tuple[str, np.ndarray | Coded]], own: Formats
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the tensors of each weight; what is yielded is not kept.
-
-    Raises:
-        CheckpointError: codes of another format than `own` says.
-    """
+    """Yield the tensors of each weight; what is yielded is not kept."""
     for name, weight in weights:
         if not isinstance(weight, Coded):
             yield name, weight

@@ -112,12 +112,7 @@ class _Reader:
 
 
 def parse_header(data: mmap.mmap | bytes, path: Path) -> Header:
-    """Return metadata and tensors of a GGUF file; no tensor reaches outside it or into another.
-
-    Raises:
-        CheckpointError: the file is truncated, or its header contradicts itself.
-        UnsupportedError: another version, big-endian, or types that are not known.
-    """
+    """Return metadata and tensors of a GGUF file; no tensor reaches outside it or into another."""
     reader = _Reader(data, path)
     if data[:4] != MAGIC:
         raise CheckpointError(f"{path} is not a GGUF file: it begins with {data[:4]!r}")

@@ -37,11 +37,7 @@ def is_part(name: str) -> bool:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """Return all parts, by the name of one; itself alone where the name says nothing.
-
-    Raises:
-        CheckpointError: the name is that of no part that there can be.
-    """
+    """Return all parts, by the name of one; itself alone where the name says nothing."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         return [path]
@@ -57,12 +53,7 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def open_parts(path: Path) -> Parts:
-    """Map the file at `path` and, where it is one of several parts, the others.
-
-    Raises:
-        CheckpointError: a part is missing, damaged, or of another model.
-        UnsupportedError: see `parse_header`.
-    """
+    """Map the file at `path` and, where it is one of several parts, the others."""
     maps: list[mmap.mmap] = []
     try:
         maps.append(map_file(path))

@@ -49,12 +49,7 @@ class Place(NamedTuple):
 
 
 def locate(path: Path) -> Place:
-    """Return what there is at a path.
-
-    Raises:
-        FileNotFoundError: there is nothing.
-        CheckpointError: it is no checkpoint, or several; the message says what it is.
-    """
+    """Return what there is at a path."""
     if path.is_dir():
         return _in_folder(path)
     if not path.is_file():

@@ -198,12 +198,7 @@ def _advice(kind: str) -> str:
 
 
 def refuse_stand_in(path: Path) -> None:
-    """Raise CheckpointError if a file is empty, a Git LFS pointer, or a page in place of it.
-
-    Raises:
-        CheckpointError: it is; the message says what to do.
-        OSError: it cannot be read.
-    """
+    """Raise CheckpointError if a file is empty, a Git LFS pointer, or a page in place of it."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise CheckpointError(f"{path} is empty; fetch it again")

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gemlax.config import hf
-from gemlax.config.keys import is_neutral, log_aside, refuse_keys, show_value
+from gemlax.config.keys import is_neutral, log_aside, refuse_keys
 from gemlax.config.layer import KINDS
 from gemlax.config.spec import GemmaConfig
-from gemlax.errors import UnsupportedError
+from gemlax.errors import UnsupportedError, show_value
 
 __all__ = ["from_gguf"]
 

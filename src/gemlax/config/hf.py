@@ -8,15 +8,14 @@ configuration_gemma4_unified.py.
 """
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from gemlax.config.keys import is_neutral, log_aside, refuse_keys, show_value, sort_keys
+from gemlax.config.keys import is_neutral, log_aside, refuse_keys, sort_keys
 from gemlax.config.layer import KINDS, Kind, LayerSpec
 from gemlax.config.rope import read_ropes, write_rope
 from gemlax.config.spec import GemmaConfig, TextConfig
-from gemlax.errors import UnsupportedError
+from gemlax.errors import UnsupportedError, check_int, check_number, show_value
 
 __all__ = ["edit", "from_hf", "resolve"]
 
@@ -234,13 +233,12 @@ def _sort_text_keys(
 
 def _resolve(c: Mapping[str, Any]) -> GemmaConfig:
     for key in _POSITIVE:
-        _check_count(c, key)
+        _count(c, key)
     if c["num_hidden_layers"] > _MAX_LAYERS:
         raise UnsupportedError(
             f"config: {c['num_hidden_layers']} layers; at most {_MAX_LAYERS} are supported"
         )
-    gemma3 = c["model_type"] == "gemma3_text"
-    layers = (_gemma3_layers if gemma3 else _gemma4_layers)(c)
+    layers = _layers(c)
     for spec in layers:
         if c["num_attention_heads"] % spec.num_key_value_heads:
             raise UnsupportedError(
@@ -259,7 +257,7 @@ def _resolve(c: Mapping[str, Any]) -> GemmaConfig:
         rms_norm_eps=float(_positive(c, "rms_norm_eps")),
         final_logit_softcapping=_softcap(c),
         tie_word_embeddings=bool(c.get("tie_word_embeddings", True)),
-        **({} if gemma3 else _gemma4_facts(c)),
+        **({} if c["model_type"] == "gemma3_text" else _gemma4_facts(c)),
     )
     defaults = {"bos_token_id": 2, "pad_token_id": 0}
     ids = {key: _as_id(key, c.get(key, default)) for key, default in defaults.items()}
@@ -322,23 +320,6 @@ def _clean(c: Mapping[str, Any], config: GemmaConfig) -> dict[str, Any]:
     return kept
 
 
-def _gemma3_layers(c: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
-    kinds = _layer_types(c)
-    ropes = read_ropes(c, set(kinds), dict.fromkeys(KINDS, c["head_dim"]), gemma3=True)
-    return tuple(
-        LayerSpec(
-            kind=kind,
-            window=_window(c) if kind == SLIDING else None,
-            num_key_value_heads=c["num_key_value_heads"],
-            head_dim=c["head_dim"],
-            rope=ropes[kind],
-            attention_scale=_positive(c, "query_pre_attn_scalar") ** -0.5,
-            intermediate_size=c["intermediate_size"],
-        )
-        for kind in kinds
-    )
-
-
 def _gemma4_facts(c: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "norm_offset": 0.0,
@@ -348,10 +329,10 @@ def _gemma4_facts(c: Mapping[str, Any]) -> dict[str, Any]:
     }
     if c.get("hidden_size_per_layer_input"):
         for key in ("hidden_size_per_layer_input", "vocab_size_per_layer_input"):
-            facts[key] = _check_count(c, key)
+            facts[key] = _count(c, key)
     if c.get("enable_moe_block"):
         for key in ("num_experts", "top_k_experts", "moe_intermediate_size"):
-            _check_count(c, key)
+            _count(c, key)
         if c["top_k_experts"] > c["num_experts"]:
             raise UnsupportedError(
                 f"config: top_k_experts {c['top_k_experts']} > num_experts {c['num_experts']}"
@@ -360,12 +341,13 @@ def _gemma4_facts(c: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _gemma4_layers(c: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
-    kinds = _layer_types(c)
-    sizes = _gemma4_sizes(c, kinds)
+def _layers(c: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
+    gemma3, kinds = c["model_type"] == "gemma3_text", _layer_types(c)
+    scale = _positive(c, "query_pre_attn_scalar") ** -0.5 if gemma3 else 1.0
+    sizes = _sizes(c, kinds)
     head_dims = {kind: size["head_dim"] for kind, size in zip(kinds, sizes, strict=True)}
-    ropes = read_ropes(c, set(kinds), head_dims, gemma3=False)
-    shared = c["num_kv_shared_layers"]
+    ropes = read_ropes(c, set(kinds), head_dims, gemma3=gemma3)
+    shared = 0 if gemma3 else c["num_kv_shared_layers"]
     if not isinstance(shared, int) or not 0 <= shared < len(kinds):
         raise UnsupportedError(
             f"config: num_kv_shared_layers must be in [0, {len(kinds)}), got {show_value(shared)}"
@@ -376,16 +358,16 @@ def _gemma4_layers(c: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
     layers = []
     for i, kind in enumerate(kinds):
         owns = i < len(kinds) - shared
-        wide = 2 if c["use_double_wide_mlp"] and not owns else 1
+        wide = 1 if owns or not c["use_double_wide_mlp"] else 2
         layers.append(
             LayerSpec(
                 kind=kind,
-                window=_window(c) if kind == SLIDING else None,
+                window=_count(c, "sliding_window") if kind == SLIDING else None,
                 rope=ropes[kind],
-                attention_scale=1.0,
+                attention_scale=scale,
                 intermediate_size=c["intermediate_size"] * wide,
                 owns_kv=owns,
-                k_eq_v=bool(c["attention_k_eq_v"]) and kind == FULL and owns,
+                k_eq_v=bool(c.get("attention_k_eq_v")) and kind == FULL and owns,
                 num_experts=c["num_experts"] if c.get("enable_moe_block") else 0,
                 **sizes[i],
             )
@@ -393,17 +375,19 @@ def _gemma4_layers(c: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
     return tuple(layers)
 
 
-def _gemma4_sizes(c: Mapping[str, Any], kinds: list[Kind]) -> list[dict[str, int]]:
+def _sizes(c: Mapping[str, Any], kinds: list[Kind]) -> list[dict[str, int]]:
     """Return head_dim and K/V heads per layer: flat global fields, or a per-layer view."""
     plain = {key: c[key] for key in ("head_dim", "num_key_value_heads")}
     sizes = [dict(plain) for _ in kinds]
+    if c["model_type"] == "gemma3_text":
+        return sizes
     view = c.get("per_layer_config")
     if is_neutral(view) and view != {}:  # an empty view says that all layers are alike
         for i, kind in enumerate(kinds):
             if kind == FULL:
-                sizes[i]["head_dim"] = _check_count(c, "global_head_dim")
+                sizes[i]["head_dim"] = _count(c, "global_head_dim")
                 if c["attention_k_eq_v"] and c["num_global_key_value_heads"] is not None:
-                    sizes[i]["num_key_value_heads"] = _check_count(c, "num_global_key_value_heads")
+                    sizes[i]["num_key_value_heads"] = _count(c, "num_global_key_value_heads")
         return sizes
     if not isinstance(view, Mapping):
         raise UnsupportedError(
@@ -411,7 +395,7 @@ def _gemma4_sizes(c: Mapping[str, Any], kinds: list[Kind]) -> list[dict[str, int
         )
     for index, changes in view.items():
         own = _layer_sizes(c, str(index), changes, len(kinds))
-        sizes[int(index)] |= {key: _check_count(own, key) for key in own}
+        sizes[int(index)] |= {key: _count(own, key) for key in own}
     by_kind = {(kind, *sizes[i].values()) for i, kind in enumerate(kinds)}
     if len(by_kind) != len(set(kinds)):
         raise UnsupportedError(f"config: layers of one kind differ in per_layer_config: {by_kind}")
@@ -477,10 +461,6 @@ def _period(c: Mapping[str, Any]) -> int:
     return read
 
 
-def _window(c: Mapping[str, Any]) -> int:
-    return _check_count(c, "sliding_window")
-
-
 def _softcap(c: Mapping[str, Any]) -> float | None:
     """Return the cap of the logits; nothing and 0 mean that there is none."""
     if is_neutral(c["final_logit_softcapping"]):
@@ -507,16 +487,9 @@ def _as_ids(value: Any) -> tuple[int, ...]:
     return tuple(_as_id("eos_token_id", i) for i in ids)
 
 
-def _check_count(c: Mapping[str, Any], key: str) -> int:
-    value = c[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise UnsupportedError(f"config: {key} must be a positive integer, got {show_value(value)}")
-    return value
+def _count(c: Mapping[str, Any], key: str, least: int = 1) -> int:
+    return check_int(f"config: {key}", c[key], least, error=UnsupportedError)
 
 
 def _positive(c: Mapping[str, Any], key: str) -> float:
-    value = c[key]
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise UnsupportedError(f"config: {key} must be a positive number, got {show_value(value)}")
-    return value
+    return check_number(f"config: {key}", c[key], error=UnsupportedError)
