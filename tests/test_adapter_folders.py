@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from gemlax import adapters
 from gemlax.adapters import Rule
-from gemlax.checkpoints import text_weights
 from gemlax.errors import CheckpointError, RequestError, UnsupportedError
+from gemlax.names import text_weights
 from gemlax.presets import preset, tiny
 from gemlax.quantization import codes_by_rules
 from gemlax.weights import build_decoder

@@ -15,8 +15,8 @@ from lora import SMALL, trained
 
 from gemlax import adapters, ops, sharding
 from gemlax.adapters import Rule
-from gemlax.checkpoints import text_weights
 from gemlax.errors import RequestError, UnsupportedError
+from gemlax.names import text_weights
 from gemlax.ops import matmul
 from gemlax.presets import PRESETS, preset, tiny
 from gemlax.qtensor import Mixed, QTensor

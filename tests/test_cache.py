@@ -11,8 +11,8 @@ from flax import nnx
 from golden.conditioned import conditioned_weights
 
 from gemlax import cache, ops
-from gemlax.checkpoints import text_weights
 from gemlax.config import LayerSpec, RopeSpec
+from gemlax.names import text_weights
 from gemlax.ops.storage import Int8, decode, empty, encode
 from gemlax.presets import preset, tiny
 

@@ -9,8 +9,8 @@ from flax import nnx
 from golden.conditioned import conditioned_weights
 
 from gemlax import cache, ops
-from gemlax.checkpoints import text_weights
 from gemlax.decoder import Decoder, weight_path
+from gemlax.names import text_weights
 from gemlax.presets import PRESETS, preset, tiny
 from gemlax.weights import build_decoder, default_layers, named_weights
 

@@ -12,9 +12,9 @@ from golden.conditioned import conditioned_weights
 
 import gemlax
 from gemlax import Model, RequestError, preset, tiny
-from gemlax.checkpoints import text_weights
 from gemlax.generation import SamplingSettings
 from gemlax.generation.settings import seeds
+from gemlax.names import text_weights
 from gemlax.tokenizer import Tokenizer
 
 # One period and one layer more; window 32, 512 tokens.

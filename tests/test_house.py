@@ -42,7 +42,7 @@ MAX_ANY = 1016
 # Import contract of pyproject.toml -> the rooms it holds for, built or not.
 CONTRACTS = {
     "The arithmetic knows no flax": "cache config cost formats ops qtensor",
-    "Text and config know no jax": "chat config media tokenizer",
+    "Text and config know no jax": "chat config media names tokenizer",
 }
 
 # Hosts that files of the project may name.

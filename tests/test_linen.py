@@ -13,9 +13,9 @@ from golden.conditioned import conditioned_weights
 from jax.sharding import PartitionSpec as P
 
 from gemlax import cache, linen, ops
-from gemlax.checkpoints import text_weights
 from gemlax.decoder import Decoder
 from gemlax.errors import CheckpointError
+from gemlax.names import text_weights
 from gemlax.presets import PRESETS, preset, tiny
 
 CONFIG = tiny(preset("gemma-4-e2b"), num_hidden_layers=20)

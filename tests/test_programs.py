@@ -15,13 +15,13 @@ from flax import nnx
 from jax.extend import core as jex
 
 from gemlax import cache, ops
-from gemlax.checkpoints import text_weights
 from gemlax.config import LayerSpec, TextConfig
 from gemlax.decoder import Decoder
 from gemlax.engine import Engine, Programs, Request, programs
 from gemlax.engine.state import join, joining
 from gemlax.formats import Coded
 from gemlax.layers import DecoderLayer, Keys
+from gemlax.names import text_weights
 from gemlax.presets import preset, tiny
 from gemlax.qtensor import QTensor
 from gemlax.sampling import make_sampling

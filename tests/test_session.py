@@ -13,8 +13,9 @@ from vocabularies import FIRST_CHAT_WORD, chat_tokenizer
 
 import gemlax
 from gemlax import CheckpointError, Message, Model, RequestError, preset, tiny
-from gemlax.checkpoints import open_checkpoint, text_weights
+from gemlax.checkpoints import open_checkpoint
 from gemlax.engine import Event, Usage
+from gemlax.names import text_weights
 from gemlax.terminal import HELP, Terminal
 from gemlax.tokenizer import find_chat_template
 

@@ -20,11 +20,11 @@ from golden.conditioned import conditioned_weights
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemlax import model, sharding
-from gemlax.checkpoints import text_weights
 from gemlax.config import GemmaConfig
 from gemlax.decoder import Decoder
 from gemlax.engine import Engine, Programs, Request, programs
 from gemlax.errors import RequestError
+from gemlax.names import text_weights
 from gemlax.ops import moe
 from gemlax.presets import PRESETS, preset, tiny
 from gemlax.qtensor import Split

@@ -12,11 +12,11 @@ from scipy import stats
 from test_generate import CONFIG, assert_greedy, prompts, toy_tokenizer
 
 from gemlax import Model, RequestError, SamplingSettings, cache, ops
-from gemlax.checkpoints import text_weights
 from gemlax.config import TextConfig
 from gemlax.engine import MAX_DRAFTS, drafts, programs
 from gemlax.engine.drafts import Proposer
 from gemlax.engine.state import State
+from gemlax.names import text_weights
 from gemlax.sampling import make_sampling
 
 VOCAB = 512
