@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from gemlax.chat.messages import CALL_NAME
-from gemlax.chat.tools import MAX_DEPTH
 
 __all__ = ["read_calls"]
 
 ARGUMENTS = ("arguments", "parameters")
 NAMED = {"name", "type", "id", *ARGUMENTS}
+MAX_DEPTH = 64  # of objects and lists in each other; gemma4.jinja writes no deeper either
 NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(\.[0-9]*)?|(\.[0-9]+))([eE][+-]?[0-9]+)?")
 MAX_DIGITS = 4000  # int() refuses more than 4300
 MAX_SIGNED = 7  # a longer one that begins with + may be a telephone number

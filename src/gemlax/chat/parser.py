@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from gemlax.chat.calls import read_calls
-from gemlax.chat.tools import QUOTE
 from gemlax.tokenizer import TextStream, Tokenizer
 
 __all__ = ["Delta", "OutputParser"]
 
+QUOTE = '<|"|>'
 THOUGHT = "thought\n"
 OPEN_CALL, CLOSE_CALL = "<|tool_call>", "<tool_call|>"
 OPEN_CHANNEL, CLOSE_CHANNEL = "<|channel>", "<channel|>"
