@@ -31,7 +31,7 @@ __all__ = ["answer", "compile_template", "render", "render_twice"]
 INSERTING = ("format", "format_map", "join", "replace")
 
 
-class Namespace(jinja2.utils.Namespace):
+class _Namespace(jinja2.utils.Namespace):
     """`namespace()`, without names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # `self` is a name that a template may use
@@ -46,18 +46,17 @@ class Namespace(jinja2.utils.Namespace):
         super().__setitem__(name, value)
 
 
-class Dicts:
+class _Dicts:
     """What `dict` is to a template: it makes them, and shows nothing of the class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        """Make one of keys and a value."""
         return dict.fromkeys(*args)
 
 
-class Generation(jinja2.ext.Extension):
+class _Generation(jinja2.ext.Extension):
     """`{% generation %}`, which marks what a model said for training: its body as it is."""
 
     tags = {"generation"}  # noqa: RUF012  # jinja's own declaration
@@ -70,11 +69,10 @@ class Generation(jinja2.ext.Extension):
         return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
 
     def written(self, caller: Callable[[], str]) -> str:
-        """Return what the body writes."""
         return caller()
 
 
-class SafeMarked(Markup):
+class _SafeMarked(Markup):
     """What `safe` makes of marked text: as long as nothing else is done to it, the marks hold."""
 
     marks: str | None = None
@@ -83,11 +81,10 @@ class SafeMarked(Markup):
         return str.__str__(self) if self.marks is None else Marked(str.__str__(self), self.marks)
 
 
-class MarkedCode(jinja2.compiler.CodeGenerator):
+class _MarkedCode(jinja2.compiler.CodeGenerator):
     """Writes the template's own texts as marked ones, also those folded at compile time."""
 
     def visit_Const(self, node: jinja2.nodes.Const, frame: jinja2.compiler.Frame) -> None:
-        """Write a constant."""
         value = node.as_const(frame.eval_ctx)
         if isinstance(value, (str, tuple, list, dict)):
             self.write(_source_of(value))
@@ -97,7 +94,6 @@ class MarkedCode(jinja2.compiler.CodeGenerator):
     def visit_TemplateData(
         self, node: jinja2.nodes.TemplateData, frame: jinja2.compiler.Frame
     ) -> None:
-        """Write text between tags."""
         if frame.eval_ctx.volatile or frame.eval_ctx.autoescape:
             super().visit_TemplateData(node, frame)
         else:
@@ -118,10 +114,10 @@ class MarkedCode(jinja2.compiler.CodeGenerator):
         return _source_of("".join(group))
 
 
-class MarkedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+class _MarkedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The sandbox, with operations on text that carry marks on."""
 
-    code_generator_class = MarkedCode
+    code_generator_class = _MarkedCode
     concat = staticmethod(join)
     intercepted_binops = frozenset("%")
     own = staticmethod(own)
@@ -131,7 +127,6 @@ class MarkedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().getattr(_marked_for(obj, attribute), attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """Look up an item, or an attribute where there is none."""
         return super().getitem(_marked_for(obj, argument), argument)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -148,15 +143,15 @@ class MarkedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         def follow(*args: Any, **kwargs: Any) -> str:
             if not mapped:
-                return Followed(self).follow(form, args, kwargs)
+                return _Followed(self).follow(form, args, kwargs)
             if kwargs or len(args) != 1:
                 return plain(*args, **kwargs)  # says what is wrong
-            return Followed(self).follow(form, (), args[0])
+            return _Followed(self).follow(form, (), args[0])
 
         return follow
 
 
-class Followed(jinja2.sandbox.SandboxedFormatter):
+class _Followed(jinja2.sandbox.SandboxedFormatter):
     """Notes the pieces that `format` puts together.
 
     A piece of the form has the form's mark, if it is the same all over; a value put in as it is,
@@ -164,24 +159,21 @@ class Followed(jinja2.sandbox.SandboxedFormatter):
     """
 
     def follow(self, form: Marked, args: Any, kwargs: Any) -> str:
-        """Return the text, with its marks."""
         alike = set(marks_of(form))
         self.mark = alike.pop() if len(alike) == 1 else INPUT
-        self.noted: list[str] = []
+        self.pieces: list[str] = []
         text = self.vformat(form, args, kwargs)
-        noted = join(self.noted)
+        noted = join(self.pieces)
         return noted if noted == text else str.__str__(text)
 
     def parse(self, format_string: str) -> Iterator[Any]:
-        """Take a form apart."""
         for literal, *field in super().parse(str.__str__(format_string)):
-            self.noted.append(Marked(literal, self.mark * len(literal)))
+            self.pieces.append(Marked(literal, self.mark * len(literal)))
             yield (literal, *field)
 
     def format_field(self, value: Any, format_spec: str) -> Any:
-        """Write a value."""
         text = super().format_field(value, format_spec)
-        self.noted.append(value if isinstance(value, Marked) and not format_spec else text)
+        self.pieces.append(value if isinstance(value, Marked) and not format_spec else text)
         return text
 
 
@@ -208,38 +200,36 @@ def _marked_for(value: Any, attribute: Any) -> Any:
     return Marked(value) if inserts else value
 
 
+# The filters `join`, `replace`, `format` and `safe`, with marks.
+
+
 @jinja2.pass_eval_context
-def join_marked(context: Any, value: Any, d: str = "", attribute: Any = None) -> Any:
-    """Do what the filter `join` does."""
+def _join_marked(context: Any, value: Any, d: str = "", attribute: Any = None) -> Any:
     return jinja2.filters.do_join(context, value, _marked(d), attribute)
 
 
 @jinja2.pass_eval_context
-def replace_marked(context: Any, s: Any, old: str, new: str, count: int | None = None) -> Any:
-    """Do what the filter `replace` does."""
+def _replace_marked(context: Any, s: Any, old: str, new: str, count: int | None = None) -> Any:
     return jinja2.filters.do_replace(context, _marked(s), old, new, count)
 
 
-def format_marked(value: Any, *args: Any, **kwargs: Any) -> Any:
-    """Do what the filter `format` does."""
+def _format_marked(value: Any, *args: Any, **kwargs: Any) -> Any:
     return jinja2.filters.do_format(_marked(value), *args, **kwargs)
 
 
-def mark_safe(value: Any) -> Any:
-    """Do what the filter `safe` does."""
+def _mark_safe(value: Any) -> Any:
     if not isinstance(value, Marked):
         return jinja2.filters.do_mark_safe(value)
-    safe = SafeMarked(str.__str__(value))
+    safe = _SafeMarked(str.__str__(value))
     safe.marks = marks_of(value)
     return safe
 
 
-def refuse(message: str) -> None:
-    """Raise what a template says is wrong."""
+def _refuse(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
 
 
-def to_json(
+def _to_json(
     x: Any,
     ensure_ascii: bool = False,
     indent: int | None = None,
@@ -255,25 +245,25 @@ def to_json(
 @functools.lru_cache(maxsize=8)
 def compile_template(source: str, marked: bool) -> jinja2.Template:
     """Compile for the sandbox, with the options of transformers."""
-    kind = MarkedEnvironment if marked else jinja2.sandbox.ImmutableSandboxedEnvironment
+    kind = _MarkedEnvironment if marked else jinja2.sandbox.ImmutableSandboxedEnvironment
     environment = kind(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = to_json
+    environment.filters["tojson"] = _to_json
     if marked:
-        environment.filters |= {"join": join_marked, "replace": replace_marked}
-        environment.filters |= {"format": format_marked, "safe": mark_safe}
-    environment.globals["raise_exception"] = refuse
+        environment.filters |= {"join": _join_marked, "replace": _replace_marked}
+        environment.filters |= {"format": _format_marked, "safe": _mark_safe}
+    environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda format: CLOCK[0].strftime(format)
-    environment.globals["namespace"] = Namespace
-    environment.globals["dict"] = Dicts()
+    environment.globals["namespace"] = _Namespace
+    environment.globals["dict"] = _Dicts()
     return environment.from_string(source)
 
 
 CLOCK = [datetime.now()]  # the same for all renderings of a request
 
 
-class TooLong(Exception):
+class _TooLong(Exception):
     """A template wrote more than it may."""
 
 
@@ -288,7 +278,7 @@ def _render_bounded(request: dict[str, Any], marked: bool) -> str:
     for part in compile_template(request["template"], marked).generate(request["variables"]):
         size += len(part)
         if size > request["max_chars"]:
-            raise TooLong(f"it writes more than {request['max_chars']} characters")
+            raise _TooLong(f"it writes more than {request['max_chars']} characters")
         parts.append(part)
     return join(parts)
 
@@ -330,7 +320,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": "it needs too much memory"}
     except RecursionError:
         return {"error": "it calls itself too deeply"}
-    except TooLong as error:
+    except _TooLong as error:
         return {"error": str(error)}
     except Exception as error:  # a template can raise anything
         return {"error": f"{type(error).__name__}: {error}"[:500] + _line_of(error)}
