@@ -1,5 +1,6 @@
 """How every test runs: eight CPU devices, strict promotion, checked shapes, the real model once."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax._src import compiler
 from jaxtyping import install_import_hook
 
 # Annotations are checked on each call in the rooms of arrays, before any of them is imported. The
@@ -45,7 +47,33 @@ for setting, value in {
     jax.config.update(setting, value)
     os.environ[setting.upper()] = str(value)
 
+# Most of the time of the tests was compilation, and most of that LLVM's optimisations. Without them
+# a program has the same HLO, buffers and aliases (test_cache_programs.py).
+PLAIN_CODE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# XLA's emitters of before 2025, which take half the time; their fusions are others.
+SHORT_CODE = PLAIN_CODE | {"xla_cpu_use_fusion_emitters": False}
+
+
+def is_known(flag: str) -> bool:
+    """Tell whether the XLA of this jax has the flag."""
+    try:
+        jax.jit(lambda: 1, compiler_options={flag: SHORT_CODE[flag]})()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+KNOWN = {flag for flag in SHORT_CODE if is_known(flag)}
+if os.environ.get("GEMLAX_TEST_OPTIMISED") == "1":
+    KNOWN = set()
+# For commands: XLA has started here, and each module of tests has its own (`code`).
+os.environ["XLA_FLAGS"] += "".join(f" --{flag}={SHORT_CODE[flag]}".lower() for flag in KNOWN)
+
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
+
+
+# A process of tests holds millions of objects that live on: collecting them often took a tenth.
+gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_unconfigure():
@@ -61,21 +89,25 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def plain_code(request):
-    """Compile without LLVM's optimisations, which takes about 0.6 of the time.
+def code(request):
+    """Compile to code that is made fast, not code that runs fast: a third of the time.
 
-    Modules marked `optimised` look at programs, or compare with what others made, and get them; so
-    does every module with GEMLAX_TEST_OPTIMISED=1, and on jax 0.12, which has no such setting.
+    Modules marked `programs` get the HLO of users' programs, those marked `optimised` the code too;
+    so does every module with GEMLAX_TEST_OPTIMISED=1.
     """
-    name = "jax_disable_most_optimizations"
-    wanted = os.environ.get("GEMLAX_TEST_OPTIMISED") == "1"
-    wanted = wanted or request.node.get_closest_marker("optimised") is not None
-    if wanted or name not in jax.config.values:
+    flags = PLAIN_CODE if request.node.get_closest_marker("programs") else SHORT_CODE
+    if request.node.get_closest_marker("optimised"):
+        flags = {}
+    flags = {flag: value for flag, value in flags.items() if flag in KNOWN}
+    make = compiler.get_compile_options
+
+    def make_with_flags(*args, env_options_overrides=None, **settings):
+        flags_and_own = flags | (env_options_overrides or {})
+        return make(*args, env_options_overrides=flags_and_own, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", make_with_flags)
         yield
-        return
-    jax.config.update(name, True)
-    yield
-    jax.config.update(name, False)
 
 
 def pytest_runtest_setup(item):

@@ -16,7 +16,7 @@ from gemlax.qtensor import from_numpy, pack_bfloat16
 from gemlax.tune import losses
 from gemlax.tune.losses import Head, chunked_logprobs, preference_loss, token_logprobs
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.programs
 
 # float32 sums of 512 exponentials in another order.
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}

@@ -26,9 +26,6 @@ from gemlax.tune import Settings, run, state, train
 from gemlax.tune.state import Checkpoints
 from gemlax.tune.train import Measured, Trainer
 
-# The same code in this process and in those that are killed.
-pytestmark = pytest.mark.optimised
-
 HOW = Settings(rules=4, steps=6, batch_size=2, max_length=48, learning_rate=1e-2, save_every=3)
 
 
