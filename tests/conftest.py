@@ -27,10 +27,24 @@ ROOMS = (
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook([f"gemlax.{room}" for room in ROOMS], CHECKER)
 
-# Tests run in two processes: a compiler that splits a program among threads takes longer in all.
-# XLA reads this when it starts; what tests run as commands inherits it.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_parallel_codegen_split_count=1"
+# Most of the time of the tests was compilation, and most of that LLVM's optimisations. Without them
+# a program has the same HLO, buffers and aliases (test_cache_programs.py).
+USERS_CODE = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+FAST_CODE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+USERS_PROGRAMS = {}
+if jax.__version_info__ < (0, 11):
+    # XLA's emitters of before 2025 take half the time; their fusions are others. jax 0.12 has none.
+    USERS_PROGRAMS["xla_cpu_use_fusion_emitters"] = True
+    FAST_CODE += " --xla_cpu_use_fusion_emitters=false"
+
+# XLA reads this when it starts; what tests run as commands inherits it. Tests run in two processes:
+# a compiler that splits a program among threads takes longer in all.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_parallel_codegen_split_count=1",
+        FAST_CODE if os.environ.get("GEMLAX_TEST_OPTIMISED") != "1" else "",
+    ]
 )
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -47,32 +61,10 @@ for setting, value in {
     jax.config.update(setting, value)
     os.environ[setting.upper()] = str(value)
 
-# Most of the time of the tests was compilation, and most of that LLVM's optimisations. Without them
-# a program has the same HLO, buffers and aliases (test_cache_programs.py).
-PLAIN_CODE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-# XLA's emitters of before 2025, which take half the time; their fusions are others.
-SHORT_CODE = PLAIN_CODE | {"xla_cpu_use_fusion_emitters": False}
-
-
-def is_known(flag: str) -> bool:
-    """Tell whether the XLA of this jax has the flag."""
-    try:
-        jax.jit(lambda: 1, compiler_options={flag: SHORT_CODE[flag]})()
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
-
-
-KNOWN = {flag for flag in SHORT_CODE if is_known(flag)}
-if os.environ.get("GEMLAX_TEST_OPTIMISED") == "1":
-    KNOWN = set()
-# For commands: XLA has started here, and each module of tests has its own (`code`).
-os.environ["XLA_FLAGS"] += "".join(f" --{flag}={SHORT_CODE[flag]}".lower() for flag in KNOWN)
-
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
 
-# A process of tests holds millions of objects that live on: collecting them often took a tenth.
+# A process of tests holds a million objects that live on: collecting them often took a twentieth.
 gc.set_threshold(100_000, 20, 100)
 
 
@@ -85,7 +77,8 @@ def pytest_collection_modifyitems(items):
         if "gguf_path" in item.fixturenames:
             item.add_marker("weights")
     # Longest files first, so that two processes end at about the same time.
-    items.sort(key=lambda item: item.get_closest_marker("optimised") is None)
+    longest = ("optimised", "programs")
+    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in longest))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -95,10 +88,11 @@ def code(request):
     Modules marked `programs` get the HLO of users' programs, those marked `optimised` the code too;
     so does every module with GEMLAX_TEST_OPTIMISED=1.
     """
-    flags = PLAIN_CODE if request.node.get_closest_marker("programs") else SHORT_CODE
+    flags = {}
+    if request.node.get_closest_marker("programs"):
+        flags = USERS_PROGRAMS
     if request.node.get_closest_marker("optimised"):
-        flags = {}
-    flags = {flag: value for flag, value in flags.items() if flag in KNOWN}
+        flags = USERS_PROGRAMS | USERS_CODE
     make = compiler.get_compile_options
 
     def make_with_flags(*args, env_options_overrides=None, **settings):
