@@ -107,17 +107,14 @@ class ChatFormat:
     ) -> list[int]:
         """Return the ids of the prompt, with exactly one BOS.
 
-        The text of a `Message` object is encoded as the tokens that the model gave, where that
-        is the same text: a cache that holds them can be used again.
+        A `Message` object becomes the tokens that the model gave, if its text is still the same.
 
         Args:
             messages: see `Model.chat`.
             tools: likewise.
             thinking: likewise.
-            answered: return a whole conversation, whose last message is an answer, to be trained
-                on.
-            continue_final_message: the prompt ends in the text of the last message, an
-                assistant's, whose turn stays open; None: if the last message is an assistant's.
+            answered: return a whole conversation, which ends in an answer, to be trained on.
+            continue_final_message: see `Model.chat`; the turn of the last message stays open.
             template_args: further variables of the checkpoint's template.
 
         Raises:
@@ -146,8 +143,7 @@ class ChatFormat:
         variables = {"documents": None, **self._special(), **args, "messages": turns}
         variables |= {"tools": declared or None}
         variables |= {"add_generation_prompt": not (answered or continues)}
-        if thinking is not None:
-            variables["enable_thinking"] = thinking
+        variables |= {} if thinking is None else {"enable_thinking": thinking}
         if isinstance(template, BuiltIn):
             variables["empty_thought"] = self._empty_thought
         text = template.render(variables)
