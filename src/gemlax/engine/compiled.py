@@ -39,7 +39,7 @@ class Counters:
     compile_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    keys: list[tuple] = field(default_factory=list)
+    keys: list[tuple[object, ...]] = field(default_factory=list)
 
 
 class Programs:
@@ -76,7 +76,7 @@ class Programs:
         if mesh is not None and implementation is None:
             implementation = "xla"  # a kernel would gather what the mesh cuts
         self._bind = functools.partial(ops.cpu.bind, implementation)
-        self._compiled: dict[tuple, Any] = {}
+        self._compiled: dict[tuple[object, ...], Any] = {}
 
     def put(self, tree: Any) -> Any:
         """Bring arrays of the host, which every process has alike, to all devices."""
@@ -186,7 +186,12 @@ class Programs:
         return self._decode("verify", (*drafts.shape, logprobs), make, state, rest)
 
     def _decode(
-        self, name: str, shape: tuple, make: Callable[[], Any], state: State, rest: tuple
+        self,
+        name: str,
+        shape: tuple[object, ...],
+        make: Callable[[], Any],
+        state: State,
+        rest: tuple[object, ...],
     ) -> tuple[State, programs.Output]:
         args = (self._weights, state, *rest)
         run = self._program(name, shape, make, args, donated=1)
@@ -198,7 +203,9 @@ class Programs:
         self.counters.decode_tokens += int(output.counts.sum())
         return state, output
 
-    def smallest(self, name: str, state: State, rows: int, rest: tuple, slack: int) -> int:
+    def smallest(
+        self, name: str, state: State, rows: int, rest: tuple[object, ...], slack: int
+    ) -> int:
         """Return the bucket of so many rows.
 
         It is the smallest one that is compiled and at most `slack` times as large as needed, else
@@ -218,7 +225,13 @@ class Programs:
         return sharding.put(array, sharding.rows_sharding(self.mesh, len(array)))
 
     def _program(
-        self, name: str, shape: tuple, make: Callable[[], Any], args: tuple, *, donated: int
+        self,
+        name: str,
+        shape: tuple[object, ...],
+        make: Callable[[], Any],
+        args: tuple[Any, ...],
+        *,
+        donated: int,
     ) -> Any:
         """Return the compiled program of a bucket; compile it at first use."""
         ops.check_compiles("generating")
