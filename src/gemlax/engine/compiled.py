@@ -212,7 +212,7 @@ class Programs:
         the next power of two. `rest` is what else tells programs of this name apart.
         """
         needed = min(bucket(rows), len(state.lengths))
-        sizes = [
+        sizes: list[Any] = [
             key[2]
             for key in self._compiled
             if key[:2] == (name, _shape_of(state)) and key[3:] == rest
