@@ -20,10 +20,9 @@ from golden.conditioned import conditioned_weights
 from vocabularies import SPECIAL, toy
 
 import gemlax
-from gemlax import cli, cost
+from gemlax import cli, cost, ops
 from gemlax.arguments import make_parser
 from gemlax.checkpoints import Checkpoint, text_weights
-from gemlax.ops import cpu
 
 COMMAND = [sys.executable, "-m", "gemlax.cli"]
 MAIN = "import sys; from gemlax.cli import main; sys.exit(main())"
@@ -388,9 +387,9 @@ def test_info_of_a_checkpoint_is_what_it_costs(outcomes, model):
     text = CONFIG.text
     check_info(outcomes["info"].report, text, text.max_position_embeddings)
     check_info(outcomes["info context"].report, text, 7)
-    live = cpu.kernels()
-    assert outcomes["info"].report["native_kernels"] == live.instructions
-    assert outcomes["info"].report["native_formats"] == ", ".join(live.formats)
+    kernels = ops.kernels()
+    assert outcomes["info"].report["native_kernels"] == kernels.instructions
+    assert outcomes["info"].report["native_formats"] == ", ".join(kernels.formats)
     assert outcomes["info"].report["pattern"] == "(5 sliding, 1 full) x 1"
     shown = outcomes["info plain"].out
     for key, value in outcomes["info"].report.items():
