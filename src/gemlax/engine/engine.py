@@ -173,7 +173,7 @@ class Engine:
         """
         assert self._state is not None
         size = self._programs.smallest(name, self._state, len(rows), rest, slack)
-        if self._programs.mesh is not None or size == self._num_slots:
+        if size == self._num_slots:
             used = [row.slot for row in rows]
             return None, used + [slot for slot in range(self._num_slots) if slot not in used]
         slots = np.zeros(size, np.int32)
