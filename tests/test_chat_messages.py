@@ -21,8 +21,6 @@ def dumped(*messages, source=DUMP, **settings):
     return json.loads(rendered("gemma4", list(messages), template=source, **settings)[5:])
 
 
-# --- a template gets what was given ------------------------------------------------------------
-
 AS_GIVEN = {
     "fields of a part": {"role": "user", "content": [
         {"type": "text", "source_lang_code": "cs", "target_lang_code": "de", "text": "ahoj"}]},
@@ -165,9 +163,6 @@ def test_googles_template_gets_objects_where_it_reads_them():
         assert told[1].get("tool_responses") == expected
 
 
-# --- the built-in formats ----------------------------------------------------------------------
-
-
 def test_later_system_messages_get_turns_of_their_own_in_gemma4():
     late = [{"role": "system", "content": "a"}, {"role": "developer", "content": " b"}, HI]
     assert rendered("gemma4", late, empty_thought=False) == (
@@ -177,11 +172,18 @@ def test_later_system_messages_get_turns_of_their_own_in_gemma4():
 
 
 @pytest.mark.parametrize("thinking", [False, True])
-def test_a_turn_that_was_closed_after_a_call_is_followed_by_one_of_the_model(thinking):
+def test_after_the_result_of_a_tool_no_turn_is_opened_as_in_googles_template(thinking):
+    """Also where the message with the call said something, and its turn was closed after that."""
     said = {"role": "assistant", "content": "I look", "tool_calls": [{"name": "f"}]}
     prompt = rendered("gemma4", [HI, said, {"role": "tool", "content": "1"}], thinking=thinking)
-    opened = "" if thinking else "<|channel>thought\n<channel|>"
-    assert prompt.endswith("<tool_response|>I look<turn|>\n<|turn>model\n" + opened)
+    opened = "<|channel>thought\n" if thinking else ""
+    assert prompt.endswith("<tool_response|>I look<turn|>\n" + opened)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_an_answer_that_says_nothing_may_be_all_there_is(family):
+    prompt = rendered(family, [{"role": "assistant", "content": ""}], empty_thought=False)
+    assert prompt.endswith("turn>model\n")
 
 
 def test_leading_system_messages_are_put_together_in_gemma3():
@@ -214,8 +216,6 @@ def test_results_of_tools_are_text_or_data(content, written):
         "gemma4", messages
     )
 
-
-# --- going on from an answer -------------------------------------------------------------------
 
 SURE = {"role": "assistant", "content": " Sure, "}
 OPEN = "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"
@@ -288,8 +288,6 @@ def test_a_prefill_makes_no_control_token():
         assert ids.count(tokenizer.id_of("<|turn>")) == 2
         assert tokenizer.decode(ids).endswith(evil["content"])
 
-
-# --- the templates of a checkpoint -------------------------------------------------------------
 
 NAMED = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "{# tools #}t"}]
 
@@ -375,9 +373,6 @@ def test_the_name_of_a_template_is_no_path(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be a file name"):
         write_tokenizer(None, {"default": "a", "../b": "c"}, tmp_path / "f")
     assert not (tmp_path / "b.jinja").exists()
-
-
-# --- the process that renders ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,12 @@ def record_positions(
 
 
 def _scatter(
-    cache: SlotCache, lead: tuple, buffer: Any, positions: Array, values: Any, rows: Array | None
+    cache: SlotCache,
+    lead: tuple[object, ...],
+    buffer: Any,
+    positions: Array,
+    values: Any,
+    rows: Array | None,
 ) -> Any:
     """Write values [b, T, ...] at (lead, row, slot); padding falls out of range: dropped."""
     size = cache.positions.shape[-1]
@@ -259,7 +264,7 @@ class LayerView(NamedTuple):
             scale=scale,
         )
 
-    def _block(self, x: Array, lead: tuple, start: Array, block: int) -> Array:
+    def _block(self, x: Array, lead: tuple[object, ...], start: Array, block: int) -> Array:
         """Return [b, block, ...] of a buffer [*lead, B, S, ...], from slot `start` on."""
         inner = x.shape[len(lead) + 2 :]
         rest, ones = (0,) * len(inner), (1,) * len(lead)

@@ -143,6 +143,8 @@ def fault(operation: Operation, backend: Backend, *arguments: Any) -> str | None
     """Say why a backend shall not compute an operation on these arguments, or None."""
     if backend == "xla":
         return None
+    if backend == "cpu" and (reason := cpu.library()[1]):
+        return reason
     find_fault = _FAULTS.get((operation, backend))
     return f"it has no kernel for {operation}" if find_fault is None else find_fault(*arguments)
 

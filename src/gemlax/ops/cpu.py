@@ -24,21 +24,19 @@ __all__ = [
     "spent", "use",
 ]  # fmt: skip
 
-# As csrc/formats.h numbers them.
-_NUMBERS: dict[Format, int] = {
-    "float32": 0, "bfloat16": 1, "int8": 2, "int4": 3,
-    "q8_0": 4, "q4_0": 5, "q5_0": 6, "q4_k": 7, "q6_k": 8,
-}  # fmt: skip
 _TARGETS = ("multiply", "decode", "attention", "arg_max")
-# As csrc/meter.h numbers them: products by the format of their first weight, then the others.
-_METERED = (*_NUMBERS, "decoding", "attention", "arg_max")
+# As csrc/meter.h numbers them, behind the products, which go by the format of their first weight.
+_OTHER_METERS = ("decoding", "attention", "arg_max")
 # Queries of one call of attention, and rows that float weights are multiplied with by a kernel.
 MAX_ROWS = 16
 
 
+@functools.cache
 def formats() -> tuple[Format, ...]:
-    """Return the formats that the kernels read."""
-    return tuple(_NUMBERS)
+    """Return the formats that the kernels read, in the order of their numbers (csrc/formats.h)."""
+    library = _open()
+    library.gemlax_formats.restype = ctypes.c_char_p
+    return tuple(library.gemlax_formats().decode().split())
 
 
 def spent() -> dict[str, tuple[int, float]]:
@@ -48,11 +46,12 @@ def spent() -> dict[str, tuple[int, float]]:
     """
     if library()[0] is None:
         return {}
-    numbers = (ctypes.c_int64 * (2 * len(_METERED)))()
+    meters = (*formats(), *_OTHER_METERS)
+    numbers = (ctypes.c_int64 * (2 * len(meters)))()
     _open().gemlax_totals(numbers)
     return {
         name: (numbers[2 * i], numbers[2 * i + 1] / 1e9)
-        for i, name in enumerate(_METERED)
+        for i, name in enumerate(meters)
         if numbers[2 * i]
     }
 
@@ -111,8 +110,8 @@ def multiply(x: Float[Array, "R D"], *weights: Weight) -> tuple[Float[Array, "R 
     arguments = [_arguments(weight) for weight in weights]
     where = jnp.stack([place for place, _, _ in arguments])
     leaves = [leaf for _, weight_leaves, _ in arguments for leaf in weight_leaves]
-    numbers = np.array([number for *_, formats in arguments for number in formats], np.int64)
-    counts = np.array([len(formats) for *_, formats in arguments], np.int64)
+    numbers = np.array([number for *_, codes in arguments for number in codes], np.int64)
+    counts = np.array([len(codes) for *_, codes in arguments], np.int64)
     sizes = [shape_of(weight)[0] for weight in weights]
     call = _call("multiply", jax.ShapeDtypeStruct((x.shape[0], sum(sizes)), jnp.float32))
     out = call(x.astype(jnp.float32), where, *leaves, formats=numbers, counts=counts)
@@ -138,7 +137,8 @@ def _arguments(weight: Weight) -> tuple[Array, list[Array], list[int]]:
     leaves = []
     for codes in parts_of(layer):
         leaves += [codes.codes, none if codes.scales is None else codes.scales]
-    return jnp.stack([part, row]), leaves, [_NUMBERS[codes.format] for codes in parts_of(layer)]
+    numbers = [formats().index(codes.format) for codes in parts_of(layer)]
+    return jnp.stack([part, row]), leaves, numbers
 
 
 def arg_max(x: Float[Array, "B V"]) -> Int[Array, " B"]:
