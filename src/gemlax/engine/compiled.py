@@ -40,7 +40,7 @@ class Counters:
     compile_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    keys: list[tuple] = dataclasses.field(default_factory=list)
+    keys: list[tuple[object, ...]] = dataclasses.field(default_factory=list)
 
 
 class Programs:
@@ -75,7 +75,7 @@ class Programs:
         self.num_tokens = num_tokens
         self.counters = Counters()
         self._graphdef, self._weights = nnx.split(decoder)
-        self._compiled: dict[tuple, Any] = {}
+        self._compiled: dict[tuple[object, ...], Any] = {}
 
     def put(self, tree: Any) -> Any:
         """Bring arrays of the host, which every process has alike, to all devices."""
@@ -185,7 +185,12 @@ class Programs:
         return self._decode("verify", (*drafts.shape, logprobs), make, state, rest)
 
     def _decode(
-        self, name: str, shape: tuple, make: Callable[[], Any], state: State, rest: tuple
+        self,
+        name: str,
+        shape: tuple[object, ...],
+        make: Callable[[], Any],
+        state: State,
+        rest: tuple[object, ...],
     ) -> tuple[State, programs.Output]:
         args = (self._weights, state, *rest)
         run = self._program(name, shape, make, args, donated=1)
@@ -197,7 +202,9 @@ class Programs:
         self.counters.decode_tokens += int(output.counts.sum())
         return state, output
 
-    def smallest(self, name: str, state: State, rows: int, rest: tuple, slack: int) -> int:
+    def smallest(
+        self, name: str, state: State, rows: int, rest: tuple[object, ...], slack: int
+    ) -> int:
         """Return the bucket of so many rows.
 
         It is the smallest one that is compiled and at most `slack` times as large as needed, else
@@ -207,7 +214,7 @@ class Programs:
         if self.layout.mesh is not None:
             return len(state.lengths)
         needed = min(bucket(rows), len(state.lengths))
-        sizes = [
+        sizes: list[Any] = [
             key[2]
             for key in self._compiled
             if key[:2] == (name, _shape_of(state)) and key[3:] == rest
@@ -215,7 +222,13 @@ class Programs:
         return min((size for size in sizes if rows <= size <= slack * needed), default=needed)
 
     def _program(
-        self, name: str, shape: tuple, make: Callable[[], Any], args: tuple, *, donated: int
+        self,
+        name: str,
+        shape: tuple[object, ...],
+        make: Callable[[], Any],
+        args: tuple[Any, ...],
+        *,
+        donated: int,
     ) -> Any:
         """Return the compiled program of a bucket; compile it at first use."""
         ops.check_compiles("generating")

@@ -164,7 +164,7 @@ class Engine:
             self._scheduler.filled(chunk)
 
     def _call_rows(
-        self, name: str, rows: list[Row], rest: tuple, slack: int = 2
+        self, name: str, rows: list[Row], rest: tuple[object, ...], slack: int = 2
     ) -> tuple[np.ndarray | None, list[int]]:
         """Return the slots of a call, and where each row lies in it; a bucket is filled up.
 
