@@ -60,7 +60,7 @@ def draw(*shape, seed=0):
 
 
 def test_the_library_numbers_every_format_but_those_of_plain_jax():
-    assert set(cpu.formats()) == set(FORMATS) - {"nf4"}
+    assert set(ops.kernels().formats) == set(FORMATS) - {"nf4"}
 
 
 def test_this_machine_has_the_kernels(instructions):

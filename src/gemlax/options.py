@@ -40,9 +40,6 @@ def read_dtype(given: Any) -> jnp.dtype:
     """Return a dtype given by any of its names, of NumPy, jax or torch; None and "auto": ours.
 
     Ours is float32 on CPU and bfloat16 elsewhere.
-
-    Raises:
-        RequestError: another one.
     """
     if given is None or (isinstance(given, str) and given == "auto"):
         return jnp.dtype(jnp.float32 if ops.platform() == "cpu" else jnp.bfloat16)

@@ -110,9 +110,6 @@ def weight_sharding(
 
     Args:
         name: canonical; the `LayerSpec` of its layer says how many heads there are.
-
-    Raises:
-        RequestError: an axis that the mesh does not divide and that is not an axis of heads.
     """
     layer = name.split(".")[1]
     spec = config.layers[int(layer)] if name.startswith("layers.") else None

@@ -52,12 +52,7 @@ def new_list(
 
 
 def stack_layers(entries: Any, count: int) -> Any:
-    """Stack a list of `count` equal pytrees along a new first axis; None stays None.
-
-    Raises:
-        TypeError: not a list, or pytrees of different structure.
-        ValueError: another number of entries, or leaves of different shape or dtype.
-    """
+    """Stack a list of `count` equal pytrees along a new first axis; None stays None."""
     if entries is None:
         return None
     if not isinstance(entries, list):
@@ -76,11 +71,7 @@ def stack_layers(entries: Any, count: int) -> Any:
 
 
 def unstack_layers(stacked: Any, count: int) -> list[Any] | None:
-    """Take a stacked pytree apart into a list of `count`; None stays None.
-
-    Raises:
-        ValueError: a leaf whose first axis is not `count`.
-    """
+    """Take a stacked pytree apart into a list of `count`; None stays None."""
     if stacked is None:
         return None
     for leaf in jax.tree.leaves(stacked):
@@ -90,12 +81,7 @@ def unstack_layers(stacked: Any, count: int) -> list[Any] | None:
 
 
 class LayerListCache:
-    """A checked list of caches, and the way from it to what the layers write and back.
-
-    Raises:
-        TypeError: an entry that is neither a `LayerCache` nor one array of pages, or both.
-        ValueError: another number of entries than layers that own K/V, or another shape.
-    """
+    """A checked list of caches, and the way from it to what the layers write and back."""
 
     def __init__(self, config: TextConfig, entries: list[Entry], batch: int):
         self.entries = entries

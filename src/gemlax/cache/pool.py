@@ -29,12 +29,7 @@ class PagedPool(NamedTuple):
     def layer(
         self, layer: Any, positions: Array, spec: LayerSpec, metadata: Any, rows: Any = None
     ) -> "PageView":
-        """Return the view of one layer.
-
-        Raises:
-            TypeError: there is no `attention_metadata`.
-            ValueError: tokens in several rows, or `rows`, which pages do not have.
-        """
+        """Return the view of one layer."""
         if rows is not None:
             raise ValueError("cache_rows are for stacked caches; pages have block tables")
         if metadata is None:
@@ -67,10 +62,6 @@ def metadata_by_kind(config: TextConfig, metadata: Any) -> dict[Kind, Any]:
         metadata: one for all layers; a dict by kind; or, as tpu-inference groups them, a dict by
             layer, "layer.0" and so on, in which all layers of a kind have the same object. Layers
             that share keys and values may be left out of the last.
-
-    Raises:
-        TypeError: a dict with other keys.
-        ValueError: layers of one kind with different metadata.
     """
     if not isinstance(metadata, dict):
         return dict.fromkeys(KINDS, metadata)

@@ -57,9 +57,6 @@ class SlotCache:
         """Return the view of a layer, by its place in the stack, for a step at `positions` [b, T].
 
         `rows` [b]: which rows of the cache those of this call are; None: all, in order.
-
-        Raises:
-            ValueError: the step is longer than a ring can take at once.
         """
         if self.is_ring:
             size = self.positions.shape[-1]
@@ -100,9 +97,6 @@ def new_caches(
         chunk: the most tokens of one step; drafts count.
         storage: "int8" holds 8-bit codes and a scale per head instead.
         layout: how keys and values are to lie (`SlotCache.sharding`).
-
-    Raises:
-        ValueError: `capacity` is not a bucket of `round_capacity`.
     """
     if capacity != round_capacity(capacity):
         raise ValueError(f"capacity {capacity} is not a bucket; use {round_capacity(capacity)}")

@@ -35,11 +35,7 @@ _asked: contextvars.ContextVar[Backend | None] = contextvars.ContextVar("backend
 
 
 def platform() -> str:
-    """Return what jax runs on: "cpu", "gpu" or "tpu".
-
-    Raises:
-        Error: jax finds no device of those that it was told to take.
-    """
+    """Return what jax runs on: "cpu", "gpu" or "tpu"."""
     try:
         return jax.default_backend()
     except (AssertionError, RuntimeError) as error:
@@ -54,11 +50,7 @@ def platform() -> str:
 
 
 def check_compiles(what: str) -> None:
-    """Check that jax may compile, for `what` needs programs that are compiled as a whole.
-
-    Raises:
-        RequestError: JAX_DISABLE_JIT is set.
-    """
+    """Check that jax may compile, for `what` needs programs that are compiled as a whole."""
     if _config.jax_disable_jit:
         raise RequestError(
             f"{what} needs compiled programs, and JAX_DISABLE_JIT (jax_disable_jit) is set: unset "
@@ -100,11 +92,7 @@ def kernels() -> Kernels:
 
 
 def kernels_in_use() -> str | None:
-    """Return the instruction set of the CPU kernels that are used, or None.
-
-    Raises:
-        NotImplementedError: "cpu" was asked for and cannot be had.
-    """
+    """Return the instruction set of the CPU kernels that are used, or None."""
     asked = _asked.get()
     if asked not in ("cpu", None):
         return None
@@ -143,6 +131,8 @@ def fault(operation: Operation, backend: Backend, *arguments: Any) -> str | None
     """Say why a backend shall not compute an operation on these arguments, or None."""
     if backend == "xla":
         return None
+    if backend == "cpu" and (reason := cpu.library()[1]):
+        return reason
     find_fault = _FAULTS.get((operation, backend))
     return f"it has no kernel for {operation}" if find_fault is None else find_fault(*arguments)
 

@@ -34,9 +34,9 @@ MAX_ROWS = 16
 @functools.cache
 def formats() -> tuple[Format, ...]:
     """Return the formats that the kernels read, in the order of their numbers (csrc/formats.h)."""
-    opened = _open()
-    opened.gemlax_formats.restype = ctypes.c_char_p
-    return tuple(opened.gemlax_formats().decode().split())
+    library = _open()
+    library.gemlax_formats.restype = ctypes.c_char_p
+    return tuple(library.gemlax_formats().decode().split())
 
 
 def spent() -> dict[str, tuple[int, float]]:
@@ -110,8 +110,8 @@ def multiply(x: Float[Array, "R D"], *weights: Weight) -> tuple[Float[Array, "R 
     arguments = [_arguments(weight) for weight in weights]
     where = jnp.stack([place for place, _, _ in arguments])
     leaves = [leaf for _, weight_leaves, _ in arguments for leaf in weight_leaves]
-    numbers = np.array([number for *_, formats in arguments for number in formats], np.int64)
-    counts = np.array([len(formats) for *_, formats in arguments], np.int64)
+    numbers = np.array([number for *_, codes in arguments for number in codes], np.int64)
+    counts = np.array([len(codes) for *_, codes in arguments], np.int64)
     sizes = [shape_of(weight)[0] for weight in weights]
     call = _call("multiply", jax.ShapeDtypeStruct((x.shape[0], sum(sizes)), jnp.float32))
     out = call(x.astype(jnp.float32), where, *leaves, formats=numbers, counts=counts)
@@ -137,7 +137,8 @@ def _arguments(weight: Weight) -> tuple[Array, list[Array], list[int]]:
     leaves = []
     for codes in parts_of(layer):
         leaves += [codes.codes, none if codes.scales is None else codes.scales]
-    return jnp.stack([part, row]), leaves, [formats().index(c.format) for c in parts_of(layer)]
+    numbers = [formats().index(codes.format) for codes in parts_of(layer)]
+    return jnp.stack([part, row]), leaves, numbers
 
 
 def arg_max(x: Float[Array, "B V"]) -> Int[Array, " B"]:

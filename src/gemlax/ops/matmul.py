@@ -44,9 +44,6 @@ def linear(x: Float[Array, "... D"], weight: Weight) -> Float[Array, "... F"]:
 
     A weight that is stored as codes, or handed in as `At`, is frozen: `x` alone has a gradient, in
     reverse mode only, and nothing of the weight is kept for it.
-
-    Raises:
-        UnsupportedError: the gradient of an `At` of floats is asked for.
     """
     return linears(x, weight)[0]
 

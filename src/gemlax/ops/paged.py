@@ -57,9 +57,6 @@ def write_pages(
 
     Rows past 2K and lanes past H become zeros. Padding, and a token for whose position the table
     has no page, is dropped. That no two sequences own a page is not checked.
-
-    Raises:
-        ValueError: the pool is too narrow for the heads.
     """
     tokens, heads, size = k.shape
     _check_fits(pages, heads, size)
@@ -89,10 +86,6 @@ def paged_attend(
     Args:
         implementation: "xla" is the reference; "tpu" jax's Pallas kernel, which wants a sequence
             of at least one token in each request. None: `ops.choose`.
-
-    Raises:
-        NotImplementedError: "tpu" was asked for, and cannot do this; the message says why.
-        ValueError: the pool is too narrow for the heads.
     """
     _check_fits(pages, num_kv_heads, q.shape[2])
     arguments = (q, pages, num_kv_heads)
