@@ -36,7 +36,7 @@ def run_gemlax(path: str) -> dict[str, float]:
     model = gemlax.load(path, implementation="cpu")
     jax.block_until_ready(jax.tree.leaves(model._state))
     found = {"load_s": time.perf_counter() - begin}
-    counters = model.engine.counters
+    counters = model.programs.counters
     for depth, rows in [*((depth, 1) for depth in DEPTHS), (128, ROWS)]:
         prefill, decode = [], []
         for _ in range(3):  # the first compiles

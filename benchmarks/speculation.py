@@ -31,7 +31,7 @@ PROMPTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def timed(model: gemlax.Model, prompt: str, tokens: int, settings: Any) -> tuple[Any, float]:
     """Return what was generated, and the tokens a second of its decode steps."""
-    counters = model.engine.counters
+    counters = model.programs.counters
     before = counters.decode_s, counters.decode_tokens
     done = model.generate(prompt, max_new_tokens=tokens, **settings)
     return done, (counters.decode_tokens - before[1]) / (counters.decode_s - before[0])

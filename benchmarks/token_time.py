@@ -38,15 +38,15 @@ class Run:
 
     def __init__(self, path: str):
         self.model: Any = gemlax.load(path, implementation="cpu")
-        engine = self.model.engine
-        self.counters, start = engine.counters, engine.start
+        programs = self.model.programs
+        self.counters, prefill = programs.counters, programs.prefill
 
-        def start_and_read(*args: Any, **options: Any) -> Any:
-            started = jax.block_until_ready(start(*args, **options))
+        def prefill_and_read(*args: Any) -> Any:
+            state = jax.block_until_ready(prefill(*args))
             self.prefilled = cpu.spent()
-            return started
+            return state
 
-        engine.start = start_and_read
+        programs.prefill = prefill_and_read
 
     def once(self, depth: int, rows: int, steps: int, decoding: bool) -> Any:
         """Return ms of the prompt, or of one step, and of each kind of kernel in it."""

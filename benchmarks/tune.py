@@ -33,7 +33,7 @@ def run_gemlax(args: argparse.Namespace) -> dict[str, Any]:
 
     import gemlax
     from gemlax import adapters
-    from gemlax.tune import Recipe, Trainer
+    from gemlax.tune import Trainer, TuneSettings
     from gemlax.tune.packing import Rows
 
     found: dict[str, Any] = {}
@@ -43,8 +43,10 @@ def run_gemlax(args: argparse.Namespace) -> dict[str, Any]:
     tokens = np.asarray(ids(args.batch, args.length), np.int32)
     at = np.broadcast_to(np.arange(args.length, dtype=np.int32), tokens.shape)
     labels = np.roll(tokens, -1, axis=1)
-    recipe = Recipe(steps=100, learning_rate=RATE, floor=1.0, remat=args.remat, clip=None)
-    trainer = Trainer(model.decoder, recipe)
+    settings = TuneSettings(
+        steps=100, learning_rate=RATE, warmup=0.0, floor=1.0, remat=args.remat, clip=None
+    )
+    trainer = Trainer(model.decoder, settings)
     start = jax.device_get((trainer.values, trainer.optimizer_state))
     for name, part in PARTS.items():
         trainer.values, trainer.optimizer_state = jax.device_put(start)  # one program for both

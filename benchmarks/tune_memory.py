@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     import gemlax
     from gemlax import adapters
-    from gemlax.tune import Recipe, Trainer
+    from gemlax.tune import Trainer, TuneSettings
     from gemlax.tune.packing import Rows
 
     quantize, full, remat = CASES[args.worker]
@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     learnt = (at < args.length - 1).astype(np.float32)
     rows = Rows(tokens, at, np.zeros_like(at), np.roll(tokens, -1, axis=1), learnt)
     held = sum(a.nbytes for a in jax.tree.leaves(model._state))
-    trainer = Trainer(model.decoder, Recipe(steps=10, learning_rate=1e-5, remat=remat))
+    trainer = Trainer(
+        model.decoder, TuneSettings(steps=10, learning_rate=1e-5, warmup=0.0, remat=remat)
+    )
     for step in range(2):
         loss = trainer.step(step, rows).loss
     trained = sum(a.nbytes for a in trainer.values.values())

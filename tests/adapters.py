@@ -154,7 +154,7 @@ def mlp_output(decoder: Decoder, i: int, x: np.ndarray) -> np.ndarray:
 
 
 def _layer(decoder: Decoder, i: int) -> tuple[Any, Any]:
-    if not decoder.scanned:
+    if decoder.layout == "unroll":
         graphdef, state = nnx.split(decoder.layers[i])
         return graphdef, state
     at = decoder.config.plan.locate(i)

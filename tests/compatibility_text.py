@@ -24,7 +24,7 @@ from vocabularies import (
 import gemlax
 from gemlax.chat import ChatFormat
 from gemlax.checkpoints import open_checkpoint
-from gemlax.settings import read_defaults, tell
+from gemlax.generation.defaults import read_defaults, tell
 from gemlax.tokenizer import find_chat_template
 from gemlax.tokenizer.spm import write_model
 from gemlax.tokenizer.vocabulary import Vocabulary

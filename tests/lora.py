@@ -26,5 +26,5 @@ def trained(decoder, rules, *, size=0.05, seed=7):
             (rng.standard_normal(shape) * size).astype(np.float32) for shape in shapes
         )
     adapters.detach(decoder)
-    adapters.put(decoder, adapter, values)
+    adapters.put(decoder, [(adapter, values)])
     return adapter

@@ -97,9 +97,9 @@ def generated(model, ids, **settings):
 def test_another_choice_generates_otherwise_in_the_same_programs(model, folders):
     prompts = [IDS[0].tolist()] * 4  # the same one, so that adapters alone differ
     mixed = generated(model, prompts, adapter=NAMES)
-    programs = model.engine.counters.programs
+    programs = model.programs.counters.programs
     each = {name: generated(model, prompts, adapter=name) for name in ("one", "two", None)}
-    assert model.engine.counters.programs == programs
+    assert model.programs.counters.programs == programs
     assert mixed == [each[name][row] for row, name in enumerate(NAMES)]
     assert mixed[0] == mixed[3] and len({tuple(row) for row in mixed}) == 3
     base = gemlax.Model(SMALL, build(SMALL, weights(), "unroll"))

@@ -44,15 +44,15 @@ def weights(config):
     return conditioned_weights("test_adapters", text_weights(config.text))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(graphdef, state):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(use_adapter, graphdef, state):
     decoder = nnx.merge(graphdef, state)
-    return decoder.logits(decoder(IDS, AT)[0])
+    return decoder.logits(decoder(IDS, AT, use_adapter=use_adapter)[0])
 
 
-def logits(decoder):
+def logits(decoder, use_adapter=True):
     """Return logits of the tokens that are no padding; decoders of one form share a program."""
-    return np.asarray(_logits(*nnx.split(decoder)))[np.asarray(AT) >= 0]
+    return np.asarray(_logits(use_adapter, *nnx.split(decoder)))[np.asarray(AT) >= 0]
 
 
 def distance(a, b):
@@ -73,8 +73,7 @@ def runs(config, layers):
     found["merged"] = logits(decoder)
     adapters.unmerge(decoder, kept)
     found["unmerged"] = logits(decoder)
-    with adapters.lora_enabled(decoder, False):
-        found["off"] = logits(decoder)
+    found["off"] = logits(decoder, use_adapter=False)
     adapters.detach(decoder)
     found["detached"] = logits(decoder)
     return found
@@ -176,8 +175,7 @@ def test_an_adapter_on_codes_is_that_on_the_floats_they_decode_to(rules):
 def _gradients(graphdef, trained, rest, key):
     def loss(trained):
         decoder = nnx.merge(graphdef, trained, rest)
-        adapters.dropout(decoder, key)
-        hidden = decoder(IDS, AT)[0]
+        hidden = decoder(IDS, AT, dropout_key=key)[0]
         return jnp.square(jnp.where(AT[..., None] < 0, 0.0, decoder.logits(hidden))).mean()
 
     return jax.grad(loss)(trained)
@@ -283,7 +281,7 @@ def test_the_trainable_parameters_are_a_and_b_and_nothing_else():
     adapter = adapters.attach(decoder, 3, key=KEY)
     state = nnx.state(decoder, nnx.LoRAParam)
     names = {path[-1] for path, _ in nnx.to_flat_state(state)}
-    assert names == {"lora_a", "lora_b"}
+    assert names == {"a", "b"}
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == adapter.parameters
 
 
@@ -365,8 +363,8 @@ def test_on_a_mesh_an_adapter_is_cut_as_its_weight_is():
     decoder = build_decoder(SMALL.text, fill, layers="scan", mesh=mesh)
     trained(decoder, RULES)
     q_proj = decoder.layers[0]["sliding_attention"].self_attn.q_proj
-    assert q_proj.lora_a.get_value().sharding.spec == P(None, None, ("fsdp",))
-    assert q_proj.lora_b.get_value().sharding.spec == P(None, ("tensor",), None)
+    assert q_proj.lora.a.get_value().sharding.spec == P(None, None, None, ("fsdp",))
+    assert q_proj.lora.b.get_value().sharding.spec == P(None, None, ("tensor",), None)
     expected = runs(SMALL, "index")["trained"]
     assert distance(logits(decoder), expected) < CLOSE
     adapters.merge(decoder)

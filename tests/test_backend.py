@@ -56,7 +56,7 @@ def test_the_command_line_says_that_a_platform_is_not_there():
 def test_generating_without_compiling_is_refused_before_anything_runs(model):
     with jax.disable_jit(), pytest.raises(gemlax.RequestError, match="JAX_DISABLE_JIT"):
         model.generate([[2, 9, 40]], max_new_tokens=2)
-    assert model.engine.counters.programs == 0
+    assert model.programs.counters.programs == 0
 
 
 @pytest.mark.parametrize("made", ["scores", "merges", "tokenizer.json"])
@@ -79,4 +79,4 @@ def test_a_pickled_tokenizer_is_the_same(made, tmp_path):
 def test_a_model_that_shall_be_pickled_says_what_to_do(model, function):
     with pytest.raises(gemlax.UnsupportedError, match="let the other process load it"):
         function(model)
-    assert copy.copy(model).engine is model.engine
+    assert copy.copy(model).programs is model.programs

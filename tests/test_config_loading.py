@@ -33,7 +33,7 @@ def test_an_id_without_a_per_layer_embedding_is_refused(grown, call):
 
 
 def test_ids_within_the_per_layer_table_work_and_no_other_is_generated(grown):
-    assert grown.engine.num_tokens == LENGTH
+    assert grown.programs.num_tokens == LENGTH
     assert np.isfinite(np.asarray(grown.logits([[2, LENGTH - 1, 10]]))).all()
 
 

@@ -173,7 +173,7 @@ def test_the_default_is_the_faster_layout_of_the_cpu(weights, dtype, implementat
 
     with ops.implementation(implementation):
         assert default_layers(jnp.dtype(dtype)) == layers
-        assert build_decoder(CONFIG.text, fill, dtype=dtype).scanned == (layers == "scan")
+        assert build_decoder(CONFIG.text, fill, dtype=dtype).layout == layers
     if dtype == jnp.float32:
         assert default_layers(jnp.dtype(dtype), on_mesh=True) == "unroll"
 

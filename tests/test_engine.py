@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemlax.checkpoints import text_weights
-from gemlax.engine import Engine, Programs, Request
+from gemlax.engine import Engine, Event, Programs, Request, Usage
 from gemlax.errors import RequestError
 from gemlax.presets import preset, tiny
 from gemlax.sampling import make_sampling
@@ -25,7 +25,7 @@ def request(prompt, new, *, seed=0, stop_ids=(), num_drafts=0, logprobs=False, *
     return Request(
         tuple(map(int, prompt)),
         len(prompt) + new,
-        make_sampling(1, 512, [seed], **sampling),
+        make_sampling(512, [seed], **sampling),
         tuple(stop_ids),
         num_drafts=num_drafts,
         logprobs=logprobs,
@@ -206,7 +206,7 @@ def test_log_probabilities_are_those_of_the_request_alone(programs):
 def test_a_request_without_room_ends_at_once_and_an_empty_one_is_refused(programs):
     engine = Engine(programs, 1, 32)
     number = engine.submit(request([5, 6], 0))
-    assert engine.step() == [(number, [], None, "length")]
+    assert engine.step() == [Event(number, [], Usage(2), None, "length")]
     with pytest.raises(RequestError, match="no token"):
         engine.submit(request([], 4))
     with pytest.raises(RequestError, match="at most 16 stop ids"):

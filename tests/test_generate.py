@@ -13,7 +13,8 @@ from golden.conditioned import conditioned_weights
 import gemlax
 from gemlax import Model, RequestError, preset, tiny
 from gemlax.checkpoints import text_weights
-from gemlax.completion import _seeds
+from gemlax.generation import SamplingSettings
+from gemlax.generation.settings import seeds
 from gemlax.tokenizer import Tokenizer
 
 # One period and one layer more; window 32, 512 tokens.
@@ -141,7 +142,7 @@ def test_seeds_give_each_row_its_own_stream_whatever_the_batch(ids_model, way):
 
 def test_a_stream_yields_its_first_piece_before_the_last_token_is_dispatched(ids_model):
     (prompt,) = prompts(20)
-    counters = ids_model.engine.counters
+    counters = ids_model.programs.counters
     calls, tokens = counters.decode_calls, counters.decode_tokens
     stream = ids_model.stream(prompt, max_new_tokens=20)
     first = next(stream)
@@ -164,9 +165,9 @@ def test_streamed_pieces_put_together_are_the_text(model):
 
 
 def test_a_generation_without_stop_strings_is_one_call_of_the_device(model):
-    before = model.engine.counters.decode_calls
+    before = model.programs.counters.decode_calls
     model.generate("abc", max_new_tokens=64)
-    assert model.engine.counters.decode_calls == before + 1
+    assert model.programs.counters.decode_calls == before + 1
 
 
 def test_logprobs_are_those_of_the_model_before_any_setting(ids_model):
@@ -355,9 +356,9 @@ def test_none_says_nothing_and_names_of_ids_may_be_digits(ids_model):
 
 
 def test_after_the_largest_seed_comes_the_first():
-    assert _seeds(2**32 - 1, 3) == [2**32 - 1, 0, 1]
+    assert seeds(2**32 - 1, 3) == [2**32 - 1, 0, 1]
     with pytest.raises(RequestError, match=r"seed must be an integer in \[0, 2\*\*32\)"):
-        _seeds(2**32, 2)
+        SamplingSettings(seed=2**32)
 
 
 def test_numpy_numbers_are_as_good_as_pythons(ids_model):
@@ -446,7 +447,7 @@ def test_a_text_of_one_token_has_nothing_to_score(ids_model):
             "2 of 3 prompts, counted from 0, are longer than the context of 3: 1 (5 tokens), 2 (4",
         ),
         ([[2] * 9] * 8, {"context": 8}, "4 (9 tokens) and 3 more; shorten them"),
-        ("abc", {"context": 0}, "context must be in [1, 32768] tokens, got 0"),
+        ("abc", {"context": 0}, "context must be an integer >= 1, got 0"),
         ("abc", {"context": 10**6}, "context must be in [1, 32768] tokens, got 1000000"),
         ("abc", {"temperature": -1.0}, "temperature must be a finite number"),
         ("abc", {"temperature": float("nan")}, "temperature must be a finite number"),
@@ -461,11 +462,11 @@ def test_a_text_of_one_token_has_nothing_to_score(ids_model):
     ids=str,
 )
 def test_a_request_that_cannot_be_served_says_why(model, prompt, settings, said):
-    calls = model.engine.counters.prefill_calls
+    calls = model.programs.counters.prefill_calls
     with pytest.raises(RequestError) as error:
         model.generate(prompt, **settings)
     assert said in str(error.value)
-    assert model.engine.counters.prefill_calls == calls
+    assert model.programs.counters.prefill_calls == calls
 
 
 def test_text_without_a_tokenizer_is_refused(ids_model):
@@ -478,9 +479,11 @@ def test_text_without_a_tokenizer_is_refused(ids_model):
 def test_a_model_may_hold_its_caches_in_8_bits(decoder, ids_model):
     small = Model(CONFIG, decoder, kv_cache="int8")
     prompt = prompts(40)
-    request = small._request(prompt, {"max_new_tokens": 8, "logprobs": 1})
-    *_, rows = request.run(iter([8]))
-    assert {c.k.codes.dtype.name for c in rows.state.caches.values()} == {"int8"}
+    engine = small._engine(1)
+    (request,) = small._requests(prompt, SamplingSettings(max_new_tokens=8)).requests
+    engine.submit(request)
+    engine.step()
+    assert {c.k.codes.dtype.name for c in engine._state.caches.values()} == {"int8"}
     plain = ids_model.generate(prompt, max_new_tokens=1, logprobs=1)[0].logprobs[0]
     found = small.generate(prompt, max_new_tokens=1, logprobs=1)[0].logprobs[0]
     assert found.token == plain.token

@@ -30,7 +30,7 @@ from gguf import GGMLQuantizationType as T
 from gguf.quants import dequantize
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
-from tuning import ONE, decoder_of, rows, trainer, weights_of
+from tuning import ONE, decoder_of, rows, token_logprobs, trainer, weights_of
 
 import gemlax
 from gemlax import adapters, cli, cost, linen
@@ -39,10 +39,11 @@ from gemlax.checkpoints.names import HEAD
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, RequestError, UnsupportedError
 from gemlax.formats import decode, encode
+from gemlax.ops import crossentropy
 from gemlax.qtensor import QTensor
 from gemlax.quantization import formats_by_rules
+from gemlax.scoring import label_logprobs
 from gemlax.sharding import make_mesh
-from gemlax.tune import losses
 from gemlax.weights import named_weights
 
 TABLE = "embed_tokens.weight"
@@ -375,18 +376,18 @@ def test_linen_has_the_head_of_nnx():
 
 
 def test_losses_and_slopes_by_blocks_are_those_of_the_head(monkeypatch):
-    monkeypatch.setattr(losses, "_TABLE_ROWS", 200)
+    monkeypatch.setattr(crossentropy, "_TABLE_ROWS", 200)
     decoder = decoder_of(ONE_OWN, read="slice")
     graph, state = nnx.split(decoder)
     hidden = hidden_of(ONE_OWN, 24)
     labels = jnp.arange(24, dtype=jnp.int32)[None] + 100
 
     def whole(state, hidden):
-        return losses.token_logprobs(nnx.merge(graph, state), hidden, labels).sum()
+        return token_logprobs(nnx.merge(graph, state), hidden, labels).sum()
 
     def blocks(state, hidden):
-        head = losses.Head.of(nnx.merge(graph, state), frozen=False)
-        return losses.chunked_logprobs(head, hidden, labels, labels > 0).sum()
+        made = nnx.merge(graph, state)
+        return label_logprobs(made, hidden, labels, labels > 0, frozen=False).sum()
 
     slopes = [jax.jit(jax.value_and_grad(f, (0, 1))) for f in (whole, blocks)]
     expected, found = (f(state, hidden) for f in slopes)

@@ -1,5 +1,6 @@
 """Two processes of four devices each, joined over loopback, against one device."""
 
+import itertools
 import json
 import os
 import socket
@@ -15,6 +16,8 @@ from vocabularies import SPECIAL, toy
 import gemlax
 from gemlax.checkpoints import text_weights
 from gemlax.cli import main
+from gemlax.generation import SamplingSettings
+from gemlax.generation.answers import Answer, drive
 
 CONFIG = gemlax.tiny(gemlax.preset("gemma-3-4b"), num_hidden_layers=6)
 MESH = "data=2,tensor=4"
@@ -42,19 +45,24 @@ print(json.dumps(say(model)))
 
 def say(model) -> dict:
     """What a model says to several prompts, to a second turn, and of a text."""
-    options = {"max_new_tokens": 12, "temperature": 0.0, "logprobs": 2}
-    request = model._request(PROMPTS, options)
-    *_, rows = request.run(iter([12]))
-    request.push(rows)
-    answers = [request.completion(row, rows) for row in range(len(PROMPTS))]
-    told = [[*row[:n].tolist(), 7, 8] for row, n in zip(rows.tokens, rows.lengths, strict=True)]
-    second = model._request(told[: len(PROMPTS)], options)
-    *_, rows = second.run(iter([12]), rows.state)
+    settings = SamplingSettings(max_new_tokens=12, temperature=0.0, logprobs=2)
+    engine = model._engine(len(PROMPTS))
+
+    def say(prompts):
+        requests = model._requests(prompts, settings).requests
+        answers = [Answer(request, None, 2) for request in requests]
+        for _ in drive(engine, answers, itertools.repeat(12)):
+            pass
+        return [answer.completion() for answer in answers]
+
+    answers = say(PROMPTS)
+    told = [[*p, *answer.tokens, 7, 8] for p, answer in zip(PROMPTS, answers, strict=True)]
+    second = say(told)
     return {
         "tokens": [answer.tokens for answer in answers],
         "logprobs": [[entry.logprob for entry in answer.logprobs] for answer in answers],
-        "second": rows.tokens[: len(PROMPTS), : rows.lengths.max()].tolist(),
-        "prefilled": model.engine.counters.prefill_tokens,
+        "second": [answer.tokens for answer in second],
+        "prefilled": model.programs.counters.prefill_tokens,
         "score": model.score([list(range(2, 60))])[0].log_likelihood,
     }
 

@@ -253,7 +253,7 @@ def test_info_reads_what_load_reads_and_refuses_what_it_refuses(
 ):
     path = INPUTS[name](tmp_path)
     monkeypatch.setattr(gemlax.model, "build_decoder", lambda *_, **__: SimpleNamespace())
-    monkeypatch.setattr(gemlax.model.lora, "put_tables", lambda *_: None)
+    monkeypatch.setattr(gemlax.model.lora, "put_folders", lambda *_: None)
     monkeypatch.setattr(gemlax.model, "Model", lambda *_, **__: None)
     expected = message_of(lambda: gemlax.load(str(path)))
     status = cli.main(["info", str(path), "--json"])

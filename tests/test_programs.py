@@ -1,9 +1,10 @@
 """Gates on the compiled programs, not on time. Each is run against a bad twin that must fail it.
 
-A gate is a function that returns a list of faults; the programs are those that `Engine` runs.
+A gate is a function that returns a list of faults; the programs are those that engines run.
 """
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -13,12 +14,13 @@ import pytest
 from flax import nnx
 from jax.extend import core as jex
 
-from gemlax import cache, generate, ops, speculation
+from gemlax import cache, ops
 from gemlax.checkpoints import text_weights
 from gemlax.config import LayerSpec, TextConfig
 from gemlax.decoder import Decoder
+from gemlax.engine import Engine, Programs, Request, programs
+from gemlax.engine.state import join, joining
 from gemlax.formats import Coded
-from gemlax.generate import DecodeState, Engine, Limits
 from gemlax.layers import DecoderLayer, Keys
 from gemlax.presets import preset, tiny
 from gemlax.qtensor import QTensor
@@ -41,49 +43,48 @@ def abstract(tree):
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
-def engine_of(config, layers="scan", dtype=jnp.float32, implementation="xla") -> Engine:
-    """An engine whose weights are never read: only its programs are of interest."""
+def programs_of(config, layers="scan", dtype=jnp.float32, implementation="xla") -> Programs:
+    """Programs whose weights are never read: only their shape is of interest."""
     decoder = build_decoder(config, lambda name, out: None, dtype=dtype, layers=layers)
-    return Engine(
+    return Programs(
         decoder, num_tokens=config.vocab_size, dtype=jnp.dtype(dtype), implementation=implementation
     )
 
 
-def decode_args(engine: Engine, batch: int, capacity: int):
-    """Abstract arguments of the decode program: weights, state, limits, settings, steps."""
-    state = jax.eval_shape(lambda: engine_state(engine, batch, capacity))
-    row = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    stops = jax.ShapeDtypeStruct((16,), jnp.int32)
-    settings = abstract(make_sampling(batch, engine.config.vocab_size, [0] * batch))
-    steps = jax.ShapeDtypeStruct((), jnp.int32)
-    return abstract(engine._weights), state, Limits(row, row, stops), settings, steps
+def state_of(of: Programs, slots: int, capacity: int):
+    return jax.eval_shape(lambda: of.new_state(slots, capacity, PLACES))
 
 
-def engine_state(engine: Engine, batch: int, capacity: int):
-    return DecodeState(
-        caches=cache.new_caches(engine.config, batch, capacity, engine.dtype),
-        tokens=jnp.zeros((batch, capacity), jnp.int32),
-        lengths=jnp.zeros((batch,), jnp.int32),
-        done=jnp.zeros((batch,), bool),
-    )
+PLACES = make_sampling(512, [0]).places()
 
 
-def compile_decode(engine: Engine, batch: int, capacity: int, jitted=None):
-    jitted = jitted or engine._decode
-    return jitted.lower(*decode_args(engine, batch, capacity)).compile()
+def compiled(of: Programs, function, slots: int, capacity: int, rest, donate=True):
+    """Compile a device program for abstract arguments: weights, state, `rest`."""
+    args = (abstract(of._weights), state_of(of, slots, capacity), *rest)
+    return jax.jit(of._bind(function), donate_argnums=1 if donate else ()).lower(*args).compile()
 
 
-def compile_prefill(engine: Engine, width: int, capacity: int):
-    ids = jax.ShapeDtypeStruct((1, width), jnp.int32)
-    caches = jax.eval_shape(lambda: cache.new_caches(engine.config, 1, capacity, engine.dtype))
-    return engine._prefill.lower(abstract(engine._weights), ids, ids, caches).compile()
+def array(*shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def compile_drafting(engine: Engine, batch: int, capacity: int, drafts: int = 3):
-    weights, state, *rest = decode_args(engine, batch, capacity)
-    drafting = abstract(jax.tree.map(jnp.asarray, speculation.start(batch)))
-    args = (weights, state._replace(drafting=drafting), *rest)
-    return engine._drafting(drafts).lower(*args).compile()
+def compile_decode(of: Programs, slots: int, capacity: int, rows: int | None = None, donate=True):
+    """The decode program of all slots, or of `rows` of them."""
+    function = functools.partial(programs.decode, of._graphdef, of.num_tokens, None, False)
+    chosen = None if rows is None else array(rows)
+    rest = (chosen, array(rows or slots, dtype=bool), array(), array(dtype=bool))
+    return compiled(of, function, slots, capacity, rest, donate)
+
+
+def compile_prefill(of: Programs, width: int, capacity: int):
+    function = functools.partial(programs.prefill, of._graphdef, None)
+    return compiled(of, function, 1, capacity, (array(1, width), array(1, width), None))
+
+
+def compile_verify(of: Programs, slots: int, capacity: int, drafts: int = 3):
+    function = functools.partial(programs.verify, of._graphdef, of.num_tokens, None, False)
+    rest = (None, array(slots, dtype=bool), array(slots, drafts), array(slots))
+    return compiled(of, function, slots, capacity, rest)
 
 
 def num_bytes(tree) -> int:
@@ -117,7 +118,7 @@ def copy_faults(program, caches) -> list[str]:
     return faults
 
 
-def size_faults(program, engine: Engine) -> list[str]:
+def size_faults(program, engine: Programs) -> list[str]:
     """Temporaries: at most twice the largest layer's weights, and the logits."""
     config = engine.config
     layer = nnx.eval_shape(
@@ -130,7 +131,7 @@ def size_faults(program, engine: Engine) -> list[str]:
     return [f"temporaries {size} > {limit}"] if size > limit else []
 
 
-def widened_faults(program, engine: Engine) -> list[str]:
+def widened_faults(program, engine: Programs) -> list[str]:
     """No float32 array may have the shape of a stack of weights, or of the table."""
     shapes = {
         ",".join(map(str, a.shape))
@@ -146,13 +147,13 @@ CAPACITIES = (2048, 8192)
 
 @pytest.fixture(scope="module")
 def scanned():
-    return engine_of(TINY)
+    return programs_of(TINY)
 
 
 @pytest.fixture(scope="module", params=["xla", "cpu"])
 def decoding(request):
     """An engine and its decode programs of two capacities, with attention by XLA and natively."""
-    engine = engine_of(TINY, implementation=request.param)
+    engine = programs_of(TINY, implementation=request.param)
     return engine, [compile_decode(engine, 1, capacity) for capacity in CAPACITIES]
 
 
@@ -185,18 +186,18 @@ MORE = [("gemma-4-e2b", 16, "cpu"), ("gemma-4-e2b", 256, "cpu"), ("gemma-3-4b", 
     [*SMALL, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
 )
 def test_small_caches_are_written_in_place_too(name, capacity, implementation):
-    engine = engine_of(tiny(preset(name)).text, implementation=implementation)
+    engine = programs_of(tiny(preset(name)).text, implementation=implementation)
     assert copy_faults(compile_decode(engine, 2, capacity), caches_of(engine, capacity, 2)) == []
 
 
 def test_twin_with_one_block_per_row_copies_the_caches(monkeypatch):
     monkeypatch.setattr(cache.stacked, "min", lambda block, _: block, raising=False)
-    engine, block = engine_of(TINY, implementation="xla"), cache.stacked.BLOCK
+    engine, block = programs_of(TINY, implementation="xla"), cache.stacked.BLOCK
     assert copy_faults(compile_decode(engine, 1, block), caches_of(engine, block))
 
 
 def test_unrolled_layers_write_the_same_caches_in_place():
-    engine = engine_of(dataclasses.replace(TINY, layers=TINY.layers[:6]), "unroll")
+    engine = programs_of(dataclasses.replace(TINY, layers=TINY.layers[:6]), "unroll")
     programs = [compile_decode(engine, 1, capacity) for capacity in CAPACITIES]
     assert growth_faults(*programs, cache_growth(engine)) == []
     assert copy_faults(programs[1], caches_of(engine, 8192)) == []
@@ -204,40 +205,60 @@ def test_unrolled_layers_write_the_same_caches_in_place():
 
 @pytest.mark.slow  # the same of a small cache below is not
 def test_decoding_with_drafts_writes_the_caches_in_place():
-    engine = engine_of(TINY, implementation="cpu")
-    programs = [compile_drafting(engine, 1, capacity) for capacity in CAPACITIES]
+    engine = programs_of(TINY, implementation="cpu")
+    programs = [compile_verify(engine, 1, capacity) for capacity in CAPACITIES]
     assert growth_faults(*programs, cache_growth(engine)) == []
     assert copy_faults(programs[1], caches_of(engine, 8192)) == []
 
 
 @pytest.mark.parametrize("implementation", [pytest.param("xla", marks=pytest.mark.slow), "cpu"])
 def test_small_caches_are_written_in_place_with_drafts_too(implementation):
-    engine = engine_of(tiny(preset("gemma-4-e2b")).text, implementation=implementation)
-    assert copy_faults(compile_drafting(engine, 2, 256), caches_of(engine, 256, 2)) == []
+    engine = programs_of(tiny(preset("gemma-4-e2b")).text, implementation=implementation)
+    assert copy_faults(compile_verify(engine, 2, 256), caches_of(engine, 256, 2)) == []
 
 
-def test_twin_that_chooses_its_steps_by_a_conditional_copies_the_caches(monkeypatch):
-    def conditional(program, most, more, state):
-        def step(carry):
-            drafts = speculation.propose(carry[1].tokens, carry[1].lengths, carry[1].lengths, most)
-            wide, narrow = (
-                lambda state: generate._verify(program, drafts, state),
-                lambda state: generate._step(program, state),
-            )
-            tried = jnp.any(drafts.counts > 0)
-            return carry[0] + 1, jax.lax.cond(tried, wide, narrow, carry[1])
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+def test_some_of_the_slots_decode_in_place_and_no_row_is_copied(implementation):
+    of = programs_of(tiny(preset("gemma-3-4b")).text, implementation=implementation)
+    program = compile_decode(of, 8, 1024, rows=2)
+    assert copy_faults(program, caches_of(of, 1024, 8)) == []
+    assert program.memory_analysis().alias_size_in_bytes == num_bytes(state_of(of, 8, 1024))
 
-        return jax.lax.while_loop(more, step, (jnp.int32(0), state))[1]
 
-    monkeypatch.setattr(generate, "_speculate", conditional)
-    engine = engine_of(tiny(preset("gemma-3-270m")).text, implementation="cpu")
-    # jax 0.12 has learnt to write through a conditional.
-    faults = copy_faults(compile_drafting(engine, 1, 256), caches_of(engine, 256))
-    assert bool(faults) == (jax.__version_info__ < (0, 12))
+def compile_join(of: Programs, slots: int, capacity: int, function=join):
+    state = state_of(of, slots, capacity)
+    new = joining(Request((5, 6), 9, make_sampling(512, [0])), 1, 0, state, of.num_tokens)
+    return jax.jit(function, donate_argnums=0).lower(state, abstract(new)).compile()
+
+
+def join_faults(function=join) -> list[str]:
+    of = programs_of(tiny(preset("gemma-3-4b")).text)
+    program = compile_join(of, 8, 1024, function)
+    return copy_faults(program, caches_of(of, 1024, 8))
+
+
+def test_a_request_that_joins_copies_no_cache():
+    assert join_faults() == []
+
+
+def test_twin_that_empties_the_row_of_a_request_that_joins_copies_the_caches():
+    """The caches of a row that is left would be written anew, layer by layer."""
+
+    def emptying(state, new):
+        def empty(cache):
+            row = jnp.arange(cache.k.shape[1], dtype=jnp.int32)[None, :, None, None, None]
+            return cache._replace(k=jnp.where(row == new.slot, 0, cache.k) + jnp.flip(cache.k, 1))
+
+        joined = join(state, new)
+        return joined._replace(caches={kind: empty(c) for kind, c in joined.caches.items()})
+
+    of = programs_of(tiny(preset("gemma-3-4b")).text)
+    twin = compile_join(of, 8, 1024, emptying)
+    assert temporaries(twin) > 100 * temporaries(compile_join(of, 8, 1024))
 
 
 def test_bfloat16_caches_are_written_in_place_on_cpu():
-    engine = engine_of(TINY, dtype=jnp.bfloat16)
+    engine = programs_of(TINY, dtype=jnp.bfloat16)
     programs = [compile_decode(engine, 1, capacity) for capacity in CAPACITIES]
     assert growth_faults(*programs, cache_growth(engine)) == []
     assert copy_faults(programs[1], caches_of(engine, 8192)) == []
@@ -247,7 +268,8 @@ def test_prefill_writes_the_caches_in_place_and_aliases_every_byte(scanned):
     program = compile_prefill(scanned, 64, 2048)
     caches = caches_of(scanned, 2048)
     assert copy_faults(program, caches) == []
-    assert program.memory_analysis().alias_size_in_bytes == num_bytes(caches)
+    state = state_of(scanned, 1, 2048)
+    assert program.memory_analysis().alias_size_in_bytes == num_bytes(state)
 
 
 def test_prefill_temporaries_at_8k_and_32k_tokens_do_not_grow_with_the_square(scanned):
@@ -300,7 +322,7 @@ def scanned_decoder() -> Decoder:
 def test_decode_at_real_width_holds_two_layers_at_most_and_no_widened_weights(
     layers, dtype, implementation
 ):
-    engine = engine_of(wide(layers), layers, jnp.dtype(dtype), implementation)
+    engine = programs_of(wide(layers), layers, jnp.dtype(dtype), implementation)
     program = compile_decode(engine, 1, 256)
     assert size_faults(program, engine) == []
     if dtype == "bfloat16":
@@ -320,8 +342,8 @@ def decoded_faults(implementation: str) -> list[str]:
         return Coded("int8", np.zeros(shape, np.int8), np.zeros(groups, np.uint16))
 
     decoder = build_decoder(config, lambda name, out: None, codes=codes)
-    engine = Engine(decoder, num_tokens=config.vocab_size, dtype=jnp.dtype(jnp.float32),
-                    implementation=implementation)  # fmt: skip
+    engine = Programs(decoder, num_tokens=config.vocab_size, dtype=jnp.dtype(jnp.float32),
+                      implementation=implementation)  # fmt: skip
     found = temporaries(compile_decode(engine, 1, 256))
     # The sampler takes 9 arrays of logits, one of them for what it may forbid; a matrix is the size
     # of 5, the table of hundreds.
@@ -341,8 +363,7 @@ def test_twin_on_xla_holds_a_decoded_matrix():
 
 
 def test_twin_without_donation_fails_the_copy_gate(scanned):
-    undonated = jax.jit(scanned._decode.__wrapped__)
-    program = compile_decode(scanned, 1, 2048, undonated)
+    program = compile_decode(scanned, 1, 2048, donate=False)
     assert copy_faults(program, caches_of(scanned, 2048))
 
 
@@ -415,7 +436,7 @@ def test_twin_that_stacks_and_unstacks_a_list_fails_both_gates():
 
 
 def test_twin_with_plain_bfloat16_weights_holds_a_float32_copy_of_them():
-    engine = engine_of(wide(), dtype=jnp.bfloat16)
+    engine = programs_of(wide(), dtype=jnp.bfloat16)
     engine._weights = jax.tree.map(
         lambda v: v.replace(v.get_value().dense()) if isinstance(v.get_value(), QTensor) else v,
         engine._weights,
@@ -479,19 +500,19 @@ def test_prefill_does_not_run_the_layers_that_share_their_k_v(layers):
     """Nothing that a prompt needs comes out of them: XLA must drop the whole segment."""
     depth = 35 if layers == "scan" else 20
     config = tiny(preset("gemma-4-e2b"), num_hidden_layers=depth).text
-    program = compile_prefill(engine_of(config, layers), 64, 256)
+    program = compile_prefill(programs_of(config, layers), 64, 256)
     weights = {spec.intermediate_size for spec in config.layers if not spec.owns_kv}
     (wide,) = weights
     assert wide == 192
     assert f"f32[64,{wide}]" not in program.as_text()
     assert f"f32[64,{config.layers[0].intermediate_size}]" in program.as_text()
-    assert copy_faults(program, caches_of(engine_of(config, layers), 256)) == []
+    assert copy_faults(program, caches_of(programs_of(config, layers), 256)) == []
 
 
 def test_one_program_serves_all_settings_of_a_bucket():
     config = dataclasses.replace(TINY, layers=TINY.layers[:2])
     decoder = Decoder(config, layers="scan", rngs=nnx.Rngs(0))
-    engine = Engine(decoder, num_tokens=config.vocab_size, dtype=jnp.dtype(jnp.float32))
+    of = Programs(decoder, num_tokens=config.vocab_size, dtype=jnp.dtype(jnp.float32))
     settings = [
         {"temperature": 0.0},
         {"temperature": 0.7, "top_k": 40},
@@ -500,11 +521,10 @@ def test_one_program_serves_all_settings_of_a_bucket():
         {"no_repeat_ngram_size": 2, "sequence_bias": {(3, 4): -1.0}, "held": {1: 3, 7: 1}},
     ]
     for i, chosen in enumerate(settings):
-        prompt = list(range(3, 24 + i))  # other lengths, same bucket
-        state, limits = engine.start([prompt], 5, 100, [1])
-        sampling = make_sampling(1, config.vocab_size, [i], **chosen)
-        rows = list(engine.steps(state, limits, sampling, iter([2, 8, 8])))
-        assert rows[-1].done.all()
-    assert engine.counters.programs == 2
-    assert sorted(key[0] for key in engine.counters.keys) == ["decode", "prefill"]
-    assert np.all(rows[-1].lengths <= len(prompt) + 5)
+        prompt = tuple(range(3, 24 + i))  # other lengths, same bucket
+        engine = Engine(of, 1, 64)
+        engine.submit(Request(prompt, len(prompt) + 5, make_sampling(512, [i], **chosen), (1,)))
+        while engine.num_running or engine.num_waiting:
+            (event,) = engine.step(2)
+        assert event.finish_reason is not None
+    assert sorted(key[0] for key in of.counters.keys) == ["decode", "join", "prefill"]

@@ -93,7 +93,7 @@ def nnx_logits(decoder, implementation) -> np.ndarray:
 
 
 def linen_logits(decoder, implementation) -> np.ndarray:
-    layers = "scan" if decoder.scanned else "unroll"
+    layers = decoder.layout
     module = linen.Decoder(decoder.config, layers=layers, read="index")
 
     def forward(variables, tokens, positions):

@@ -1,5 +1,6 @@
 """Draws against the exact distribution (chi-square), and what each setting does to logits."""
 
+import dataclasses
 import re
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gemlax import RequestError, sampling
+from gemlax import RequestError, SamplingSettings, sampling
 from gemlax.sampling import (
     CANDIDATES,
     Sampling,
@@ -26,7 +27,7 @@ LOGITS = (np.random.default_rng(1).standard_normal(VOCAB) * 2).astype(np.float32
 
 def settings(batch: int, vocab: int = VOCAB, **chosen) -> Sampling:
     """Settings with one key per row, made at once."""
-    one = make_sampling(1, vocab, [0], **chosen)
+    one = make_sampling(vocab, [0], **chosen)
     wide = jax.tree.map(lambda a: jnp.tile(a, (batch,) + (1,) * (a.ndim - 1)), one)
     keys = jax.random.key_data(jax.random.split(jax.random.key(5), batch))
     return wide._replace(key=keys)
@@ -170,16 +171,16 @@ def test_a_row_draws_the_same_whatever_its_batch():
     logits = jnp.asarray(np.random.default_rng(2).standard_normal((4, VOCAB)), jnp.float32)
     step = jnp.arange(4, dtype=jnp.int32)
     for chosen in ({"temperature": 1.0, "top_k": 40}, {"temperature": 1.0, "top_p": 0.9}):
-        together = sample(logits, make_sampling(4, VOCAB, [7, 8, 9, 10], **chosen), step)
+        together = sample(logits, make_sampling(VOCAB, [7, 8, 9, 10], **chosen), step)
         for row in range(4):
-            alone = make_sampling(1, VOCAB, [7 + row], **chosen)
+            alone = make_sampling(VOCAB, [7 + row], **chosen)
             only = sample(logits[row : row + 1], alone, step[row : row + 1])
             assert int(only[0]) == int(together[row])
 
 
 def test_draws_differ_from_step_to_step_and_seed_to_seed():
     logits = jnp.zeros((512, VOCAB), jnp.float32)
-    same_seed = make_sampling(512, VOCAB, [3] * 512)
+    same_seed = make_sampling(VOCAB, [3] * 512)
     by_step = sample(logits, same_seed, jnp.arange(512, dtype=jnp.int32))
     assert len(set(np.asarray(by_step).tolist())) > 100
     at_zero = sample(logits, same_seed, jnp.zeros(512, jnp.int32))
@@ -265,7 +266,7 @@ def test_a_held_id_comes_when_the_output_is_long_enough():
 
 
 def test_each_row_holds_back_as_long_as_it_is_told():
-    made = make_sampling(2, VOCAB, [0, 1], held={3: [0, 5]})
+    made = make_sampling(VOCAB, [0, 1], held={3: [0, 5]})
     ends = jnp.asarray([1, 1], jnp.int32)
     out = adjust(jnp.tile(jnp.asarray(LOGITS), (2, 1)), made, jnp.full((2, 4), 7, jnp.int32), ends,
                  ends)  # fmt: skip
@@ -288,7 +289,7 @@ def test_where_nothing_is_left_the_row_is_free_for_a_token(chosen):
 
 def test_a_bias_that_forbids_every_token_is_refused():
     with pytest.raises(RequestError, match="all 4 tokens are forbidden"):
-        make_sampling(1, 4, [0], logit_bias=dict.fromkeys(range(4), -np.inf))
+        make_sampling(4, [0], logit_bias=dict.fromkeys(range(4), -np.inf))
     everywhere = penalised([4], 1, 1, logit_bias=dict.fromkeys(range(VOCAB), 1e300))
     assert np.isfinite(everywhere).all()
 
@@ -340,7 +341,7 @@ def test_nothing_sorts_the_vocabulary():
     vocab = 262_144
     logits = jnp.zeros((1, vocab), jnp.float32)
     step = jnp.zeros(1, jnp.int32)
-    widths = sorted_widths(sample, logits, make_sampling(1, vocab, [0]), step)
+    widths = sorted_widths(sample, logits, make_sampling(vocab, [0]), step)
     assert widths and max(widths) <= 4096
     widths = sorted_widths(top_logprobs, logits, step)
     assert widths and max(widths) <= 4096
@@ -384,11 +385,19 @@ def test_nothing_sorts_the_vocabulary():
 )
 def test_a_setting_outside_its_range_is_named(chosen, said):
     with pytest.raises(RequestError) as error:
-        make_sampling(1, VOCAB, [0], **chosen)
+        if set(chosen) <= {field.name for field in dataclasses.fields(SamplingSettings)}:
+            SamplingSettings(**chosen)
+        make_sampling(VOCAB, [0], **chosen)
     assert said in str(error.value)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5, True])
 def test_a_seed_outside_its_range_is_named(seed):
     with pytest.raises(RequestError, match="seed must be an integer"):
-        make_sampling(1, VOCAB, [seed])
+        SamplingSettings(seed=seed)
+
+
+def test_the_key_of_a_seed_is_that_of_jax():
+    seeds = [0, 7, 2**32 - 1]
+    keys = [jax.random.key_data(jax.random.key(np.uint32(s), impl="threefry2x32")) for s in seeds]
+    np.testing.assert_array_equal(make_sampling(VOCAB, seeds).key, np.stack(keys))

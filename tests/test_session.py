@@ -5,7 +5,6 @@ import io
 import json
 import signal
 
-import numpy as np
 import pytest
 from adapters import build
 from disk import gguf_tensors, random_weights, write_gguf
@@ -15,7 +14,7 @@ from vocabularies import FIRST_CHAT_WORD, chat_tokenizer
 import gemlax
 from gemlax import CheckpointError, Message, Model, RequestError, preset, tiny
 from gemlax.checkpoints import open_checkpoint, text_weights
-from gemlax.generate import Rows
+from gemlax.engine import Event, Usage
 from gemlax.terminal import HELP, Terminal
 from gemlax.tokenizer import find_chat_template
 
@@ -45,28 +44,26 @@ def scripted(model, text):
     """A model that says `text` whatever it is asked: only its next token has a logit."""
     ids = model.tokenizer.encode(text, add_bos=False, parse_special=True)
     other = copy.copy(model)
-    other._request = lambda prompt, options: Script(model._request(prompt, options), ids)
+    other._engine = lambda slots, *requests: ScriptedEngine(ids)
     return other
 
 
-class Script:
-    """A request whose tokens are known beforehand; blocks as asked for."""
+class ScriptedEngine:
+    """An engine whose one request gets tokens that are known beforehand."""
 
-    def __init__(self, request, ids):
-        self._request, self._ids = request, ids
-        self.prompts, self.stop = request.prompts, request.stop
-        self.streams = request.streams
-        self.completion = request.completion
+    def __init__(self, ids):
+        self._left, self._usage = list(ids), Usage()
 
-    def run(self, sizes, before=None):
-        self._request.streams = self.streams
-        start = len(self.prompts[0])
-        tokens = np.array([[*self.prompts[0], *self._ids]])
-        shown = 0
-        while shown < len(self._ids) and not self.streams[0].stopped:
-            shown = min(shown + next(sizes), len(self._ids))
-            done = np.array([shown == len(self._ids)])
-            yield Rows(tokens, np.array([start + shown]), done, None, None)
+    def submit(self, request):
+        self._usage = Usage(len(request.prompt))
+        return 0
+
+    def step(self, steps):
+        new, self._left = self._left[:steps], self._left[steps:]
+        return [Event(0, new, self._usage, None, None if self._left else "length")]
+
+    def cancel(self, request_id):
+        return True
 
 
 # --- Model.chat --------------------------------------------------------------------------------
@@ -79,11 +76,11 @@ def test_a_session_with_drafts_says_the_same_and_keeps_its_cache(model):
         session = model.session(max_new_tokens=12, speculate=drafts)
         told = []
         for text in ("hello hello hello hello", "hello hello hello hello"):
-            before = model.engine.counters.prefill_tokens
+            before = model.programs.counters.prefill_tokens
             reply = session.send(text)
             assert list(reply)
-            told.append((reply.message.tokens, model.engine.counters.prefill_tokens - before))
-            assert (reply.accepted_per_step is None) == (drafts is None)
+            told.append((reply.message.tokens, model.programs.counters.prefill_tokens - before))
+            assert (reply.completion.accepted_per_step is None) == (drafts is None)
         found.append(told)
     assert found[0] == found[1]
 
@@ -157,7 +154,7 @@ def test_stop_ids_are_those_of_the_format_and_of_the_caller(model):
     assert ended.finish_reason == "stop"
     with pytest.raises(RequestError, match="stop_ids must be integer token ids"):
         model.generate("a", stop_ids=["a"])
-    request = model.chat(USER, stream=True)._request
+    request = model.chat(USER, stream=True)._answer.request
     assert model.tokenizer.id_of("<end_of_turn>") in request.stop_ids
 
 
@@ -189,7 +186,7 @@ def turn(session, text):
 
 
 def test_the_second_turn_prefills_only_what_is_new(model):
-    counters = model.engine.counters
+    counters = model.programs.counters
     session = model.session(system="be kind", max_new_tokens=12)
     first, size = turn(session, "hello there")
     assert session.num_tokens == size + 12
@@ -213,7 +210,7 @@ def test_caches_grow_with_the_conversation(model):
     messages, sizes = [], set()
     for text in ("one", "two and a bit more of it", "three", "four", "five more words here"):
         answer, _ = turn(session, text)
-        sizes.add(session._state.tokens.shape[1])
+        sizes.add(session._engine._capacity)
         messages += [{"role": "user", "content": text}]
         assert model.chat(messages, max_new_tokens=12) == answer
         messages += [answer]
@@ -235,9 +232,9 @@ def test_an_answer_can_be_stopped_and_the_conversation_goes_on(model):
     reply.stop()
     list(reply)
     assert 0 < len(reply.message.tokens) < 12
-    before = model.engine.counters.prefill_tokens
+    before = model.programs.counters.prefill_tokens
     answer, size = turn(session, "more")
-    assert model.engine.counters.prefill_tokens - before < size - 10
+    assert model.programs.counters.prefill_tokens - before < size - 10
     assert answer == model.chat(session.messages[:-1], max_new_tokens=40)
 
 
@@ -303,25 +300,6 @@ def test_a_full_context_is_said_and_reset_makes_room(model):
     assert turn(session, "hello there") == (answer, size)
 
 
-def test_each_row_of_a_batch_keeps_what_it_shares(model):
-    engine = model.engine
-    random = np.random.default_rng(3)
-    long, short = ([2, *random.integers(300, 512, n).tolist()] for n in (20, 9))
-    state, limits = engine.start([long, short], 4, 64, [1])
-    settings = model._request([long, short], {}).settings
-    *_, rows = engine.steps(state, limits, settings, iter([4]))
-    said = [row[:n].tolist() for row, n in zip(rows.tokens, rows.lengths, strict=True)]
-    asked = [[*said[0], 7, 8, 9], [*short[:5], 400, *said[1]]]
-    before = engine.counters.prefill_tokens
-    state, limits = engine.start(asked, 4, 64, [1], before=rows.state)
-    # All of the first row but its last token and the three new ones; five of the second.
-    assert engine.counters.prefill_tokens - before == 3 + len(asked[1]) - 1 - 5
-    *_, rows = engine.steps(state, limits, settings, iter([4]))
-    fresh = model.generate(asked, max_new_tokens=4)
-    for row, prompt in enumerate(asked):
-        assert rows.tokens[row, len(prompt) : len(prompt) + 4].tolist() == fresh[row].tokens
-
-
 # --- templates of checkpoints ------------------------------------------------------------------
 
 
@@ -383,9 +361,7 @@ def chat_in_terminal(model, lines, **settings):
     def printer(file):
         return lambda text, end="\n": print(text, end=end, file=file)
 
-    terminal = Terminal(
-        model.session(**settings), model.engine.counters, printer(out), printer(notes)
-    )
+    terminal = Terminal(model.session(**settings), printer(out), printer(notes))
     read = iter(lines)
 
     def next_line():
@@ -405,7 +381,8 @@ def test_a_terminal_chat_streams_and_says_what_each_turn_cost(model):
     first, second, third = terminal.turns
     assert out == "".join(f"{turn['content']}\n" for turn in terminal.turns)
     assert first["content"] == third["content"]
-    assert first["prefill_tokens"] == third["prefill_tokens"] == first["prompt_tokens"] - 1
+    assert first["prefill_tokens"] == first["prompt_tokens"] - 1
+    assert third["prefill_tokens"] < first["prefill_tokens"]  # its beginning is still in the cache
     assert second["prefill_tokens"] == second["prompt_tokens"] - first["context_used"]
     assert notes.count("tok/s; prefilled ") == 3
     assert f"context {second['context_used']}/32768" in notes
@@ -432,7 +409,7 @@ def test_a_line_that_is_no_command_is_sent(line, sent):
             raise RequestError("unable")
 
     lines = iter([line, "/exit"])
-    Terminal(Unable(), None, print, print).run(lambda: next(lines))
+    Terminal(Unable(), print, print).run(lambda: next(lines))
     assert texts == [sent]
 
 

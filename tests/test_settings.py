@@ -7,7 +7,7 @@ import pytest
 from vocabularies import toy
 
 from gemlax.errors import CheckpointError
-from gemlax.settings import read_defaults, read_stop, tell
+from gemlax.generation.defaults import read_defaults, read_stop, tell
 
 VOCAB = 298
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
@@ -49,7 +49,7 @@ NEUTRAL = {
 
 
 def told(caplog, said, tokenizer=None):
-    with caplog.at_level(logging.INFO, logger="gemlax.settings"):
+    with caplog.at_level(logging.INFO, logger="gemlax.generation.defaults"):
         tell(read_defaults(said, VOCAB), tokenizer, "some file")
     return [(record.levelname, record.getMessage()) for record in caplog.records]
 

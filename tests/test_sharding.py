@@ -19,12 +19,12 @@ from flax import nnx
 from golden.conditioned import conditioned_weights
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gemlax import generate, model, sharding
+from gemlax import model, sharding
 from gemlax.checkpoints import text_weights
 from gemlax.config import GemmaConfig
 from gemlax.decoder import Decoder
+from gemlax.engine import Engine, Programs, Request, programs
 from gemlax.errors import RequestError
-from gemlax.generate import Engine
 from gemlax.ops import moe
 from gemlax.presets import PRESETS, preset, tiny
 from gemlax.qtensor import Split
@@ -54,10 +54,9 @@ def decoder_on(config, weights, mesh, layers="scan", dtype=jnp.float32):
     return build_decoder(config, fill, layers=layers, dtype=dtype, mesh=mesh)
 
 
-def engine_on(config, weights, mesh, **options) -> Engine:
+def programs_on(config, weights, mesh, **options) -> Programs:
     decoder = decoder_on(config, weights, mesh, **options)
-    dtype = decoder.norm.weight.get_value().dtype
-    return Engine(decoder, num_tokens=config.vocab_size, dtype=dtype, mesh=mesh)
+    return Programs(decoder, num_tokens=config.vocab_size, dtype=decoder.dtype, mesh=mesh)
 
 
 def prompts(config):
@@ -65,21 +64,27 @@ def prompts(config):
     return [rng.integers(3, config.vocab_size, n).tolist() for n in (70, 41, 33, 5, 1)]
 
 
-def start(engine, asked=None, before=None):
-    asked = asked or prompts(engine.config)
-    return engine.start(asked, ROOM, 2048, [1], before=before)
+def started(of: Programs, asked=None, num_tokens=1) -> tuple[Engine, np.ndarray]:
+    """An engine after the first `num_tokens` tokens, and its rows: see `rows_of`."""
+    engine = Engine(of, len(prompts(of.config)), 2048)
+    return engine, rows_of(engine, asked or prompts(of.config), num_tokens)
 
 
-def decode(engine, state, limits):
-    batch = state.tokens.shape[0]
-    settings = make_sampling(batch, engine.config.vocab_size, [0] * batch, temperature=0.0)
-    return next(engine.steps(state, limits, settings, iter([NEW_TOKENS])))
+def rows_of(engine: Engine, asked, num_tokens) -> np.ndarray:
+    """Prompts and what follows them, filled up with the vocabulary size."""
+    size = engine._programs.config.vocab_size
+    settings = make_sampling(size, [0], temperature=0.0)
+    ids = [engine.submit(Request(tuple(p), len(p) + ROOM, settings, (1,))) for p in asked]
+    rows = np.full((len(asked), max(map(len, asked)) + num_tokens), size)
+    for event in engine.step(num_tokens):
+        row = ids.index(event.request_id)
+        said = [*asked[row], *event.tokens]
+        rows[row, : len(said)] = said
+    return rows
 
 
-def generated(engine) -> np.ndarray:
-    """The prompts and what follows them, in rows that end where the longest does."""
-    rows = decode(engine, *start(engine))
-    return rows.tokens[: len(prompts(engine.config)), : rows.lengths.max()]
+def generated(of: Programs) -> np.ndarray:
+    return started(of, num_tokens=NEW_TOKENS)[1]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +94,7 @@ def weights():
 
 @pytest.fixture(scope="module")
 def alone(weights):
-    return engine_on(TINY, weights, None)
+    return programs_on(TINY, weights, None)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +105,7 @@ def expected(alone):
 @pytest.fixture(scope="module")
 def engines(weights):
     """An engine per mesh, made once; its programs are kept."""
-    return functools.cache(lambda axes: engine_on(TINY, weights, make_mesh(axes)))
+    return functools.cache(lambda axes: programs_on(TINY, weights, make_mesh(axes)))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +116,7 @@ def moe_weights():
 @pytest.fixture(scope="module")
 def moe_engines(moe_weights):
     """The same for experts; None: one device."""
-    return functools.cache(lambda axes: engine_on(MOE, moe_weights, axes and make_mesh(axes)))
+    return functools.cache(lambda axes: programs_on(MOE, moe_weights, axes and make_mesh(axes)))
 
 
 # --- a mesh from text --------------------------------------------------------------------------
@@ -257,8 +262,8 @@ def test_a_device_holds_its_share_of_the_experts_and_what_is_named(moe_engines, 
 
 
 def test_a_device_holds_its_share_of_the_caches(weights):
-    engine = engine_on(TINY, weights, make_mesh("data=4,tensor=2"))
-    caches = start(engine)[0].caches
+    engine = programs_on(TINY, weights, make_mesh("data=4,tensor=2"))
+    caches = started(engine)[0]._state.caches
     whole = sum(a.nbytes for c in caches.values() for a in (c.k, c.v))
     assert {type(cache).__name__ for cache in caches.values()} == {"RingCache", "DenseCache"}
     held = device_bytes([(c.k, c.v) for c in caches.values()])
@@ -267,7 +272,7 @@ def test_a_device_holds_its_share_of_the_caches(weights):
 
 def test_a_bucket_of_rows_is_a_multiple_of_what_cuts_them(engines, alone):
     meshes = [alone, *map(engines, MESHES)]
-    assert [[engine.rows(n) for n in (1, 3, 9)] for engine in meshes] == [
+    assert [[engine.num_slots(n) for n in (1, 3, 9)] for engine in meshes] == [
         [1, 4, 16], [1, 4, 16], [2, 4, 16], [8, 8, 16],
     ]  # fmt: skip
 
@@ -398,24 +403,22 @@ def test_drafts_change_no_token_on_a_mesh(weights):
 
 @pytest.mark.slow
 def test_an_unrolled_decoder_gives_the_same_tokens_on_a_mesh(weights, expected):
-    found = generated(engine_on(TINY, weights, make_mesh("data=2,tensor=4"), layers="unroll"))
+    found = generated(programs_on(TINY, weights, make_mesh("data=2,tensor=4"), layers="unroll"))
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_kept_state_goes_on_on_a_mesh_as_on_one_device(engines, alone):
+def test_kept_slots_go_on_on_a_mesh_as_on_one_device(engines, alone):
     """A second turn prefills only what is new, and both say the same."""
     found = []
-    for engine in (alone, engines("data=2,tensor=4")):
-        first = decode(engine, *start(engine))
-        told = [
-            [*row[:n].tolist(), 7, 8, 9] for row, n in zip(first.tokens, first.lengths, strict=True)
-        ]
-        told = told[: len(prompts(TINY))]
-        before = engine.counters.prefill_tokens
-        second = decode(engine, *start(engine, told, first.state))
+    for of in (alone, engines("data=2,tensor=4")):
+        engine, first = started(of, num_tokens=NEW_TOKENS)
+        for request_id in range(len(first)):
+            engine.cancel(request_id)
+        told = [[*row[row < TINY.vocab_size].tolist(), 7, 8, 9] for row in first]
+        before = of.counters.prefill_tokens
+        found.append(rows_of(engine, told, NEW_TOKENS))
         # A row's last token was not prefilled yet, and its new last one is not.
-        assert engine.counters.prefill_tokens - before == 3 * len(told)
-        found.append(second.tokens[: len(told)])
+        assert of.counters.prefill_tokens - before == 3 * len(told)
     np.testing.assert_array_equal(*found)
 
 
@@ -476,13 +479,17 @@ def held_shapes(engine, caches) -> list[tuple[Shape, Shape]]:
     return pairs
 
 
-def decode_faults(engine) -> list[str]:
-    asked = [[5]] * len(prompts(engine.config))  # nothing to prefill: one program less
-    state, limits = start(engine, asked)
-    decode(engine, state, limits)
-    ((_, program),) = [item for item in engine._compiled.items() if item[0][0] == "decode"]
-    again = start(engine, asked)[0]
-    return gather_faults(program.as_text(), held_shapes(engine, again.caches))
+def decode_program(of: Programs):
+    """The compiled decode program, and the state of an engine that ran it."""
+    asked = [[5]] * len(prompts(of.config))  # nothing to prefill: one program less
+    engine, _ = started(of, asked)
+    (program,) = (one for key, one in of._compiled.items() if key[0] == "decode")
+    return program, engine._state
+
+
+def decode_faults(of: Programs) -> list[str]:
+    program, state = decode_program(of)
+    return gather_faults(program.as_text(), held_shapes(of, state.caches))
 
 
 @pytest.mark.parametrize("axes", ["tensor=8", "data=2,tensor=4"])
@@ -490,8 +497,8 @@ def test_decoding_gathers_neither_a_cache_nor_a_weight(engines, axes):
     engine = engines(axes)
     assert decode_faults(engine) == []
     # Every device holds all tokens: none of them is told by another.
-    (key,) = [key for key in engine._compiled if key[0] == "decode"]
-    moved = [found[1] for found in COLLECTIVE.finditer(engine._compiled[key].as_text())]
+    program, _ = decode_program(engine)
+    moved = [found[1] for found in COLLECTIVE.finditer(program.as_text())]
     assert not any("s32[8,2048]" in result or "s32[4,2048]" in result for result in moved)
     # And works on its share of the rows alone: eight, or four of them.
     rows = 8 // engine.mesh.shape["data"]
@@ -501,18 +508,18 @@ def test_decoding_gathers_neither_a_cache_nor_a_weight(engines, axes):
 
 @pytest.mark.parametrize("axes", ["tensor=8", "data=2,tensor=4"])
 def test_decoding_on_a_mesh_writes_the_caches_in_place(engines, axes):
-    engine = engines(axes)
-    state, limits = start(engine)
+    program, state = decode_program(engines(axes))
     held = device_bytes([jax.tree.leaves(cache) for cache in state.caches.values()])
-    decode(engine, state, limits)
-    ((_, program),) = [item for item in engine._compiled.items() if item[0][0] == "decode"]
     assert program.memory_analysis().alias_size_in_bytes >= held
     assert program.memory_analysis().temp_size_in_bytes < 0.1 * held
 
 
 def test_twin_without_held_caches_gathers_them(weights, monkeypatch):
-    monkeypatch.setattr(generate, "run_decoder", lambda decoder, mesh, *args: decoder(*args))
-    assert decode_faults(engine_on(TINY, weights, make_mesh("data=2,tensor=4")))
+    def run(decoder, mesh, tokens, positions, caches, *rest, **options):
+        return decoder(tokens, positions, caches)
+
+    monkeypatch.setattr(programs, "run_decoder", run)
+    assert decode_faults(programs_on(TINY, weights, make_mesh("data=2,tensor=4")))
 
 
 def stack_program(spec: PartitionSpec) -> tuple[str, Shape, Shape]:
@@ -548,7 +555,7 @@ def test_decoding_moves_no_expert(moe_engines):
 
 def test_twin_that_reads_experts_one_by_one_moves_them(moe_weights, monkeypatch):
     monkeypatch.setattr(moe, "_default", lambda pairs, parts: "gather")
-    assert decode_faults(engine_on(MOE, moe_weights, make_mesh("expert=8")))
+    assert decode_faults(programs_on(MOE, moe_weights, make_mesh("expert=8")))
 
 
 def _is_split(value) -> bool:
@@ -565,7 +572,7 @@ def _is_split(value) -> bool:
 def test_a_mesh_gives_the_tokens_of_one_device_at_full_depth(name, axes):
     config = tiny(preset(name)).text
     weights = random_weights(config)
-    engines = [engine_on(config, weights, mesh) for mesh in (None, make_mesh(axes))]
+    engines = [programs_on(config, weights, mesh) for mesh in (None, make_mesh(axes))]
     expected, found = map(generated, engines)
     assert near_ties(found, expected, *map(merged, engines)) <= 1
 

@@ -1,7 +1,6 @@
 """Drafts from the text so far: what is proposed, and that nothing but speed changes."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +11,13 @@ from golden.conditioned import conditioned_weights
 from scipy import stats
 from test_generate import CONFIG, assert_greedy, prompts, toy_tokenizer
 
-from gemlax import Model, RequestError, cache, generate, ops, speculation
+from gemlax import Model, RequestError, SamplingSettings, cache, ops
 from gemlax.checkpoints import text_weights
 from gemlax.config import TextConfig
+from gemlax.engine import MAX_DRAFTS, drafts, programs
+from gemlax.engine.drafts import Proposer
+from gemlax.engine.state import State
 from gemlax.sampling import make_sampling
-from gemlax.speculation import Drafting, Drafts
 
 VOCAB = 512
 D = 3
@@ -28,31 +29,13 @@ WRONG = (0, 1, 3, 6, 10)
 # --- what is proposed --------------------------------------------------------------------------
 
 
-def reference(row: list[int], room: int, most: int) -> list[int]:
+def reference(row: list[int], num_drafts: int) -> list[int]:
     """The same by slices of lists."""
     for n in (3, 2):
         for end in range(len(row) - 2, n - 2, -1):
             if row[end - n + 1 : end + 1] == row[-n:]:
-                followed = row[end + 1 :]
-                return (followed * most)[: min(most, room)]
+                return (row[end + 1 :] * num_drafts)[:num_drafts]
     return []
-
-
-def padded(rows: list[list[int]], size: int = 24):
-    tokens = np.full((len(rows), size), VOCAB, np.int32)
-    for at, row in zip(tokens, rows, strict=True):
-        at[: len(row)] = row
-    return jnp.asarray(tokens), jnp.asarray([len(row) for row in rows], jnp.int32)
-
-
-propose = jax.jit(speculation.propose, static_argnums=3)
-
-
-def proposed(rows, room=None, most=8):
-    tokens, lengths = padded(rows)
-    room = [most] * len(rows) if room is None else room
-    drafts = propose(tokens, lengths, jnp.asarray(room, jnp.int32), most)
-    return [row[:count].tolist() for row, count in zip(*map(np.asarray, drafts), strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -71,68 +54,53 @@ def proposed(rows, room=None, most=8):
     ids=str,
 )
 def test_drafts_are_what_followed_the_last_tokens_before(row, draft):
-    assert proposed([row]) == [draft]
-    assert reference(row, 8, 8) == draft
+    assert Proposer(row).propose(8) == draft
+    assert reference(row, 8) == draft
 
 
 def test_drafts_of_random_rows_are_those_of_the_reference():
     random = np.random.default_rng(3)
     rows = [random.integers(0, 4, random.integers(1, 25)).tolist() for _ in range(64)]
     room = random.integers(0, 10, 64).tolist()
-    expected = [reference(row, r, 8) for row, r in zip(rows, room, strict=True)]
-    assert proposed(rows, room) == expected
+    expected = [reference(row, r) for row, r in zip(rows, room, strict=True)]
+    assert [Proposer(row).propose(r) for row, r in zip(rows, room, strict=True)] == expected
     assert sum(bool(draft) for draft in expected) > 20
-
-
-def test_a_row_without_room_drafts_no_more_than_fits():
-    row = [1, 2, 3, 4, 5, 1, 2, 3]
-    assert proposed([row] * 3, [0, 2, 9]) == [[], [4, 5], [4, 5, 1, 2, 3, 4, 5, 1]]
 
 
 # --- when it is tried --------------------------------------------------------------------------
 
 
-def drafts(*counts, most=D):
-    return Drafts(jnp.zeros((len(counts), most), jnp.int32), jnp.asarray(counts, jnp.int32))
-
-
 @pytest.mark.parametrize(
-    ("counts", "done", "tried"),
+    ("counts", "tried"),
     [
-        ([0], [False], False),
-        ([3], [False], True),
-        ([1], [False], True),  # saves as much as it takes: 1 * 3 / (1 + 2)
-        ([3, 0], [False, False], True),  # 3 of 2 * 2 * 3 / (2 + 2)
-        ([3, 0, 0, 0], [False] * 4, False),
-        ([3, 3, 3, 0], [False] * 4, True),
-        ([3, 0, 0, 0], [False, True, True, True], True),
+        ([0], False),
+        ([3], True),
+        ([1], True),  # saves as much as it takes: 1 * 3 / (1 + 2)
+        ([3, 0], True),  # 3 of 2 * 2 * 3 / (2 + 2)
+        ([3, 0, 0, 0], False),
+        ([3, 3, 3, 0], True),
     ],
     ids=str,
 )
-def test_a_long_step_is_taken_where_it_may_pay_for_all_rows(counts, done, tried):
-    assert bool(speculation.worthwhile(drafts(*counts), jnp.asarray(done))) == tried
+def test_a_long_step_is_taken_where_it_may_pay_for_all_rows(counts, tried):
+    assert drafts.is_worthwhile(counts, D) == tried
 
 
 def test_a_row_whose_drafts_are_wrong_loses_a_fiftieth_of_its_steps():
-    drafting: Drafting = jax.tree.map(jnp.asarray, speculation.start(1))
-    wanted, tries, steps = drafts(D), 0, 500
+    proposer, tries, steps = Proposer([4, 4, 4]), 0, 500
     for _ in range(steps):
-        tried = bool(speculation.afford(wanted, drafting).counts[0])
+        tried = bool(proposer.propose(D))
         tries += tried
-        drafting = speculation.account(drafting, wanted, jnp.asarray(tried), jnp.asarray([1]))
+        proposer.account(1, drafts.extra_steps(1, D) if tried else None)
     # Each costs a step; one and a half are granted, the others wait for their income.
     assert 2 <= tries <= 2 + 0.02 * steps
-    assert int(drafting.steps[0]) == steps
 
 
-def test_right_drafts_are_saved_up_to_a_limit_and_done_rows_run_no_step():
-    drafting: Drafting = jax.tree.map(jnp.asarray, speculation.start(2))
+def test_the_time_that_right_drafts_save_is_kept_up_to_a_limit():
+    proposer = Proposer([4, 4, 4])
     for _ in range(20):
-        drafting = speculation.account(
-            drafting, drafts(D, 0), jnp.asarray(True), jnp.asarray([D + 1, 0])
-        )
-    assert drafting.budget.tolist() == pytest.approx([2.0, 1.4 + 0.0], abs=1e-5)
-    assert drafting.steps.tolist() == [20, 0]
+        proposer.account(D + 1, drafts.extra_steps(1, D))
+    assert proposer.budget == pytest.approx(2.0)
 
 
 # --- that nothing changes ----------------------------------------------------------------------
@@ -154,16 +122,12 @@ def repeating(*lengths, period=7):
 def right_drafts(monkeypatch, path):
     """Draft what `path` says comes next: right, but at some places."""
 
-    def oracle(tokens, lengths, room, most):
-        at = lengths[:, None] + jnp.arange(most, dtype=jnp.int32)[None]
-        known = jnp.take(jnp.asarray(path, jnp.int32), at, mode="clip")
-        wrong = jnp.isin(at % 20, jnp.asarray(WRONG, jnp.int32))
-        known = jnp.where(wrong, (known + 1) % 500, known)
-        return Drafts(known, jnp.clip(room, 0, most))
+    def oracle(self, num_drafts):
+        places = range(len(self._tokens), min(len(self._tokens) + num_drafts, len(path)))
+        return [path[i] if i % 20 not in WRONG else (path[i] + 1) % 500 for i in places]
 
-    monkeypatch.setattr(speculation, "propose", oracle)
-    monkeypatch.setattr(speculation, "afford", lambda drafts, drafting: drafts)
-    monkeypatch.setattr(speculation, "worthwhile", lambda drafts, done: jnp.any(drafts.counts > 0))
+    monkeypatch.setattr(Proposer, "propose", oracle)
+    monkeypatch.setattr(drafts, "is_worthwhile", lambda counts, num_drafts: sum(counts) > 0)
 
 
 SETTINGS = [
@@ -195,20 +159,24 @@ def test_a_ragged_batch_says_what_it_says_without_drafts(model, settings):
 
 
 @pytest.fixture(scope="module")
-def oracle(model):
-    """A prompt that fills its rings, its continuation, and an engine whose drafts are those.
-
-    Some are wrong, so that all numbers of accepted drafts come up.
-    """
+def known(model):
+    """A prompt that fills its rings, and its continuation."""
     (prompt,) = prompts(LONG)
     (plain,) = model.generate([prompt], max_new_tokens=60, logprobs=0)
-    drafted = Model(model.config, model.decoder, model.tokenizer)  # has compiled nothing
-    with pytest.MonkeyPatch.context() as patch:
-        right_drafts(patch, [*prompt, *plain.tokens])
-        drafted.generate([prompt], max_new_tokens=1, logprobs=0, speculate=4)
-    programs = drafted.engine.counters.programs
-    yield prompt, plain, drafted
-    assert drafted.engine.counters.programs == programs
+    return prompt, plain
+
+
+@pytest.fixture
+def oracle(model, known, monkeypatch):
+    """A prompt, its continuation, and a model whose drafts are those, some of them wrong.
+
+    So all numbers of accepted drafts come up. One program serves them all.
+    """
+    prompt, plain = known
+    right_drafts(monkeypatch, [*prompt, *plain.tokens])
+    yield prompt, plain, model
+    shapes = {key[-2:] for key in model.programs.counters.keys if key[0] == "verify"}
+    assert len([shape for shape in shapes if shape == (4, True)]) <= 1
 
 
 def test_rejected_drafts_leave_no_trace_in_caches_and_rings(oracle, model):
@@ -221,17 +189,24 @@ def test_rejected_drafts_leave_no_trace_in_caches_and_rings(oracle, model):
 
 
 def test_after_each_step_caches_hold_all_but_the_last_token_and_no_draft(oracle):
-    prompt, _, drafted = oracle
-    request = drafted._request([prompt], {"max_new_tokens": 60, "speculate": 4, "logprobs": 0})
-    seen = []
-    for rows in request.run(itertools.repeat(1)):
-        caches, kept = rows.state.caches, rows.lengths - 1
+    prompt, plain, model = oracle
+    settings = SamplingSettings(max_new_tokens=60, speculate=4, logprobs=0)
+    (request,) = model._requests([prompt], settings).requests
+    engine, seen, length = model._engine(1, request), set(), len(prompt)
+    engine.submit(request)
+    while engine.num_running or engine.num_waiting:
+        events = engine.step(1)
+        if not events:  # a chunk of the prompt
+            continue
+        seen.add(len(events[0].tokens))
+        length += len(events[0].tokens)
+        caches, kept = engine._state.caches, np.array([length - 1])
         assert {type(held) for held in caches.values()} == {cache.DenseCache, cache.RingCache}
         for held in caches.values():
             assert int(held.positions.max()) == kept[0] - 1
-        assert cache.holds(drafted.config.text, caches, kept).tolist() == [True]
-        seen.append(int(rows.lengths[0]))
-    assert set(np.diff(seen).tolist()) == {1, 2, 3, 4, 5}
+        assert cache.holds(model.config.text, caches, kept).tolist() == [True]
+    assert length == len(prompt) + len(plain.tokens)
+    assert seen == {1, 2, 3, 4, 5}
 
 
 def test_a_stop_id_inside_a_draft_ends_the_row_there(oracle):
@@ -290,44 +265,51 @@ class Fixed:
         self.config = None
         self.table = jnp.asarray(table, jnp.float32)
 
-    def __call__(self, tokens, positions, caches, *, cache_rows=None):
+    def __call__(self, tokens, positions, caches, *, cache_rows=None, adapter_rows=None):
         return jax.nn.one_hot(tokens, len(self.table)), caches
 
     def logits(self, hidden):
         return hidden @ self.table
 
 
-def test_two_sampled_tokens_have_the_distribution_of_the_model():
+def test_two_sampled_tokens_have_the_distribution_of_the_model(monkeypatch):
     """8,192 rows of a vocabulary of 6, half with drafts: chi-square over all pairs."""
     vocab, batch, fixed = 6, 8192, Fixed(6)
-    row = [0, 1, 2, 4, 5, 0, 1]  # 2 and 4 are drafted
-    tokens = jnp.tile(jnp.asarray([[*row, *[vocab] * 9]], jnp.int32), (batch, 1))
-    settings = jax.tree.map(
-        lambda a: jnp.tile(a, (batch,) + (1,) * (a.ndim - 1)),
-        make_sampling(1, vocab, [0], temperature=1.0, top_k=5, frequency_penalty=0.9),
-    )
-    settings = settings._replace(
-        key=jax.random.key_data(jax.random.split(jax.random.key(5), batch))
-    )
+    monkeypatch.setattr(programs.nnx, "merge", lambda *_: fixed)
+    row = [0, 1, 2, 4, 5, 0, 1]
     full = functools.partial(jnp.full, (batch,), dtype=jnp.int32)
-    limits = generate.Limits(full(7), full(10), jnp.full(16, -1, jnp.int32))
-    program = generate._Program(fixed, vocab, None, limits, settings)
-    state = generate.DecodeState({}, tokens, full(7), jnp.zeros(batch, bool))
-    room = jnp.where(jnp.arange(batch) % 2 == 0, 2, 0)
-    drafts = speculation.propose(tokens, state.lengths, room, 2)
-    assert drafts.tokens[0].tolist() == [2, 4]
-    step = jax.jit(functools.partial(generate._step, program))
-    new = jax.jit(lambda s: generate._verify(program, drafts, s))(state)
+    settings = make_sampling(
+        vocab, [0] * batch, temperature=1.0, top_k=5, frequency_penalty=0.9
+    )._replace(key=jax.random.key_data(jax.random.split(jax.random.key(5), batch)))
+    state = State(
+        caches={},
+        tokens=jnp.tile(jnp.asarray([[*row, *[vocab] * 9]], jnp.int32), (batch, 1)),
+        lengths=full(7),
+        prompts=full(7),
+        max_lengths=full(10),
+        stop_ids=jnp.full((batch, 16), -1, jnp.int32),
+        settings=jax.tree.map(jnp.asarray, settings),
+    )
+    assert Proposer(row).propose(2) == [2, 4]
+    proposed = jnp.tile(jnp.asarray([[2, 4]], jnp.int32), (batch, 1))
+    counts = jnp.where(jnp.arange(batch) % 2 == 0, 2, 0)
+    fixed_args = (None, vocab, None, False, None)  # graphdef, ids, mesh, log-probabilities, weights
+    step = jax.jit(
+        lambda s: programs.decode(
+            *fixed_args, s, None, s.lengths < 9, jnp.int32(3), jnp.bool_(False)
+        )[0]
+    )
+    new = jax.jit(
+        lambda s: programs.verify(*fixed_args, s, None, s.lengths > 0, proposed, counts)[0]
+    )(state)
     again = step(new)
-    while bool(jnp.any(again.lengths < 9)):
-        again = step(again._replace(done=again.lengths >= 9))
     pairs = np.asarray(again.tokens)[:, 7:9]
     expected = pair_distribution(np.asarray(fixed.table, np.float64))
     for half in (pairs[::2], pairs[1::2]):
-        counts = np.bincount(half[:, 0] * vocab + half[:, 1], minlength=vocab**2)
-        assert p_value(counts, expected) > 1e-3
+        counted = np.bincount(half[:, 0] * vocab + half[:, 1], minlength=vocab**2)
+        assert p_value(counted, expected) > 1e-3
         wrong = pair_distribution(np.asarray(fixed.table, np.float64), penalty=0.0)
-        assert p_value(counts, wrong) < 1e-6  # the gate tells another distribution apart
+        assert p_value(counted, wrong) < 1e-6  # the gate tells another distribution apart
     accepted = np.asarray(new.lengths)[::2] - 8
     assert set(accepted.tolist()) == {0, 1, 2}
     assert set(np.asarray(new.lengths)[1::2].tolist()) == {8}
@@ -358,18 +340,14 @@ def p_value(counts, p):
 # --- forms and fronts --------------------------------------------------------------------------
 
 
-PLACES = make_sampling(1, 512, [0]).places()
-
-
-def test_without_drafts_the_program_is_the_one_it_was(model):
-    keys = model.engine.counters.keys
-    model.generate([[2, 5, 6]], max_new_tokens=3, speculate=0)
-    model.generate([[2, 5, 6]], max_new_tokens=3)
-    assert keys[-1] == ("decode", 1, 16, *PLACES, False)
-    model.generate([[2, 5, 6]], max_new_tokens=3, speculate=2)
-    assert keys[-1] == ("decode", 1, 16, *PLACES, False, 2)
-    state, _ = model.engine.start([[2, 5, 6]], 3, 100, [1])
-    assert state.drafting is None
+def test_only_a_request_that_drafts_compiles_the_program_that_judges_drafts(model):
+    keys, prompt = model.programs.counters.keys, [2, 5, 6, 5, 6, 5, 6]
+    model.generate([prompt], max_new_tokens=3, speculate=0)
+    count = len(keys)
+    model.generate([prompt], max_new_tokens=3)
+    assert len(keys) == count
+    model.generate([prompt], max_new_tokens=3, speculate=2)
+    assert [key[0] for key in keys[count:]] == ["verify"]
 
 
 def test_a_stream_and_a_stop_string_cut_drafted_text_alike(model):
@@ -405,5 +383,5 @@ def test_a_number_of_drafts_out_of_range_is_named(model, wrong):
 
 
 def test_speculation_needs_no_more_tokens_than_the_kernel_takes():
-    assert speculation.MOST + 1 == ops.cpu.MAX_ROWS
+    assert MAX_DRAFTS + 1 == ops.cpu.MAX_ROWS
     assert isinstance(CONFIG.text, TextConfig)

@@ -1,6 +1,8 @@
 """`gemlax tune`: what it writes and says, and arguments that exclude one another."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from test_tune_run import model, write_data
@@ -9,6 +11,7 @@ import gemlax
 from gemlax import cli
 from gemlax.adapters import Rule
 from gemlax.arguments import make_parser
+from gemlax.tune import TuneSettings
 from gemlax.tune.command import settings_of
 
 
@@ -118,3 +121,23 @@ def test_arguments_become_settings(folder):
     assert by_name.rules == {"*.q_proj": Rule(rank=2), "*.v_proj": 4}
     other = settings_of(parse([*start, "--no-remat", "--no-packing", "--accumulate", "2"]))
     assert (other.remat, other.pack, other.accumulate) == (False, False, 2)
+
+
+def test_the_docs_have_the_table_of_settings():
+    """If this fails, put the table that it shows into docs/tune.md."""
+    lines = ["| setting | default | what it does |", "|---|---|---|"]
+    for field in dataclasses.fields(TuneSettings):
+        default = field.metadata["unset"] if field.default is None else f"{field.default}"
+        lines.append(f"| `{field.name}` | {default} | {field.metadata['help']} |")
+    table = "\n".join(lines)
+    page = Path(__file__).resolve().parent.parent / "docs" / "tune.md"
+    assert table in page.read_text(), table
+
+
+def test_each_option_has_its_default_from_its_setting():
+    parser = make_parser()
+    given = vars(parser.parse_args(["tune", "data.jsonl", "--output", "out"]))
+    for field in dataclasses.fields(TuneSettings):
+        if field.name in given and field.name not in ("rules", "beta"):
+            assert given[field.name] == field.default, field.name
+    assert {"steps", "clip", "remat", "seed", "full"} <= given.keys()

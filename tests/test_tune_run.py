@@ -22,14 +22,14 @@ import gemlax
 from gemlax import adapters
 from gemlax.errors import CheckpointError, Error, RequestError
 from gemlax.sharding import make_mesh
-from gemlax.tune import Settings, run, state, train
+from gemlax.tune import TuneSettings, run, state, train
 from gemlax.tune.state import Checkpoints
 from gemlax.tune.train import Measured, Trainer
 
 # The same code in this process and in those that are killed.
 pytestmark = pytest.mark.optimised
 
-HOW = Settings(rules=4, steps=6, batch_size=2, max_length=48, learning_rate=1e-2, save_every=3)
+HOW = TuneSettings(rules=4, steps=6, batch_size=2, max_length=48, learning_rate=1e-2, save_every=3)
 
 
 def model() -> gemlax.Model:
@@ -407,7 +407,7 @@ def test_a_damaged_checkpoint_or_one_of_another_shape_is_named(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, training.values, training.optimizer_state)
     other = trainer(decoder_of(ONE), rank=2)
-    with pytest.raises(CheckpointError, match=r"is of another run: .*lora_a is \[.*4, .* there"):
+    with pytest.raises(CheckpointError, match=r"is of another run: .*lora\.a is \[.*4, .* there"):
         checkpoints.restore(1, other.values, other.optimizer_state)
     for path in (tmp_path / "1").rglob("*"):
         if path.is_file() and path.stat().st_size > 400:

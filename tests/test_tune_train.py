@@ -9,15 +9,16 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tuning import ONE, SMALL, decoder_of, rows, trainer
+from tuning import ONE, SMALL, decoder_of, rows, token_logprobs, trainer
 
-from gemlax import adapters, ops
+from gemlax import adapters, ops, scoring
 from gemlax.errors import RequestError
+from gemlax.ops import crossentropy
 from gemlax.sharding import make_mesh
-from gemlax.tune import losses
 from gemlax.tune.data import Example, Pair
 from gemlax.tune.packing import Rows, pair_rows
-from gemlax.tune.train import Recipe, Trainer
+from gemlax.tune.settings import TuneSettings
+from gemlax.tune.train import Trainer, learning_rate, preference_loss
 
 STEPS = 10
 # Losses after ten steps, about 4: sums in another order, ten times.
@@ -66,9 +67,9 @@ def test_adapters_and_their_moments_are_cut_as_their_weights():
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
     training = trainer(decoder_of(SMALL, mesh=mesh), mesh=mesh)
     specs = {name: a.sharding.spec for name, a in training.values.items()}
-    (gate,) = {str(s) for n, s in specs.items() if n.endswith("up_proj.lora_b")}
+    (gate,) = {str(s) for n, s in specs.items() if n.endswith("up_proj.lora.b")}
     assert "tensor" in gate
-    (read,) = {str(s) for n, s in specs.items() if n.endswith("up_proj.lora_a")}
+    (read,) = {str(s) for n, s in specs.items() if n.endswith("up_proj.lora.a")}
     assert "fsdp" in read
     moments = [a for a in jax.tree.leaves(training.optimizer_state) if a.ndim]
     assert len(moments) == 2 * len(specs)
@@ -87,12 +88,9 @@ def table_gathers(mesh: str) -> list[str]:
 
 
 def test_devices_that_share_the_table_by_rows_sum_the_head_on_their_own(monkeypatch):
-    monkeypatch.setattr(losses, "_TABLE_ROWS", 16)
+    monkeypatch.setattr(crossentropy, "_TABLE_ROWS", 16)
     assert table_gathers("tensor=8") == []
-    of = losses.Head.of
-    monkeypatch.setattr(
-        losses.Head, "of", lambda decoder, *, frozen, shards: of(decoder, frozen=frozen)
-    )
+    monkeypatch.setattr(scoring.ops, "Head", lambda *head: crossentropy.Head(*head[:3]))
     assert table_gathers("tensor=8")
 
 
@@ -105,7 +103,7 @@ def flax_steps(decoder, batch, count):
 
     def loss(model):
         hidden, _ = model(rows.tokens, rows.positions, segments=rows.segments)
-        found = losses.token_logprobs(model, hidden, rows.labels)
+        found = token_logprobs(model, hidden, rows.labels)
         return -(found * rows.weights).sum() / rows.weights.sum()
 
     @nnx.jit
@@ -184,7 +182,7 @@ def base_shapes():
 
 @pytest.mark.optimised
 def test_no_gradient_of_the_base_is_made(monkeypatch):
-    monkeypatch.setattr(losses, "_TABLE_ROWS", 128)  # a block is not the whole small table
+    monkeypatch.setattr(crossentropy, "_TABLE_ROWS", 128)  # a block is not the whole small table
     assert base_faults(trainer(decoder_of(SMALL))) == []
     assert base_faults(trainer(decoder_of(SMALL, read="slice"), rank=None))
 
@@ -248,7 +246,7 @@ def test_preferences_have_the_gradient_of_two_models():
 def test_dropout_is_that_of_its_step():
     decoder, batch = decoder_of(ONE), rows(ONE, 2)
     adapters.attach(decoder, adapters.Rule(rank=2, dropout=0.5), key=jax.random.key(1))
-    training = Trainer(decoder, Recipe(steps=5, learning_rate=1e-2))
+    training = Trainer(decoder, TuneSettings(steps=5, learning_rate=1e-2, warmup=0.0))
     start = {name: np.array(a) for name, a in training.values.items()}
     found = []
     for step in (0, 0, 1):
@@ -280,14 +278,14 @@ def test_the_model_that_is_given_stays_as_it_is():
     ("settings", "message"),
     [
         ({"steps": 0}, "steps must be at least 1"),
-        ({"learning_rate": 0.0}, "learning rate must be positive"),
-        ({"clip": -1.0}, "clip must be positive"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"clip": -1.0}, "clip must be above 0, got -1.0"),
         ({"accumulate": 0}, "accumulate must be at least 1"),
     ],
 )
-def test_a_recipe_out_of_range_is_refused(settings, message):
+def test_a_setting_out_of_range_is_refused(settings, message):
     with pytest.raises(RequestError, match=message):
-        Recipe(**{"steps": 5, **settings})
+        TuneSettings(**{"steps": 5, **settings})
 
 
 def test_codes_are_not_trained_and_preferences_need_an_adapter():
@@ -298,8 +296,17 @@ def test_codes_are_not_trained_and_preferences_need_an_adapter():
 
 
 def test_the_learning_rate_rises_and_falls():
-    recipe = Recipe(steps=10, learning_rate=1.0, warmup=4, floor=0.1)
-    rates = [float(recipe.rate(step)) for step in range(10)]
+    settings = TuneSettings(steps=10, learning_rate=1.0, warmup=0.4, floor=0.1)
+    rates = [float(learning_rate(settings, step)) for step in range(10)]
     np.testing.assert_allclose(rates[:4], [0.25, 0.5, 0.75, 1.0])
     assert rates == sorted(rates[:4]) + sorted(rates[4:], reverse=True)
-    np.testing.assert_allclose(float(recipe.rate(10)), 0.1, rtol=1e-5)
+    np.testing.assert_allclose(float(learning_rate(settings, 10)), 0.1, rtol=1e-5)
+
+
+def test_the_preference_loss_is_that_of_its_paper():
+    policy, reference = np.array([-1.0, -3.0, -2.0, -1.5]), np.array([-2.0, -2.5, -2.0, -1.0])
+    margins = 0.1 * np.array([1.0 + 0.5, 0.0 + 0.5])
+    arrays = (jnp.asarray(a, jnp.float32) for a in (policy, reference))
+    loss, margin = preference_loss(*arrays, beta=0.1)
+    np.testing.assert_allclose(margin, margins, rtol=1e-6)
+    np.testing.assert_allclose(loss, np.log1p(np.exp(-margins)), rtol=1e-6)

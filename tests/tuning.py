@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -14,7 +15,8 @@ from gemlax.formats import Coded, encode
 from gemlax.presets import preset, tiny
 from gemlax.tune.data import Example
 from gemlax.tune.packing import Rows, pack
-from gemlax.tune.train import Recipe, Trainer
+from gemlax.tune.settings import TuneSettings
+from gemlax.tune.train import Trainer
 from gemlax.weights import build_decoder
 
 # (2 sliding, 1 full) twice, a scan in a scan; a width of 96 is whole groups of codes.
@@ -80,12 +82,19 @@ def rows(config: TextConfig, count: int = 4, width: int = WIDTH) -> Rows:
     return Rows(*(a[:count] for a in pack(examples(40, config.vocab_size), width)))
 
 
-def trainer(decoder: Decoder, *, rank: int | None = 4, mesh: Any = None, **recipe: Any) -> Trainer:
+def trainer(decoder: Decoder, *, rank: int | None = 4, mesh: Any = None, **how: Any) -> Trainer:
     """A trainer of an adapter on a decoder; `rank` None: of all its weights."""
     if rank is not None:
         adapters.attach(decoder, adapters.Rule(rank=rank), key=jax.random.key(1))
-    recipe = {"steps": 20, "learning_rate": 1e-2, **recipe}
-    return Trainer(decoder, Recipe(**recipe), mesh=mesh)
+    how = {"steps": 20, "learning_rate": 1e-2, "warmup": 0.0, **how}
+    return Trainer(decoder, TuneSettings(**how), mesh=mesh)
+
+
+def token_logprobs(decoder: Decoder, hidden: jax.Array, labels: jax.Array) -> jax.Array:
+    """The log-probability of each label, from all logits at once: the reference."""
+    logits = decoder.logits(hidden)
+    at_labels = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    return at_labels - jax.nn.logsumexp(logits, axis=-1)
 
 
 def copy_of(decoder: Decoder) -> Decoder:

@@ -1,13 +1,19 @@
 """gemlax runs Google's Gemma in JAX: load, quantize, generate, score, save."""
 
 from gemlax.chat import Message
-from gemlax.completion import Completion, Stream, TokenLogprob
 from gemlax.config import GemmaConfig
 from gemlax.decoder import Decoder
 from gemlax.errors import CheckpointError, Error, RequestError, UnsupportedError
+from gemlax.generation import (
+    Completion,
+    Reply,
+    SamplingSettings,
+    Session,
+    Stream,
+    TokenLogprob,
+)
 from gemlax.model import Model, Score, load, load_tokenizer, quantize, save
 from gemlax.presets import PRESETS, preset, tiny
-from gemlax.session import Reply, Session
 from gemlax.tokenizer import Tokenizer
 
 __all__ = [
@@ -21,6 +27,7 @@ __all__ = [
     "Model",
     "Reply",
     "RequestError",
+    "SamplingSettings",
     "Score",
     "Session",
     "Stream",

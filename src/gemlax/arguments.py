@@ -6,6 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gemlax.tune.command import add_arguments
+
 __all__ = ["CHAT_TOKENS", "make_parser"]
 
 # The most tokens of an answer, where neither the user nor the checkpoint says how many.
@@ -230,35 +232,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("data", type=Path, help="JSONL: messages, conversations, prompts, instructions or texts")
-    add("--output", type=Path, required=True, metavar="FOLDER", help="what is made goes there")
-    add("--eval-data", type=Path, metavar="F", help="a held-out file, whose loss is told")
-    add("--resume", action="store_true", help="go on from the last checkpoint in the folder")
-    kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--full", action="store_true", help="train all weights, no adapter")
-    kinds.add_argument("--dpo", action="store_true", help="learn preferences")
-    add("--rank", type=int, metavar="N", help="of the adapter; default: 8")
-    add("--alpha", type=float, metavar="X", help="it is times alpha / rank; default: 16")
-    add("--dropout", type=float, metavar="P", help="of the adapter's inputs")
-    add("--rules", type=Path, metavar="F", help="a JSON file: rank, alpha, dropout by module name")
-    add("--beta", type=float, metavar="X", help="strength of --dpo; default: 0.1")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, metavar="N", help="in all")
-    length.add_argument("--epochs", type=int, default=1, metavar="N", help="default: 1")
-    add("--batch-size", type=int, default=4, metavar="N", help="rows of a step; default: 4")
-    add("--accumulate", type=int, default=1, metavar="N", help="take the rows in so many parts")
-    add("--max-length", type=int, default=512, metavar="N", help="tokens of a row; default: 512")
-    add("--truncate", action="store_true", help="cut longer examples, where they are an error")
-    add("--no-packing", dest="pack", action="store_false", help="one example a row")
-    add("--no-parse-special", dest="parse_special", action="store_false",
-        help="markers such as <end_of_turn> in texts are plain text")  # fmt: skip
-    add("--learning-rate", type=float, metavar="X", help="default: 2e-4, 2e-5 with --full")
-    add("--weight-decay", type=float, default=0.0, metavar="X")
-    add("--clip", type=float, default=1.0, metavar="X", help="most norm of the gradients")
-    add("--no-remat", dest="remat", action="store_false", help="faster, and takes more memory")
-    add("--save-every", type=int, metavar="N", help="steps from checkpoint to checkpoint")
-    add("--seed", type=int, default=0, metavar="S")
+    add_arguments(parser)
     _add_model(parser)
 
 

@@ -23,8 +23,8 @@ from gemlax import cost, linen, ops
 from gemlax.cache import new_caches, new_list, new_pools, round_capacity
 from gemlax.config import CHUNK, TextConfig
 from gemlax.decoder import Decoder, Layers, Read
+from gemlax.engine import bucket
 from gemlax.errors import RequestError
-from gemlax.generate import bucket
 from gemlax.weights import build_decoder
 
 __all__ = [
@@ -117,8 +117,8 @@ class Case:
         linen: bool = False,
     ):
         self.config: TextConfig = decoder.config
-        self.dtype = decoder.norm.weight.get_value().dtype
-        self.layers: Layers = "scan" if decoder.scanned else "unroll"
+        self.dtype = decoder.dtype
+        self.layers: Layers = decoder.layout
         self.batch, self.capacity, self.cache, self.linen = batch, capacity, cache, linen
         self._bind, self.weights = (_bind_linen if linen else _bind_nnx)(decoder)
 
@@ -229,9 +229,9 @@ def _bind_linen(decoder: Decoder) -> tuple[Callable[[Any], Any], Any]:
     """Hold the same arrays as the variables of the Linen decoder."""
     module = linen.Decoder(
         decoder.config,
-        layers="scan" if decoder.scanned else "unroll",
+        layers=decoder.layout,
         read=decoder.read,
-        dtype=decoder.norm.weight.get_value().dtype,
+        dtype=decoder.dtype,
     )
     return module.bind, linen.to_linen(decoder)
 

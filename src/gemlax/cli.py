@@ -1,6 +1,7 @@
 """The command line, one function for each command. Only this file prints."""
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -84,7 +85,7 @@ def _generate(args: argparse.Namespace) -> int:
     if model.tokenizer is None:
         raise Error("this model has no tokenizer; use the Python API with ids")
     with _status(args, "compiling and reading the prompt") as quiet_down:
-        stream = model.stream(prompt, **settings)
+        stream = model.stream(prompt, settings)
         first = next(stream, None)
         quiet_down()
     first_s = time.perf_counter() - begin
@@ -96,13 +97,12 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of a generation; what is wrong is said before a model is loaded."""
-    from gemlax.completion import DEFAULTS, check_settings
+def _settings(args: argparse.Namespace) -> Any:
+    """Return the settings of a generation; what is wrong is said before a model is loaded."""
+    from gemlax.generation import SamplingSettings
 
-    settings = {k: v for k, v in vars(args).items() if k in DEFAULTS}
-    check_settings(settings)
-    return settings
+    names = {field.name for field in dataclasses.fields(SamplingSettings)} - {"adapter"}
+    return SamplingSettings(**{k: v for k, v in vars(args).items() if k in names})
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
@@ -111,16 +111,16 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 
 def _report(model: Any, completion: Any, first_s: float) -> dict[str, Any]:
-    counters = model.engine.counters
+    usage = completion.usage
     return {
         "text": completion.text,
         "tokens": completion.tokens,
         "finish_reason": completion.finish_reason,
-        "prompt_tokens": counters.prefill_tokens + 1,
-        "prefill_tok_s": _rate(counters.prefill_tokens, counters.prefill_s),
-        "decode_tok_s": _rate(counters.decode_tokens, counters.decode_s),
+        "prompt_tokens": usage.num_prompt_tokens,
+        "prefill_tok_s": _rate(usage.num_prefilled_tokens, usage.prefill_s),
+        "decode_tok_s": _rate(usage.num_tokens, usage.decode_s),
         "accepted_per_step": completion.accepted_per_step,
-        "compile_s": round(counters.compile_s, 3),
+        "compile_s": round(model.programs.counters.compile_s, 3),
         "first_piece_s": round(first_s, 3),
     }
 
@@ -157,9 +157,10 @@ def _chat(args: argparse.Namespace) -> int:
     settings = _settings(args)
     model = _load(args)
     if args.max_new_tokens is None and model.generation_config.get("max_new_tokens") is None:
-        settings["max_new_tokens"] = CHAT_TOKENS
-    session = model.session(system=args.system, thinking=args.thinking or None, **settings)
-    terminal = Terminal(session, model.engine.counters, _write, _dim if _on_terminal() else _note)
+        settings = dataclasses.replace(settings, max_new_tokens=CHAT_TOKENS)
+    thinking = args.thinking or None
+    session = model.session(system=args.system, thinking=thinking, settings=settings)
+    terminal = Terminal(session, _write, _dim if _on_terminal() else _note)
     if sys.stdin.isatty():
         _note(f"{_model_name(args)}\n{HELP}")
         terminal.run(_ask)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from gemlax import cache as kv
 from gemlax import ops
 from gemlax.config import Kind, Run, Segment, StackPlan, TextConfig
-from gemlax.layers import DecoderLayer, Embedder, Head, Keys, Linear, RMSNorm
+from gemlax.layers import DecoderLayer, Embedder, Head, Keys, Linear, LoRACall, RMSNorm
 from gemlax.qtensor import At
 
 __all__ = ["Decoder", "Layers", "Read", "weight_path"]
@@ -25,8 +25,8 @@ __all__ = ["Decoder", "Layers", "Read", "weight_path"]
 Layers = Literal["scan", "unroll"]
 # How a scanned layer gets its matrices: as scan inputs, or as `At(stack, index)`.
 Read = Literal["slice", "index"]
-# K/V by kind, or by entry of a list: caches; or, without any, what later layers share.
-Held = dict[Any, Any]
+# Caches by kind, or by entry of a list. Without caches: the K/V that later layers share, by kind.
+KVs = dict[Any, Any]
 # `jax.lax.scan`, or what has its signature.
 Scan = Callable[..., Any]
 
@@ -48,7 +48,7 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         dtype, keys = jnp.dtype(dtype), Keys(rngs.params())
-        self.config, self.read, self.scanned = config, read, layers == "scan"
+        self.config, self.read, self.layout = config, read, layers
         self.adapter: Any = None  # the record of what `adapters` put on the projections
         self.base: Any = None  # the checkpoint that it was loaded from, an `adapters.Base`
         self.embed_tokens = Embedder(
@@ -65,7 +65,7 @@ class Decoder(nnx.Module):
             return lambda keys: DecoderLayer(config, spec, dtype=dtype, keys=keys)
 
         self.layers: nnx.List[Any]
-        if self.scanned:
+        if layers == "scan":
             self.layers = nnx.List(
                 nnx.Dict(
                     {
@@ -101,6 +101,9 @@ class Decoder(nnx.Module):
         attention_metadata: Any = None,
         *,
         cache_rows: Int[Array, " B"] | None = None,
+        adapter_rows: Int[Array, " B"] | None = None,
+        dropout_key: Array | None = None,
+        use_adapter: bool = True,
         segments: Int[Array, "B T"] | None = None,
         remat: bool = False,
         scan: Scan = jax.lax.scan,
@@ -121,16 +124,17 @@ class Decoder(nnx.Module):
             attention_metadata: what paged caches need: `ops.AttentionMetadata`, or a dict of them
                 by kind, or by layer ("layer.0"). Every layer gets it as it is.
             cache_rows: which rows of stacked caches those of this call are; None: all, in order.
+            adapter_rows: the entry of the table of adapters that each row takes; None: entry 0.
+            dropout_key: draws the dropout of adapters, in training; None: nothing is dropped.
+            use_adapter: False: the base alone.
             segments: without caches, the text of its row that each token belongs to and alone
                 attends to; positions begin anew in each. None: one text.
-            remat: keep only what goes from layer to layer for the backward pass, and compute the
-                inside of each layer again.
+            remat: compute the inside of each layer again in the backward pass, to save memory.
             scan: the loop over layers; Linen hands in its own.
 
         Raises:
             TypeError: `kv_caches` of another type, or pages without `attention_metadata`.
-            ValueError: a list or dict that does not fit the layers, too many tokens for a ring,
-                or several rows of tokens for pages.
+            ValueError: caches that do not fit the layers, or tokens that do not fit the caches.
         """
         metadata = kv.metadata_by_kind(self.config, attention_metadata)
         if positions is None:
@@ -143,15 +147,16 @@ class Decoder(nnx.Module):
             tokens, positions = tokens[None], positions[None]
         x = self.embed_tokens(tokens)
         _check_call(kv_caches, segments, cache_rows)
-        inputs = self._per_layer_inputs(tokens, x)
-        step = _Step(positions, inputs, metadata, scan, segments, remat, cache_rows)
+        call = LoRACall(adapter_rows, dropout_key, use_adapter)
+        inputs = self._per_layer_inputs(tokens, x, call)
+        step = _Step(positions, inputs, metadata, scan, segments, remat, cache_rows, call)
         x, kv_caches = self._run(x, step, kv_caches)
         x = self.norm(x)
         return (x[0] if flat else x), kv_caches
 
     def _run(self, x: Array, step: "_Step", kv_caches: Any) -> tuple[Array, Any]:
         """Run the layers against what `kv_caches` is, and give it back in its own form."""
-        run = self._scan if self.scanned else self._unroll
+        run = self._scan if self.layout == "scan" else self._unroll
         if kv_caches is None:
             return run(x, step, _fresh(self.config, step, x.dtype))[0], None
         if isinstance(kv_caches, dict):
@@ -168,9 +173,9 @@ class Decoder(nnx.Module):
                 f"dict of stacked caches by kind, or None; got {type(kv_caches).__name__}"
             )
         listed = kv.KVList(self.config, kv_caches, x.shape[0])
-        held = listed.by_kind() if self.scanned else listed.by_layer()
-        x, held = run(x, step, kv.mark(held, step.positions))
-        return x, listed.write_back(held)
+        kvs = listed.by_kind() if self.layout == "scan" else listed.by_layer()
+        x, kvs = run(x, step, kv.mark(kvs, step.positions))
+        return x, listed.write_back(kvs)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Return float32 logits of hidden states."""
@@ -183,7 +188,12 @@ class Decoder(nnx.Module):
         """What makes logits: the table of embeddings, or a matrix of its own."""
         return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
 
-    def _per_layer_inputs(self, tokens: Array, x: Array) -> Array | None:
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of what is not stored as codes, and of the hidden states."""
+        return self.norm.weight.get_value().dtype
+
+    def _per_layer_inputs(self, tokens: Array, x: Array, call: LoRACall) -> Array | None:
         """Return [L, B, T, P]: the token's own embedding per layer and one made from `x`.
 
         Source: transformers modeling_gemma4.py, Gemma4TextModel.project_per_layer_inputs.
@@ -192,27 +202,28 @@ class Decoder(nnx.Module):
         if not config.hidden_size_per_layer_input:
             return None
         shape = (*tokens.shape, config.num_hidden_layers, config.hidden_size_per_layer_input)
-        own = self.embed_tokens_per_layer(tokens).reshape(shape)
-        made = self.per_layer_model_projection(x) * jnp.asarray(config.hidden_size**-0.5, x.dtype)
+        embedded = self.embed_tokens_per_layer(tokens).reshape(shape)
+        made = self.per_layer_model_projection(x, call)
+        made = made * jnp.asarray(config.hidden_size**-0.5, x.dtype)
         made = self.per_layer_projection_norm(made.reshape(shape))
-        return jnp.moveaxis((made + own) * jnp.asarray(2.0**-0.5, x.dtype), 2, 0)
+        return jnp.moveaxis((made + embedded) * jnp.asarray(2.0**-0.5, x.dtype), 2, 0)
 
-    def _unroll(self, x: Array, step: "_Step", held: Held) -> tuple[Array, Held]:
+    def _unroll(self, x: Array, step: "_Step", kvs: KVs) -> tuple[Array, KVs]:
         plan = self.config.plan
         owners = [i for i, spec in enumerate(plan.layers) if spec.owns_kv]
-        by_layer = any(isinstance(key, int) for key in held)
+        by_layer = any(isinstance(key, int) for key in kvs)
         for i, layer in enumerate(self.layers):
             kind, row = plan.layers[i].kind, plan.cache_row(i)
-            at = (owners.index(plan.donor(i)), 0) if by_layer else (kind, row)
-            body = _remat(functools.partial(_apply, layer, step, i, *at), step, in_loop=False)
-            x, held = body(x, held)
-        return x, held
+            key = (owners.index(plan.donor(i)), 0) if by_layer else (kind, row)
+            body = _remat(functools.partial(_apply, layer, step, i, *key), step, in_loop=False)
+            x, kvs = body(x, kvs)
+        return x, kvs
 
-    def _scan(self, x: Array, step: "_Step", held: Held) -> tuple[Array, Held]:
+    def _scan(self, x: Array, step: "_Step", kvs: KVs) -> tuple[Array, KVs]:
         plan = self.config.plan
         for segment, stacks in zip(plan.segments, self.layers, strict=True):
-            x, held = _scan_segment(plan, segment, stacks, self.read, x, step, held)
-        return x, held
+            x, kvs = _scan_segment(plan, segment, stacks, self.read, x, step, kvs)
+        return x, kvs
 
 
 def _check_call(kv_caches: Any, segments: Any, cache_rows: Any) -> None:
@@ -232,6 +243,7 @@ class _Step(NamedTuple):
     segments: Array | None  # [B, T]
     remat: bool
     cache_rows: Array | None  # [B]
+    lora: LoRACall
 
     def fresh(self) -> kv.Fresh:
         """Return what a layer attends to without caches."""
@@ -247,7 +259,7 @@ def _remat(body: Callable[..., Any], step: _Step, *, in_loop: bool) -> Callable[
     return jax.checkpoint(body, prevent_cse=not in_loop) if step.remat else body
 
 
-def _fresh(config: TextConfig, step: _Step, dtype: jnp.dtype) -> Held:
+def _fresh(config: TextConfig, step: _Step, dtype: jnp.dtype) -> KVs:
     """Return what holds K/V without a cache: nothing, unless later layers share earlier ones'.
 
     Sharing is an edge of data flow: the last K/V of each kind ride along, from the layer that
@@ -255,32 +267,32 @@ def _fresh(config: TextConfig, step: _Step, dtype: jnp.dtype) -> Held:
     """
     if all(spec.owns_kv for spec in config.layers):
         return {}
-    held: Held = {}
+    kvs: KVs = {}
     for spec in config.layers:
         shape = (*step.positions.shape, spec.num_key_value_heads, spec.head_dim)
         empty = jnp.zeros(shape, dtype)
-        held[spec.kind] = step.fresh().update(empty, empty)
-    return held
+        kvs[spec.kind] = step.fresh().update(empty, empty)
+    return kvs
 
 
 def _apply(
-    layer: DecoderLayer, step: _Step, index: Any, key: Any, row: Any, x: Array, held: Held
-) -> tuple[Array, Held]:
-    """Run layer `index` against row `row` of cache `key`, or against what is held without any."""
+    layer: DecoderLayer, step: _Step, index: Any, key: Any, row: Any, x: Array, kvs: KVs
+) -> tuple[Array, KVs]:
+    """Run layer `index` against row `row` of cache `key`, or against what later layers share."""
     spec = layer.self_attn.spec
-    own = None
+    layer_input = None
     if step.per_layer_inputs is not None:
-        own = jax.lax.dynamic_index_in_dim(step.per_layer_inputs, index, 0, keepdims=False)
-    if key not in held:
-        return layer(x, step.fresh(), own)[0], held
-    entry = held[key]
+        layer_input = jax.lax.dynamic_index_in_dim(step.per_layer_inputs, index, 0, keepdims=False)
+    if key not in kvs:
+        return layer(x, step.fresh(), layer_input, step.lora)[0], kvs
+    entry = kvs[key]
     if isinstance(entry, kv.Fresh):
-        x, entry = layer(x, entry, own)
-        return x, held | {key: entry}
+        x, entry = layer(x, entry, layer_input, step.lora)
+        return x, kvs | {key: entry}
     metadata = step.metadata[spec.kind]
     view = entry.layer(row, step.positions, spec, metadata, step.cache_rows)
-    x, view = layer(x, view, own)
-    return x, held | {key: view.cache}
+    x, view = layer(x, view, layer_input, step.lora)
+    return x, kvs | {key: view.cache}
 
 
 def _stacked(make: Callable[[Keys], DecoderLayer], count: int, keys: Keys) -> DecoderLayer:
@@ -292,8 +304,8 @@ def _stacked(make: Callable[[Keys], DecoderLayer], count: int, keys: Keys) -> De
 
 
 def _scan_segment(
-    plan: StackPlan, segment: Segment, stacks: Any, read: Read, x: Array, step: _Step, held: Held
-) -> tuple[Array, Held]:
+    plan: StackPlan, segment: Segment, stacks: Any, read: Read, x: Array, step: _Step, kvs: KVs
+) -> tuple[Array, KVs]:
     """Scan over the periods of a segment, and inside a period over each run of equal layers."""
     sources = {
         kind: _Stack(stack, read, segment.per_period(kind)) for kind, stack in stacks.items()
@@ -307,8 +319,8 @@ def _scan_segment(
         def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
             index, row, slices = inputs
             built = sources[kind].layer(row, slices)
-            x, held = carry
-            return _apply(built, step, index, kind, first + row * moves, x, held), None
+            x, kvs = carry
+            return _apply(built, step, index, kind, first + row * moves, x, kvs), None
 
         if run.count == 1:
             body = _remat(layer, step, in_loop=segment.repeats > 1)
@@ -333,8 +345,8 @@ def _scan_segment(
     inputs = {kind: source.by_period() for kind, source in sources.items()}
     steps = (jnp.arange(segment.repeats, dtype=jnp.int32), inputs)
     if segment.repeats == 1:
-        return period((x, held), _first(steps))[0]
-    return step.scan(period, (x, held), steps)[0]
+        return period((x, kvs), _first(steps))[0]
+    return step.scan(period, (x, kvs), steps)[0]
 
 
 def _cache_rows(plan: StackPlan, segment: Segment) -> dict[Kind, tuple[int, int]]:
@@ -389,5 +401,5 @@ def weight_path(
     parts: list[str | int] = [int(part) if part.isdigit() else part for part in name.split(".")]
     if parts[0] != "layers" or layers == "unroll":
         return tuple(parts), None
-    at = config.plan.locate(int(parts[1]))
-    return ("layers", at.segment, at.kind, *parts[2:]), at.row
+    place = config.plan.locate(int(parts[1]))
+    return ("layers", place.segment, place.kind, *parts[2:]), place.row

@@ -3,7 +3,7 @@
 A layer knows its `LayerSpec` and no index, no mesh, no cache layout and no weight format.
 """
 
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ __all__ = [
     "KV",
     "Keys",
     "Linear",
+    "LoRA",
+    "LoRACall",
+    "LoRAConstant",
     "RMSNorm",
     "Router",
 ]
@@ -65,20 +68,64 @@ class Keys:
         return jax.random.fold_in(self.key, self.count)
 
 
+class LoRACall(NamedTuple):
+    """What one call asks of the adapters on a decoder; see the arguments of `Decoder`."""
+
+    rows: Any = None  # int32 [B]
+    dropout_key: Any = None
+    enabled: bool = True
+
+
+_DEFAULT = LoRACall()
+
+
+class LoRAConstant(nnx.Variable):
+    """What an adapter has beside A and B; it is not trained."""
+
+
+class LoRA(nnx.Module):
+    """A table of E low-rank updates of one weight: entry e adds scale * b @ a.
+
+    A single adapter is a table of one. `dropout` are the rates of the entries, and `seed` tells
+    the draws for this weight from those for others; both are None without dropout.
+    """
+
+    def __init__(
+        self,
+        axes: tuple[str | None, str | None],
+        *,
+        a: Any,  # [E, r, in]
+        b: Any,  # [E, out, r]
+        scale: Any,  # [E]
+        dropout: Any = None,  # [E]
+        seed: Any = None,  # uint32
+    ):
+        self.a = nnx.LoRAParam(a, axes=(None, None, axes[1]))
+        self.b = nnx.LoRAParam(b, axes=(None, axes[0], None))
+        self.scale = LoRAConstant(scale, axes=(None,))
+        if dropout is not None:
+            self.dropout = LoRAConstant(dropout, axes=(None,))
+            self.seed = LoRAConstant(seed, axes=())
+        self.drops = dropout is not None
+
+    def __call__(self, x: Array, out: Array, call: LoRACall) -> Array:
+        """Return `out`, what the weight made of `x`, with the update that each row takes."""
+        table = ops.LowRank(self.a.get_value(), self.b.get_value(), self.scale.get_value())
+        dropout = None
+        if self.drops and call.dropout_key is not None:
+            key = jax.random.fold_in(call.dropout_key, self.seed.get_value())
+            dropout = key, self.dropout.get_value()
+        return ops.add_low_rank(x, out, table, call.rows, dropout)
+
+
 class Linear(nnx.Module):
     """x @ weight.T. The only module that holds a projection.
 
     `matrix` marks the weights that may be held as codes, and handed in as `At(stack, index)`.
-    An adapter (`gemlax.adapters` puts it there) adds lora_scale * lora_b @ lora_a to the weight;
-    lora_rows says which of several each row takes, lora_dropout is a key and a rate.
+    `gemlax.adapters` puts a `lora` on it.
     """
 
-    lora_a: Any = None
-    lora_b: Any = None
-    lora_scale: Any = None
-    lora_rows: Any = None
-    lora_dropout: Any = None
-    lora_off: bool = False
+    lora: LoRA | None = None
 
     def __init__(
         self,
@@ -94,22 +141,24 @@ class Linear(nnx.Module):
         value = jax.random.normal(keys(), shape, dtype) * scale
         self.weight = nnx.Param(value, axes=axes, matrix=True)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+    def put_lora(self, **parts: Any) -> None:
+        """Put a `LoRA` of these parts on the projection, in place of the one it has."""
+        self.lora = LoRA(self.weight.get_metadata()["axes"], **parts)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], call: LoRACall = _DEFAULT
+    ) -> Float[Array, "B T F"]:
         """Return x @ weight.T in the dtype of `x`."""
-        return self.adapted(x, ops.linear(x, self.weight.get_value()))
-
-    def adapted(self, x: Array, out: Array) -> Array:
-        """Return `out`, what the weight made of `x`, with what the adapter adds."""
-        if self.lora_a is None or self.lora_off:
-            return out
-        parts = (self.lora_a, self.lora_b, self.lora_scale, self.lora_rows, self.lora_dropout)
-        return ops.low_rank(x, out, ops.Low(*(p if p is None else p.get_value() for p in parts)))
+        return _together(x, call, self)[0]
 
 
-def _together(x: Array, *layers: Linear) -> tuple[Array, ...]:
+def _together(x: Array, call: LoRACall, *layers: Linear) -> tuple[Array, ...]:
     """Apply several projections to one input."""
     outs = ops.linears(x, *(layer.weight.get_value() for layer in layers))
-    return tuple(layer.adapted(x, out) for layer, out in zip(layers, outs, strict=True))
+    return tuple(
+        layer.lora(x, out, call) if layer.lora is not None and call.enabled else out
+        for layer, out in zip(layers, outs, strict=True)
+    )
 
 
 class RMSNorm(nnx.Module):
@@ -177,15 +226,17 @@ class Attention(nnx.Module):
                 self.v_proj = Linear(hidden, kv_heads * size, ("kv_heads", "embed"), **make)
         self.o_proj = Linear(heads * size, hidden, ("embed", "heads"), **make)
 
-    def __call__(self, x: Float[Array, "B T D"], kv: View) -> tuple[Float[Array, "B T D"], View]:
+    def __call__(
+        self, x: Float[Array, "B T D"], kv: View, call: LoRACall = _DEFAULT
+    ) -> tuple[Float[Array, "B T D"], View]:
         """Return what the layer attends to, and `kv` with this step taken in."""
         spec = self.spec
-        raw = [self._heads(out) for out in _together(x, *self._projections())]
+        raw = [self._heads(out) for out in _together(x, call, *self._projections())]
         if spec.owns_kv:
             kv = kv.update(*self._keys_and_values(raw[1], raw[-1], kv.positions))
         q = self._rope(self.q_norm(raw[0]), kv.positions)  # [B, T, N, H]
         out = kv.attend(q, window=spec.window, scale=spec.attention_scale)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), kv
+        return self.o_proj(out.reshape(*x.shape[:2], -1), call), kv
 
     def _projections(self) -> list[Linear]:
         """Return those of the input: of queries, keys and values, as far as the layer has them."""
@@ -218,9 +269,11 @@ class MLP(nnx.Module):
         self.up_proj = Linear(hidden, inner, ("mlp", "embed"), **make)
         self.down_proj = Linear(inner, hidden, ("embed", "mlp"), **make)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], call: LoRACall = _DEFAULT
+    ) -> Float[Array, "B T D"]:
         """Return the update of the residual."""
-        return self.down_proj(ops.geglu(*_together(x, self.gate_proj, self.up_proj)))
+        return self.down_proj(ops.geglu(*_together(x, call, self.gate_proj, self.up_proj)), call)
 
 
 class Router(nnx.Module):
@@ -313,20 +366,21 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "B T D"],
         kv: View,
         per_layer_input: Float[Array, "B T P"] | None = None,
+        call: LoRACall = _DEFAULT,
     ) -> tuple[Float[Array, "B T D"], View]:
         """Return the residual stream after the layer, and `kv` with this step taken in."""
         with jax.named_scope("attention"):
-            out, kv = self.self_attn(self.input_layernorm(x), kv)
+            out, kv = self.self_attn(self.input_layernorm(x), kv, call)
             x = x + self.post_attention_layernorm(out)
         with jax.named_scope("mlp"):
-            out = self.mlp(self.pre_feedforward_layernorm(x))
+            out = self.mlp(self.pre_feedforward_layernorm(x), call)
             if self.has_experts:
                 out = self.post_feedforward_layernorm_1(out) + self._mix(x)
             x = x + self.post_feedforward_layernorm(out)
         if self.has_input:
             assert per_layer_input is not None
-            gate = self.per_layer_input_gate(x)
-            out = self.per_layer_projection(ops.geglu(gate, per_layer_input))
+            gate = self.per_layer_input_gate(x, call)
+            out = self.per_layer_projection(ops.geglu(gate, per_layer_input), call)
             x = x + self.post_per_layer_input_norm(out)
         if self.has_scalar:
             # It scales the residual too.

@@ -19,12 +19,12 @@ from gemlax import decoder as blocks
 from gemlax.config import TextConfig
 from gemlax.decoder import Layers, Read
 from gemlax.errors import CheckpointError
-from gemlax.layers import Linear
+from gemlax.layers import Linear, LoRAConstant
 from gemlax.weights import abstract_decoder
 
 __all__ = ["Decoder", "to_linen", "to_nnx"]
 
-_LORA, _SCALE = "lora", "lora_scale"
+_COLLECTIONS = {nnx.LoRAParam: "lora", LoRAConstant: "lora_constants"}
 _SHOWN = 8  # wrong leaves named in one error
 
 
@@ -38,8 +38,8 @@ class Decoder(nn.Module):
 
     `nn.get_partition_spec(variables)` gives the logical axes: "layers" first where layers are
     stacked. With `read="slice"` the base can be trained; `read="index"` is for decoding and for
-    adapters. An adapter is a collection "lora", which alone is trained then, beside "lora_scale":
-    `to_linen` makes both of a decoder that has one, and without them the base runs.
+    adapters. Adapters are a collection "lora", which alone is trained then, and another one,
+    "lora_constants": `to_linen` makes both of a decoder that has them; without them the base runs.
 
     Raises:
         CheckpointError: on `apply`, a parameter that is missing, unknown or of another shape.
@@ -62,11 +62,13 @@ class Decoder(nn.Module):
         given = _leaves(self.variables.get("params", {}))
         _check(given, {_key(path): v.get_value().shape for path, v in variables.items()})
         filled = {path: v.replace(given[_key(path)]) for path, v in variables.items()}
-        lora = {name: _leaves(self.variables.get(name, {})) for name in (_LORA, _SCALE)}
+        lora: dict[tuple[str, ...], Any] = {}
+        for name in _COLLECTIONS.values():
+            lora |= _leaves(self.variables.get(name, {}))
 
         def decoder() -> Any:
             whole = nnx.merge(graphdef, nnx.from_flat_state(filled))
-            _put_adapter(whole, lora[_LORA] | lora[_SCALE])
+            _put_adapters(whole, lora)
             return whole
 
         # In a function, or Linen would take it for a submodule of its own.
@@ -78,10 +80,11 @@ class Decoder(nn.Module):
         positions: Int[Array, "*B T"] | None = None,
         kv_caches: Any = None,
         attention_metadata: Any = None,
+        **how: Any,
     ) -> tuple[Float[Array, "*B T D"], Any]:
         """Return the hidden states after the final norm, and the caches with this step written."""
-        scan = _LiftedScan(self)
-        return self._decoder()(tokens, positions, kv_caches, attention_metadata, scan=scan)
+        how["scan"] = _LiftedScan(self)
+        return self._decoder()(tokens, positions, kv_caches, attention_metadata, **how)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Return float32 logits of hidden states."""
@@ -114,21 +117,20 @@ class _LiftedScan:
 def to_linen(decoder: Any, layers: Layers | None = None) -> dict[str, Any]:
     """Return the variables of `linen.Decoder` that hold the weights of an NNX decoder.
 
-    Weights are in "params", an adapter's A and B in "lora" at the same paths, and what they are
-    multiplied with in "lora_scale".
+    Weights are in "params", A and B of adapters in "lora", and what else those have, such as what
+    B @ A is multiplied with, in "lora_constants"; all at the paths of the NNX decoder.
 
     Args:
         decoder: a `gemlax.Decoder`, such as `gemlax.load(...).decoder`; the arrays are shared.
     """
     if isinstance(decoder, blocks.Decoder):
-        layers = "scan" if decoder.scanned else "unroll"
+        layers = decoder.layout
         decoder = nnx.state(decoder)
     boxed: dict[tuple[str, ...], Any] = {}
     for path, variable in nnx.to_flat_state(decoder):
         stacked = layers == "scan" and path[0] == "layers"
         axes = (*(("layers",) if stacked else ()), *variable.get_metadata()["axes"])
-        kind = type(variable)
-        collection = {nnx.LoRAParam: _LORA, adapters.LoRAScale: _SCALE}.get(kind, "params")
+        collection = _COLLECTIONS.get(type(variable), "params")
         boxed[(collection, *_key(path))] = nn.LogicallyPartitioned(variable.get_value(), names=axes)
     return traverse_util.unflatten_dict(boxed)
 
@@ -146,24 +148,26 @@ def to_nnx(
     return bound
 
 
-def _put_adapter(decoder: Any, leaves: dict[tuple[str, ...], Any]) -> None:
-    """Put the leaves of an adapter on the projections that they are for."""
+def _put_adapters(decoder: Any, leaves: dict[tuple[str, ...], Any]) -> None:
+    """Put the leaves of adapters on the projections that they are for."""
     if not leaves:
         return
     linears = {_key(p): m for p, m in nnx.iter_modules(decoder) if isinstance(m, Linear)}
-    names = ("lora_a", "lora_b", "lora_scale")
-    wrong = [p for p in leaves if p[:-1] not in linears or p[-1] not in names]
-    for path in {path[:-1] for path in leaves} - {path[:-1] for path in wrong}:
-        parts = [leaves.get((*path, name)) for name in names]
-        if any(part is None for part in parts):
-            wrong += [(*path, n) for n, part in zip(names, parts, strict=True) if part is None]
-            continue
-        adapters.hold(linears[path], *parts)
+    sites: dict[tuple[str, ...], dict[str, Any]] = {}
+    for path, leaf in leaves.items():
+        sites.setdefault(path[:-1], {})[path[-1]] = leaf
+    wrong = []
+    for site, parts in sites.items():
+        needed = {"a", "b", "scale"} | ({"dropout", "seed"} if "dropout" in parts else set())
+        if site[-1] == "lora" and site[:-1] in linears and parts.keys() == needed:
+            linears[site[:-1]].put_lora(**parts)
+        else:
+            wrong.append(f"{'/'.join(site)} has {', '.join(sorted(parts))}")
     if wrong:
-        shown = ", ".join(sorted("/".join(path) for path in wrong)[:_SHOWN])
+        shown = "; ".join(sorted(wrong)[:_SHOWN])
         raise CheckpointError(
-            f"the adapter does not fit the decoder: {shown} is missing or unknown; it needs "
-            'lora_a and lora_b in "lora" and lora_scale in "lora_scale" for each projection'
+            f"the adapter does not fit the decoder: {shown}; each projection needs lora/a and "
+            'lora/b in "lora", and lora/scale in "lora_constants"'
         )
 
 

@@ -1,6 +1,8 @@
 """The model a user holds: config, tokenizer, decoder; load, quantize, save, score, generate."""
 
+import dataclasses
 import functools
+import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,20 +22,27 @@ from gemlax.adapters import DEFAULT, Choice
 from gemlax.chat import ChatFormat, Message
 from gemlax.checkpoints import gguf
 from gemlax.checkpoints.stand_ins import refuse_stand_ins
-from gemlax.completion import (
+from gemlax.config import GemmaConfig
+from gemlax.decoder import Decoder, Layers
+from gemlax.engine import MAX_STEPS, Engine, Programs, Request, bucket
+from gemlax.errors import RequestError, UnsupportedError
+from gemlax.generation import (
     Completion,
     Prompt,
-    Request,
+    Reply,
+    RequestBatch,
+    SamplingSettings,
+    Session,
     Stream,
     as_ids,
     check_ids,
     read_prompts,
+    read_settings,
     spelled_marker,
 )
-from gemlax.config import GemmaConfig
-from gemlax.decoder import Decoder, Layers
-from gemlax.errors import RequestError, UnsupportedError
-from gemlax.generate import DecodeState, Engine, bucket
+from gemlax.generation.answers import Answer, drive
+from gemlax.generation.defaults import read_defaults, tell
+from gemlax.generation.settings import describe
 from gemlax.ops.storage import Storage
 from gemlax.options import check_options, choose_mesh, read_dtype
 from gemlax.quantization import (
@@ -45,18 +54,14 @@ from gemlax.quantization import (
     importance_by_rules,
 )
 from gemlax.sampling import check_integer
-from gemlax.scoring import Score, token_logprobs, windows
-from gemlax.session import Reply, Session
-from gemlax.settings import read_defaults, tell
-from gemlax.tokenizer import Tokenizer
+from gemlax.scoring import Score, label_logprobs, windows
+from gemlax.tokenizer import TextStream, Tokenizer
 from gemlax.tokenizer.load import FILES as TOKENIZER_FILES
 from gemlax.weights import build_decoder, held_formats, held_weights, named_weights, weight_reader
 
 __all__ = ["Model", "Score", "load", "load_tokenizer", "quantize", "save"]
 
 _log = logging.getLogger(__name__)
-# Steps between two looks at the host, when nothing is streamed: Ctrl-C waits for no more.
-_BLOCK = 128
 # Tokens of a text that are scored together; each sees at least half as many before it.
 _SCORE_WINDOW = 2048
 
@@ -75,6 +80,7 @@ class Model:
         kv_cache: how caches are held, as for `load`.
         implementation: of stored weights and of attention, as for `load`.
         adapters: by name, those that `generate(adapter=...)` chooses from; `load` puts them there.
+        programs: the compiled programs, which all its engines share.
     """
 
     def __init__(
@@ -99,11 +105,11 @@ class Model:
         self.chat_template = chat_template
         self.generation_config = dict(generation_config or {})
         self.mesh, self.kv_cache = mesh, kv_cache
-        self.dtype = decoder.norm.weight.get_value().dtype
+        self.dtype = decoder.dtype
         known = tokenizer.num_tokens if tokenizer else config.text.num_ids
         while tokenizer and known - 1 in tokenizer.unused_ids:
             known -= 1
-        self.engine = Engine(
+        self.programs = Programs(
             decoder, num_tokens=min(known, config.text.num_ids), dtype=self.dtype, mesh=mesh,
             storage=kv_cache, implementation=implementation, adapters=tuple(self.adapters),
         )  # fmt: skip
@@ -112,15 +118,17 @@ class Model:
         def jit(function: Callable[..., Array], **options: Any) -> Callable[..., Array]:
             def whole(state: Any, tokens: Array, positions: Array, rows: Array | None) -> Array:
                 decoder = nnx.merge(graphdef, state)
-                lora.choose(decoder, rows)
-                return function(decoder, tokens, positions)
+                hidden = decoder(tokens, positions, adapter_rows=rows)[0]
+                return function(decoder, hidden, tokens)
 
             return jax.jit(ops.cpu.bind(implementation, whole), **options)
 
-        self._hidden = jit(lambda decoder, *args: decoder(*args)[0])
-        self._logits = jit(_all_logits)
+        self._hidden = jit(lambda decoder, hidden, tokens: hidden)
+        self._logits = jit(lambda decoder, hidden, tokens: decoder.logits(hidden))
         self._score = jit(
-            token_logprobs,
+            lambda decoder, hidden, tokens: label_logprobs(
+                decoder, hidden[:, :-1], tokens[:, 1:], tokens[:, 1:] >= 0, mesh=mesh
+            ),
             out_shardings=None if mesh is None else sharding.replicated(mesh),
         )
 
@@ -164,7 +172,7 @@ class Model:
 
     def _entries(self, adapter: Choice, batch: int) -> Array | None:
         chosen = lora.entries(tuple(self.adapters), adapter, batch)
-        return self.engine.put(np.asarray(chosen, np.int32)) if self.adapters else None
+        return self.programs.put(np.asarray(chosen, np.int32)) if self.adapters else None
 
     def _padded(self, tokens: Any, lengths: Any) -> tuple[Array, Array]:
         ids = np.asarray(tokens)
@@ -180,7 +188,7 @@ class Model:
         valid = columns[None] < lengths[:, None]
         check_ids(ids[valid], self.config.text, self.tokenizer)
         positions = np.where(valid, columns[None], ops.EMPTY).astype(np.int32)
-        return self.engine.put((np.where(valid, ids, 0).astype(np.int32), positions))
+        return self.programs.put((np.where(valid, ids, 0).astype(np.int32), positions))
 
     def score(
         self,
@@ -214,70 +222,55 @@ class Model:
         return Score(total, count)
 
     def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int | None = None,
-        context: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-        no_repeat_ngram_size: int | None = None,
-        bad_words: Sequence[str | Sequence[int]] | None = None,
-        min_new_tokens: int | None = None,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | Sequence[int] = 0,
-        stop: str | Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
-        logprobs: int | None = None,
-        speculate: int | None = None,
-        parse_special: bool = False,
-        adapter: Choice = DEFAULT,
+        self, prompt: Prompt, settings: SamplingSettings | None = None, **changes: Any
     ) -> Completion | list[Completion]:
-        """Continue a prompt, or several at once. None: as the checkpoint's generation_config says.
+        """Continue a prompt, or several at once.
 
         Args:
             prompt: a str, a list of str, or a list of lists of ids. A str gets one BOS.
-            max_new_tokens: the most tokens to generate; not said: 256.
-            context: the most tokens of prompt and output together; None: what the model takes.
-            temperature, top_k, top_p, min_p, repetition_penalty: not said: temperature 0 (arg-max)
-                and everything else off. top_k 0 turns it off. The repetition penalty counts prompt
-                and output, the presence and frequency penalties the output.
-            no_repeat_ngram_size: so many tokens in a row come once, the prompt's included; 0: off.
-            bad_words: words or lists of ids that may not come.
-            min_new_tokens: before it no stop id comes.
-            logit_bias: added to the logits of these ids; -inf forbids one.
-            seed: row r draws with seed + r; a list gives each row its own.
-            stop: strings that end the text; they are not part of it. One that spells a control
-                token, as <end_of_turn>, ends it at the token.
-            stop_ids: ids that end a row, besides those of the checkpoint.
-            logprobs: also return the log-probability of each token and the n (0 to 20) likeliest.
-            speculate: draft up to so many tokens (at most 15) from the text so far, and judge them
-                in one step: the same tokens but for near ties, and sooner where a text repeats.
-                None or 0: off.
-            parse_special: read markers in a str, as <start_of_turn>, as control tokens.
-            adapter: the name of one that was loaded, or a list with one for each prompt; None: the
-                base. Without it, the adapter called "default", if there is one.
+            settings: how; None: as the checkpoint's generation_config says.
+            **changes: settings by name, as in `generate(prompt, temperature=0.7)`.
 
         Raises:
             RequestError: a setting outside its range, or a prompt that does not fit.
+
+        The settings:
         """
-        options = {k: v for k, v in locals().items() if k not in ("self", "prompt")}
-        request = self._request(prompt, options)
-        rows = None
-        for rows in request.run(itertools.repeat(_BLOCK)):
-            request.push(rows)
-        completions = [request.completion(row, rows) for row in range(len(request.prompts))]
+        chosen = read_settings(settings, changes)
+        batch = self._requests(self._ids(prompt, chosen.parse_special), chosen)
+        answers = [self._answer(batch, request) for request in batch.requests]
+        texts = dict.fromkeys(map(id, answers), "")
+        for answer, piece in drive(
+            self._engine(len(answers), *batch.requests), answers, itertools.repeat(MAX_STEPS)
+        ):
+            if answer.parser is not None:
+                texts[id(answer)] += piece
+        completions = [answer.completion(texts[id(answer)]) for answer in answers]
         return completions[0] if isinstance(prompt, str) else completions
 
-    def stream(self, prompt: str | Sequence[int], **settings: Any) -> Stream:
+    generate.__doc__ = inspect.cleandoc(generate.__doc__ or "") + "\n" + describe()
+
+    def _engine(self, slots: int, *requests: Request) -> Engine:
+        """Return an engine with room for requests; it grows when longer ones come."""
+        capacity = max((request.max_length for request in requests), default=1)
+        return Engine(self.programs, slots, capacity)
+
+    def _answer(self, batch: RequestBatch, request: Request) -> Answer:
+        stream = TextStream(self.tokenizer, batch.stop) if self.tokenizer else None
+        return Answer(request, stream, batch.num_logprobs)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        settings: SamplingSettings | None = None,
+        **changes: Any,
+    ) -> Stream:
         """Generate for one prompt and yield the text piece by piece; settings as for `generate`."""
-        one = prompt if isinstance(prompt, str) else [prompt]
-        return Stream(self._request(one, settings))
+        chosen = read_settings(settings, changes)
+        one: Prompt = prompt if isinstance(prompt, str) else [prompt]
+        batch = self._requests(self._ids(one, chosen.parse_special), chosen)
+        (request,) = batch.requests
+        return Stream(self._engine(1, request), self._answer(batch, request))
 
     def chat(
         self,
@@ -288,7 +281,8 @@ class Model:
         stream: bool = False,
         continue_final_message: bool | None = None,
         template_args: Mapping[str, Any] | None = None,
-        **sampling: Any,
+        settings: SamplingSettings | None = None,
+        **changes: Any,
     ) -> Message | Reply:
         """Answer a conversation.
 
@@ -303,7 +297,7 @@ class Model:
                 assistant's, and holds only what is new; None: if that is the last message. False
                 begins a new answer.
             template_args: further variables of the checkpoint's chat template.
-            **sampling: settings of `generate`, but `logprobs`; `stop` is looked for in the
+            settings, **changes: as for `generate`, except `logprobs`; `stop` is looked for in the
                 content alone.
 
         Raises:
@@ -312,8 +306,8 @@ class Model:
         """
         how: dict[str, Any] = {"thinking": thinking, "template_args": template_args}
         how |= {"tools": tools, "continue_final_message": continue_final_message}
-        reply = self._reply(messages, how=how, options=sampling)
-        return reply if stream else reply.finish(itertools.repeat(_BLOCK))
+        reply = self._reply(messages, how, read_settings(settings, changes))
+        return reply if stream else reply.finish(itertools.repeat(MAX_STEPS))
 
     def session(
         self,
@@ -322,33 +316,39 @@ class Model:
         tools: Iterable[Any] | None = None,
         thinking: bool | None = None,
         template_args: Mapping[str, Any] | None = None,
-        **sampling: Any,
+        settings: SamplingSettings | None = None,
+        **changes: Any,
     ) -> Session:
         """Start a conversation that keeps its cache: each turn prefills only what is new."""
         _ = self.chat_format  # a model that has no tokenizer says so now
-        told = None if tools is None else list(tools)
-        how = {"tools": told, "thinking": thinking, "template_args": template_args}
-        ask = functools.partial(self._reply, how=how, options=sampling)
-        context = sampling.get("context") or self.config.text.max_position_embeddings
-        return Session(ask, context, system)
+        declared = None if tools is None else list(tools)
+        how = {"tools": declared, "thinking": thinking, "template_args": template_args}
+        chosen = read_settings(settings, changes)
+        context = chosen.context or self.config.text.max_position_embeddings
+
+        def ask(messages: list[Any], engine: Engine) -> Reply:
+            return self._reply(messages, how, chosen, engine)
+
+        return Session(ask, lambda: self._engine(1), context, system)
 
     def _reply(
         self,
         messages: Iterable[Mapping[str, Any] | Message],
-        *,
         how: Mapping[str, Any],
-        options: Mapping[str, Any],
-        before: DecodeState | None = None,
+        settings: SamplingSettings,
+        engine: Engine | None = None,
     ) -> Reply:
-        """`how`: keywords of `ChatFormat.encode`."""
-        if options.get("logprobs") is not None:
+        """`how`: keywords of `ChatFormat.encode`. `engine` None: one of its own."""
+        if settings.logprobs is not None:
             raise RequestError("a chat gives no logprobs; use generate")
-        if options.get("parse_special"):
+        if settings.parse_special:
             raise RequestError("no text of a chat is read as a control token: no parse_special")
         ids = self.chat_format.encode(messages, **how)
-        stops = (*self.chat_format.stop_ids, *as_ids(options.get("stop_ids"), "stop_ids"))
-        request = self._request([ids], {**options, "stop_ids": stops})
-        return Reply(request, self.chat_format.parser(ids, request.stop), before)
+        stops = (*self.chat_format.stop_ids, *as_ids(settings.stop_ids, "stop_ids"))
+        batch = self._requests([ids], dataclasses.replace(settings, stop_ids=stops))
+        (request,) = batch.requests
+        parser = self.chat_format.parser(ids, batch.stop)
+        return Reply(engine or self._engine(1, request), request, parser)
 
     @functools.cached_property
     def chat_format(self) -> ChatFormat:
@@ -360,10 +360,9 @@ class Model:
         empty_thought = not self.config.text.hidden_size_per_layer_input
         return ChatFormat(self.tokenizer, self.chat_template, empty_thought=empty_thought)
 
-    def _request(self, prompt: Prompt, options: Mapping[str, Any]) -> Request:
-        prompts = self._ids(prompt, options.get("parse_special", False))
-        return Request(
-            self.engine, self.config, self.tokenizer, self.generation_config, prompts, options
+    def _requests(self, prompts: list[list[int]], settings: SamplingSettings) -> RequestBatch:
+        return RequestBatch(
+            self.programs, self.config, self.tokenizer, self.generation_config, prompts, settings
         )
 
     def _ids(self, prompt: Prompt, parse_special: bool = False) -> list[list[int]]:
@@ -381,10 +380,6 @@ class Model:
             )
         config = self.config.text
         return read_prompts(prompt, self.tokenizer, config, parse_special=parse_special)
-
-
-def _all_logits(decoder: Decoder, tokens: Array, positions: Array) -> Array:
-    return decoder.logits(decoder(tokens, positions)[0])
 
 
 def load(
@@ -442,7 +437,7 @@ def load(
             mesh=placed, codes=codes_of(source, rules, calibration),
         )  # fmt: skip
         decoder.base = lora.base_of(path_or_name, source.source, source.config)
-        lora.put_tables(decoder, stored)
+        lora.put_folders(decoder, stored)
         return Model(
             source.config, decoder, tokenizer, source.generation_config, template, mesh=placed,
             kv_cache=kv_cache, implementation=implementation, adapters=stored,
@@ -500,7 +495,7 @@ def quantize(model: Model, rules: Rules, *, calibration: Texts | None = None) ->
 
     importance = importance_by_rules(rules, model.config, fill, model.tokenizer, calibration)
     decoder = build_decoder(
-        model.config.text, fill, dtype=model.dtype, layers="scan" if old.scanned else "unroll",
+        model.config.text, fill, dtype=model.dtype, layers=old.layout,
         codes=codes_by_rules(model.config.text, fill, rules, importance),
     )  # fmt: skip
     decoder.base = old.base

@@ -3,17 +3,15 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
 
+from gemlax import ops, sharding
 from gemlax.decoder import Decoder
+from gemlax.qtensor import shape_of
 
-__all__ = ["Score", "token_logprobs", "windows"]
-
-# Tokens whose logits exist at a time.
-_ROWS = 128
+__all__ = ["Score", "label_logprobs", "windows"]
 
 
 class Score(NamedTuple):
@@ -47,21 +45,24 @@ def windows(
         scored = end
 
 
-def token_logprobs(
-    decoder: Decoder, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
-) -> Float[Array, "B T-1"]:
-    """Return the log-probabilities of tokens[:, 1:]; logits exist for a block at a time."""
-    hidden = decoder(tokens, positions)[0][:, :-1]
-    targets = tokens[:, 1:]
-    pad = -hidden.shape[1] % _ROWS if hidden.shape[1] > _ROWS else 0
-    rows = min(_ROWS, hidden.shape[1])
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(-1, rows, hidden.shape[-1])
-    flat = jnp.pad(targets, ((0, 0), (0, pad))).reshape(-1, rows)
+def label_logprobs(
+    decoder: Decoder,
+    hidden: Float[Array, "B T D"],
+    labels: Int[Array, "B T"],
+    wanted: Bool[Array, "B T"],
+    *,
+    frozen: bool = True,
+    mesh: Mesh | None = None,
+) -> Float[Array, "B T"]:
+    """Return the log-probability of each label where `wanted`, elsewhere 0.
 
-    def block(args: tuple[Array, Array]) -> Array:
-        logits = decoder.logits(args[0])
-        own = jnp.take_along_axis(logits, args[1][:, None], axis=-1)[:, 0]
-        return own - jax.nn.logsumexp(logits, axis=-1)
-
-    out = jax.lax.map(block, (hidden, flat)).reshape(tokens.shape[0], -1)
-    return out[:, : targets.shape[1]]
+    Args:
+        frozen: what makes the logits gets no gradient.
+        mesh: over which the decoder's weights lie.
+    """
+    table = decoder.head.weight.get_value()
+    shards, groups = sharding.parts(mesh, "vocab"), sharding.parts(mesh, "batch")
+    shards = shards if shape_of(table)[0] % shards == 0 else 1
+    groups = groups if len(labels) % groups == 0 else 1
+    head = ops.Head(table, decoder.config.final_logit_softcapping, frozen, shards)
+    return ops.chunked_logprobs(head, hidden, labels, wanted, groups=groups)

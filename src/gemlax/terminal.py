@@ -1,6 +1,6 @@
 """The terminal chat: turns read, answers streamed, what it cost said after each.
 
-It prints through what it is given, and knows no model, only a session and the engine's counters.
+It prints through what it is given, and knows no model, only a session.
 """
 
 import signal
@@ -12,8 +12,7 @@ from typing import Any, Protocol
 
 from gemlax.chat import Message
 from gemlax.errors import RequestError
-from gemlax.generate import Counters
-from gemlax.session import Reply, Session
+from gemlax.generation import Reply, Session
 
 __all__ = ["HELP", "Terminal"]
 
@@ -33,12 +32,11 @@ class Write(Protocol):
 class Terminal:
     """One chat. `turns` lists what was said and what it cost; `failed`, whether a turn did."""
 
-    def __init__(self, session: Session, counters: Counters, write: Write, note: Write):
+    def __init__(self, session: Session, write: Write, note: Write):
         """`write` takes what the model says, `note` what is said about it."""
         self.turns: list[dict[str, Any]] = []
         self.failed = False
-        self._session, self._counters = session, counters
-        self._write, self._note = write, note
+        self._session, self._write, self._note = session, write, note
 
     def run(self, read: Callable[[], str]) -> None:
         """Answer what `read` returns until it raises EOFError or /exit is read."""
@@ -65,25 +63,24 @@ class Terminal:
             full = "; /reset starts anew" if "context" in str(error) else ""
             self._note(f"{error}{full}")
             return
-        before = (self._counters.decode_tokens, self._counters.decode_s)
-        prefilled = self._counters.prefill_tokens
         begin = time.perf_counter()
         with _interrupts(reply) as interrupted:
             self._show(reply)
-        message = reply.message
+        message, done = reply.message, reply.completion
         assert message is not None
-        tokens = self._counters.decode_tokens - before[0]
-        seconds = self._counters.decode_s - before[1]
+        assert done is not None
+        usage = done.usage
+        speed = usage.num_tokens / usage.decode_s if usage.decode_s > 0 else None
         turn = {
             "content": message.content,
             "reasoning": message.reasoning,
             "tool_calls": message.tool_calls,
             "finish_reason": message.finish_reason,
             "prompt_tokens": reply.num_prompt_tokens,
-            "prefill_tokens": self._counters.prefill_tokens - prefilled,
-            "tokens": tokens,
-            "decode_tok_s": round(tokens / seconds, 2) if tokens and seconds > 0 else None,
-            "accepted_per_step": _rounded(reply.accepted_per_step),
+            "prefill_tokens": usage.num_prefilled_tokens,
+            "tokens": usage.num_tokens,
+            "decode_tok_s": _rounded(speed),
+            "accepted_per_step": _rounded(done.accepted_per_step),
             "seconds": round(time.perf_counter() - begin, 3),
             "context_used": self._session.num_tokens,
         }

@@ -243,7 +243,7 @@ def held_formats(decoder: Decoder) -> dict[str, Format]:
 
     A matrix whose bits are held is none of them where it has the dtype of the decoder.
     """
-    flat, dtype = _variables(decoder), decoder.norm.weight.get_value().dtype
+    flat, dtype = _variables(decoder), decoder.dtype
     found = {name: _place(decoder, flat, name)[0] for name in _canonical_names(decoder.config)}
     return {
         name: value.format
@@ -254,7 +254,7 @@ def held_formats(decoder: Decoder) -> dict[str, Format]:
 
 def weight_reader(decoder: Decoder) -> Callable[[str], np.ndarray]:
     """Return what reads a weight by canonical name, in the dtype of the decoder."""
-    flat, dtype = _variables(decoder), decoder.norm.weight.get_value().dtype
+    flat, dtype = _variables(decoder), decoder.dtype
 
     def read(name: str) -> np.ndarray:
         held = _held(decoder, flat, name)
@@ -273,7 +273,7 @@ def _place(
     decoder: Decoder, flat: Mapping[tuple[Any, ...], Any], name: str
 ) -> tuple[Any, int | None]:
     """Return the array, stack or codes that a weight lies in, and its row there."""
-    path, row = weight_path(decoder.config, "scan" if decoder.scanned else "unroll", name)
+    path, row = weight_path(decoder.config, decoder.layout, name)
     value: Any = flat[path].get_value()
     if isinstance(value, Mixed):
         assert row is not None

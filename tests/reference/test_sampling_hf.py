@@ -10,8 +10,8 @@ from reference.toys import GEMMA_3, toy
 from transformers.generation import logits_process as theirs
 
 from gemlax import Model
+from gemlax.generation.defaults import read_defaults
 from gemlax.sampling import adjust, make_sampling
-from gemlax.settings import read_defaults
 
 VOCAB, ROWS, WIDTH = 30, 6, 24
 ENDS = [1, 7]
@@ -74,7 +74,7 @@ def test_logits_are_what_transformers_makes_of_them(case):
         prompts = np.maximum(1, lengths - random.integers(0, 5, ROWS))
         history = random.integers(0, 10, (ROWS, WIDTH))  # few ids, so that much repeats
         history[np.arange(WIDTH)[None] >= lengths[:, None]] = VOCAB
-        made = make_sampling(ROWS, VOCAB, [0] * ROWS, **ours)
+        made = make_sampling(VOCAB, [0] * ROWS, **ours)
         ends = (jnp.asarray(x, jnp.int32) for x in (prompts, lengths))
         found = np.asarray(
             adjust(jnp.asarray(logits), made, jnp.asarray(history, jnp.int32), *ends)

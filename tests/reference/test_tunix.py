@@ -17,10 +17,9 @@ import pytest
 from tunix.sft import peft_trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tuning import SMALL, decoder_of, rows, trainer
+from tuning import SMALL, decoder_of, rows, token_logprobs, trainer
 
 from gemlax import adapters
-from gemlax.tune.losses import token_logprobs
 
 RATE, STEPS = 1e-2, 3
 

@@ -1,13 +1,13 @@
-"""Adapters on a decoder: put there, switched off, merged into its weights, taken off.
+"""Adapters on a decoder: a table of them put there, merged into its weights, taken off.
 
-The trainable parameters are the `nnx.LoRAParam` variables, lora_a and lora_b of the `Linear`s that
-are adapted; everything else stays as it is. Of scanned layers they are stacked. Layers of one stack
-with smaller ranks, or with no adapter, are filled up with zeros, whose gradients are zero.
+The trainable parameters are the `nnx.LoRAParam` variables, A and B in the `lora` of the `Linear`s
+that are adapted; everything else stays as it is. Of scanned layers they are stacked. Smaller ranks,
+and layers of a stack that an adapter leaves alone, are filled up with zeros, whose gradients are
+zero. What a call does with the table is in its arguments; see `Decoder`.
 """
 
-import contextlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,47 +18,25 @@ from jax.sharding import NamedSharding
 
 from gemlax import sharding
 from gemlax.adapters.rules import Adapter, Module, Rules, resolve
-from gemlax.decoder import Decoder, Layers, weight_path
+from gemlax.decoder import Decoder, weight_path
 from gemlax.errors import RequestError
-from gemlax.layers import Linear
+from gemlax.layers import Linear, LoRA
 from gemlax.qtensor import At, QTensor, dense, pack_bfloat16
 
-__all__ = [
-    "Kept",
-    "LoRAScale",
-    "Place",
-    "adapted",
-    "adapter_of",
-    "attach",
-    "detach",
-    "dropout",
-    "hold",
-    "lora_enabled",
-    "merge",
-    "places",
-    "put",
-    "read",
-    "unmerge",
-]
+__all__ = ["Merged", "adapted", "adapter_of", "attach", "detach", "merge", "put", "read", "unmerge"]
 
 _DTYPES = ("float32", "bfloat16")
+# An adapter, and A [r, in] and B [out, r] by name of module.
+Entry = tuple[Adapter, Mapping[str, tuple[Any, Any]]]
 
 
-class LoRAScale(nnx.Variable):
-    """What the update of a layer is multiplied with; not trained."""
-
-
-class LoRAChoice(nnx.Variable):
-    """What is put there for one call: the rows of a table, or a key for dropout."""
-
-
-class Place(NamedTuple):
-    """A `Linear` of a decoder, and the modules that it stands for by row of its stack."""
+class Site(NamedTuple):
+    """A `Linear` of a decoder that is adapted, and the modules that it stands for."""
 
     linear: Linear
     path: tuple[str | int, ...]
-    layers: int | None  # in the stack; None: no stack
-    modules: tuple[tuple[int | None, Module], ...]
+    num_layers: int | None  # in the stack; None: no stack
+    layers: dict[str, int]  # the row of each module in the stack, by name; 0 without a stack
 
 
 def attach(decoder: Decoder, rules: Rules, *, key: jax.Array, dtype: Any = jnp.float32) -> Adapter:
@@ -79,121 +57,123 @@ def attach(decoder: Decoder, rules: Rules, *, key: jax.Array, dtype: Any = jnp.f
     """
     adapter = resolve(rules, decoder.config)
 
-    def draw(module: Module) -> tuple[jax.Array, jax.Array]:
-        own = jax.random.fold_in(key, zlib.crc32(module.name.encode()))
+    def draw(module: Module) -> tuple[jax.Array, np.ndarray]:
         out, width = module.shape
         bound = width**-0.5
+        module_key = jax.random.fold_in(key, _seed(module.name))
         shape = (module.rank, width)
-        a = jax.random.uniform(own, shape, jnp.float32, minval=-bound, maxval=bound)
-        return a, jnp.zeros((out, module.rank), jnp.float32)
+        a = jax.random.uniform(module_key, shape, jnp.float32, minval=-bound, maxval=bound)
+        return a, np.zeros((out, module.rank), np.float32)
 
-    put(decoder, adapter, {module.name: draw(module) for module in adapter}, dtype=dtype)
+    put(decoder, [(adapter, {module.name: draw(module) for module in adapter})], dtype=dtype)
     return adapter
 
 
-def put(decoder: Decoder, adapter: Adapter, values: Any, *, dtype: Any = jnp.float32) -> None:
-    """Put an adapter with given values on a decoder: (A, B) by name of module."""
+def put(decoder: Decoder, table: Sequence[Entry | None], *, dtype: Any = jnp.float32) -> None:
+    """Put a table of adapters on a decoder, in place; an entry that is None changes nothing.
+
+    Only a table of one can be trained, merged and saved: the decoder has its record.
+    """
     dtype = jnp.dtype(dtype)
     if dtype.name not in _DTYPES:
         raise RequestError(f"an adapter is {' or '.join(_DTYPES)}, got {dtype.name}")
-    if decoder.adapter is not None or any(adapted(decoder)):
+    if any(adapted(decoder)):
         raise RequestError("the decoder has an adapter; detach or merge it first")
-    for place in places(decoder, adapter):
-        rank = max(module.rank for _, module in place.modules)
-        modules = [module for _, module in place.modules]
-        parts = [_filled(adapter, module, values[module.name], rank) for module in modules]
-        if place.layers is None:
-            a, b, scale = parts[0]
-        else:
-            rows = np.asarray([row for row, _ in place.modules])
-            stacked = (jnp.stack(part) for part in zip(*parts, strict=True))
-            a, b, scale = (
-                jnp.zeros((place.layers, *part.shape[1:]), part.dtype).at[rows].set(part)
-                for part in stacked
-            )
-        set_parts(decoder, place, a.astype(dtype), b.astype(dtype), scale)
-    decoder.adapter = adapter
+    union = {module.name: module for entry in table if entry for module in entry[0]}
+    for site in _sites(decoder, union):
+        parts = _parts(site, table, union)
+        parts |= {"a": parts["a"].astype(dtype), "b": parts["b"].astype(dtype)}
+        if site.num_layers is None:
+            parts = {name: part[0] for name, part in parts.items()}
+        site.linear.put_lora(**_placed(decoder, site, parts))
+    decoder.adapter = table[0][0] if len(table) == 1 and table[0] else None
 
 
-def _filled(
-    adapter: Adapter, module: Module, pair: tuple[Any, Any], rank: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return A, B and the scale of a module, with zeros up to the rank of its stack."""
-    more = rank - module.rank
-    a, b = (jnp.asarray(part, jnp.float32) for part in pair)
-    return (
-        jnp.pad(a, ((0, more), (0, 0))),
-        jnp.pad(b, ((0, 0), (0, more))),
-        jnp.float32(adapter.scale(module)),
-    )
+def _parts(
+    site: Site, table: Sequence[Entry | None], union: Mapping[str, Module]
+) -> dict[str, Any]:
+    """Return the arrays of the `LoRA` of a site, each with a leading axis of layers."""
+    by_entry = [
+        (number, adapter.scale(module), module, values[module.name])
+        for number, (adapter, values) in ((n, entry) for n, entry in enumerate(table) if entry)
+        for module in adapter
+        if module.name in site.layers
+    ]
+    out, width = by_entry[0][2].shape
+    rank = max(module.rank for _, _, module, _ in by_entry)
+    front = (site.num_layers or 1, len(table))
+    a, b = np.zeros((*front, rank, width), np.float32), np.zeros((*front, out, rank), np.float32)
+    scale, dropout = np.zeros(front, np.float32), np.zeros(front, np.float32)
+    for number, factor, module, (a_values, b_values) in by_entry:
+        row = site.layers[module.name], number
+        a[row][: module.rank], b[row][:, : module.rank] = a_values, b_values
+        scale[row], dropout[row] = factor, module.dropout
+    parts: dict[str, Any] = {"a": a, "b": b, "scale": scale}
+    if dropout.any():
+        seeds = np.zeros(front[0], np.uint32)
+        for name, layer in site.layers.items():
+            seeds[layer] = _seed(name)
+        parts |= {"dropout": dropout, "seed": seeds}
+    return parts
 
 
-def set_parts(decoder: Decoder, place: Place, a: Any, b: Any, scale: Any) -> None:
-    """Put arrays on a `Linear`; on a mesh they are cut as its weight is."""
-    out_axis, in_axis = place.linear.weight.get_metadata()["axes"]
-    front = a.ndim - 2 - (place.layers is not None)  # a table of several adapters
-    a_axes = (*(None,) * front, None, in_axis)
-    b_axes = (*(None,) * front, out_axis, None)
-    held: Any = place.linear.weight.get_value()
-    placed = held.sharding if isinstance(held, jax.Array) and _is_concrete(held) else None
-    if isinstance(placed, NamedSharding):
-        mesh: Any = placed.mesh
-        name = f"{place.modules[0][1].name}.weight"
-        stacked = place.layers is not None
-
-        def cut(array: Any, axes: Any) -> Any:
-            how = sharding.weight_sharding(
-                mesh, decoder.config, name, axes, array.shape[stacked:], stacked=stacked
-            )
-            return jax.device_put(array, how)
-
-        a, b = cut(a, a_axes), cut(b, b_axes)
-        scale = jax.device_put(scale, sharding.replicated(mesh))
-    hold(place.linear, a, b, scale, front=front)
+def _seed(name: str) -> int:
+    """Return what tells a module's draws from those of others, wherever the module lies."""
+    return zlib.crc32(name.encode())
 
 
-def hold(linear: Any, a: Any, b: Any, scale: Any, *, front: int = 0) -> None:
-    """Set the variables of a `Linear`; `front` is 1 for tables, which have an axis of entries."""
-    out_axis, in_axis = linear.weight.get_metadata()["axes"]
-    linear.lora_a = nnx.LoRAParam(a, axes=(*(None,) * front, None, in_axis))
-    linear.lora_b = nnx.LoRAParam(b, axes=(*(None,) * front, out_axis, None))
-    linear.lora_scale = LoRAScale(scale, axes=(None,) * front)
+def _placed(decoder: Decoder, site: Site, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Put arrays on devices; on a mesh, A and B are cut as the weight of their site is."""
+    weight: Any = site.linear.weight.get_value()
+    is_concrete = isinstance(weight, jax.Array) and not isinstance(weight, jax.core.Tracer)
+    placed = weight.sharding if is_concrete else None
+    if not isinstance(placed, NamedSharding):
+        return {name: jnp.asarray(part) for name, part in parts.items()}
+    mesh: Any = placed.mesh
+    out_axis, in_axis = site.linear.weight.get_metadata()["axes"]
+    axes = {"a": (None, None, in_axis), "b": (None, out_axis, None)}
+    stacked = site.num_layers is not None
+    name = f"{next(iter(site.layers))}.weight"
+    how = {
+        part: sharding.weight_sharding(
+            mesh, decoder.config, name, axes[part], parts[part].shape[stacked:], stacked=stacked
+        )
+        for part in axes
+    }
+    everywhere = sharding.replicated(mesh)
+    return {name: jax.device_put(part, how.get(name, everywhere)) for name, part in parts.items()}
 
 
-def _is_concrete(array: jax.Array) -> bool:
-    return not isinstance(array, jax.core.Tracer)
-
-
-def places(decoder: Decoder, adapter: Adapter) -> list[Place]:
-    """Return the `Linear`s that an adapter changes, each once."""
-    layers: Layers = "scan" if decoder.scanned else "unroll"
-    found: dict[tuple[str | int, ...], list[tuple[int | None, Module]]] = {}
-    for module in adapter:
-        path, row = weight_path(decoder.config, layers, f"{module.name}.weight")
-        found.setdefault(path[:-1], []).append((row, module))
-    linears = {path: linear for path, linear in nnx.iter_modules(decoder) if path in found}
-    result = []
-    for path, modules in found.items():
-        linear: Any = linears[path]
-        held: Any = linear.weight.get_value()
-        stacked = modules[0][0] is not None
-        result.append(Place(linear, path, held.shape[0] if stacked else None, tuple(modules)))
-    return result
+def _sites(decoder: Decoder, names: Iterable[str]) -> list[Site]:
+    """Return the `Linear`s of some modules, each once."""
+    layers: dict[tuple[str | int, ...], dict[str, int]] = {}
+    stacked = set()
+    for name in names:
+        path, row = weight_path(decoder.config, decoder.layout, f"{name}.weight")
+        layers.setdefault(path[:-1], {})[name] = row or 0
+        if row is not None:
+            stacked.add(path[:-1])
+    linears: Any = dict(nnx.iter_modules(decoder))
+    return [
+        Site(
+            linears[path],
+            path,
+            linears[path].weight.get_value().shape[0] if path in stacked else None,
+            rows,
+        )
+        for path, rows in layers.items()
+    ]
 
 
 def adapted(decoder: Decoder) -> Iterator[Linear]:
     """Yield the `Linear`s that have an adapter."""
     for _, module in nnx.iter_modules(decoder):
-        if isinstance(module, Linear) and module.lora_a is not None:
+        if isinstance(module, Linear) and module.lora is not None:
             yield module
 
 
 def adapter_of(decoder: Decoder) -> Adapter:
-    """Return the record of the adapter on a decoder.
-
-    Raises:
-        RequestError: there is none.
-    """
+    """Return the record of the adapter on a decoder."""
     if decoder.adapter is None:
         raise RequestError("the decoder has no adapter; attach or restore one")
     return decoder.adapter
@@ -201,78 +181,35 @@ def adapter_of(decoder: Decoder) -> Adapter:
 
 def read(decoder: Decoder) -> Iterator[tuple[Module, np.ndarray, np.ndarray]]:
     """Yield (module, A, B) of each module that is adapted, in host memory."""
-    adapter = adapter_of(decoder)
-    by_name = {m.name: (p, row) for p in places(decoder, adapter) for row, m in p.modules}
-    host: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
-    for module in adapter:
-        place, row = by_name[module.name]
-        if place.path not in host:
-            parts = (place.linear.lora_a, place.linear.lora_b)
-            host[place.path] = tuple(np.asarray(part.get_value()) for part in parts)  # type: ignore[assignment]
-        a, b = host[place.path]
-        if row is not None:
-            a, b = a[row], b[row]
+    modules = {module.name: module for module in adapter_of(decoder)}
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for site in _sites(decoder, modules):
+        assert site.linear.lora is not None
+        a, b = (np.asarray(part.get_value()) for part in (site.linear.lora.a, site.linear.lora.b))
+        for name, layer in site.layers.items():
+            row = (0,) if site.num_layers is None else (layer, 0)
+            pairs[name] = a[row], b[row]
+    for name, module in modules.items():
+        a, b = pairs[name]
         yield module, a[: module.rank], b[:, : module.rank]
 
 
 def detach(decoder: Decoder) -> None:
-    """Take the adapter off a decoder, in place."""
-    for linear in adapted(decoder):
-        for name in ("lora_a", "lora_b", "lora_scale", "lora_rows", "lora_dropout", "lora_off"):
-            if name in vars(linear):
-                delattr(linear, name)
+    """Take the adapters off a decoder, in place."""
+    for linear in list(adapted(decoder)):
+        del linear.lora
     decoder.adapter = None
 
 
-@contextlib.contextmanager
-def lora_enabled(decoder: Decoder, enabled: bool = True) -> Iterator[None]:
-    """Switch the adapter of a decoder on or off inside; programs traced before keep theirs."""
-    linears: list[Any] = list(adapted(decoder))
-    before = [linear.lora_off for linear in linears]
-    try:
-        for linear in linears:
-            linear.lora_off = not enabled
-        yield
-    finally:
-        for linear, off in zip(linears, before, strict=True):
-            linear.lora_off = off
-
-
-def dropout(decoder: Decoder, key: jax.Array | None) -> None:
-    """Turn the dropout of an adapter on, with the key of one step; None: off.
-
-    Called where the loss is traced, on the decoder that was put together there:
-
-        def loss(trained, key):
-            decoder = nnx.merge(graphdef, trained, rest)
-            adapters.dropout(decoder, key)
-    """
-    for place in places(decoder, adapter_of(decoder)):
-        linear: Any = place.linear
-        if "lora_dropout" in vars(linear):
-            del linear.lora_dropout
-        if key is None or not any(module.dropout for _, module in place.modules):
-            continue
-        # A key is that of its module, wherever the module lies.
-        named, rates = np.zeros(place.layers or 1, np.uint32), np.zeros(place.layers or 1, "f4")
-        for row, module in place.modules:
-            named[row or 0], rates[row or 0] = zlib.crc32(module.name.encode()), module.dropout
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(named))
-        value = (keys, jnp.asarray(rates))
-        if place.layers is None:
-            value = jax.tree.map(lambda array: array[0], value)
-        linear.lora_dropout = LoRAChoice(value)
-
-
-class Kept(NamedTuple):
-    """What `merge` replaced: hand it to `unmerge`."""
+class Merged(NamedTuple):
+    """What `merge` replaced, by path of its `Linear`: hand it to `unmerge`."""
 
     adapter: Adapter
     weights: dict[tuple[str | int, ...], Any]
-    parts: dict[tuple[str | int, ...], tuple[Any, Any, Any]]
+    loras: dict[tuple[str | int, ...], LoRA]
 
 
-def merge(decoder: Decoder) -> Kept:
+def merge(decoder: Decoder) -> Merged:
     """Add the adapter to the weights of a decoder, in place; return what `unmerge` takes.
 
     A weight that is changed becomes floats in the dtype of the decoder, rounded once. The base is
@@ -280,46 +217,42 @@ def merge(decoder: Decoder) -> Kept:
     make a `gemlax.Model` of it afterwards.
     """
     adapter = adapter_of(decoder)
-    dtype = decoder.norm.weight.get_value().dtype
-    kept = Kept(adapter, {}, {})
-    for place in places(decoder, adapter):
-        linear: Any = place.linear
-        base = linear.weight.get_value()
-        a, b, scale = (
-            part.get_value() for part in (linear.lora_a, linear.lora_b, linear.lora_scale)
-        )
-        kept.weights[place.path], kept.parts[place.path] = base, (a, b, scale)
-        merged: Any = _merged(base, a, b, scale, dtype, place.layers)
-        if isinstance(base, QTensor) and base.format == "bfloat16" and merged.dtype == jnp.bfloat16:
+    replaced = Merged(adapter, {}, {})
+    for site in _sites(decoder, [module.name for module in adapter]):
+        lora: Any = site.linear.lora
+        weight: Any = site.linear.weight.get_value()
+        replaced.weights[site.path], replaced.loras[site.path] = weight, lora
+        parts = [part.get_value() for part in (lora.a, lora.b, lora.scale)]
+        merged: Any = _merged(weight, parts, decoder.dtype, site.num_layers)
+        is_bits = isinstance(weight, QTensor) and weight.format == "bfloat16"
+        if is_bits and merged.dtype == jnp.bfloat16:
             merged = pack_bfloat16(merged)
-        linear.weight.set_value(merged)
+        site.linear.weight.set_value(merged)
     detach(decoder)
-    return kept
+    return replaced
 
 
-def _merged(base: Any, a: Any, b: Any, scale: Any, dtype: Any, layers: int | None) -> jax.Array:
-    def one(weight: Any, a: Any, b: Any, scale: Any) -> jax.Array:
-        update = b.astype(jnp.float32) @ a.astype(jnp.float32) * scale
-        return (dense(weight).astype(jnp.float32) + update).astype(dtype)
+def _merged(weight: Any, parts: Any, dtype: Any, num_layers: int | None) -> jax.Array:
+    def one(weight: Any, parts: Any) -> jax.Array:
+        a, b, scale = (part[0].astype(jnp.float32) for part in parts)
+        return (dense(weight).astype(jnp.float32) + b @ a * scale).astype(dtype)
 
-    if layers is None:
-        return jax.jit(one)(base, a, b, scale)
+    if num_layers is None:
+        return jax.jit(one)(weight, parts)
 
-    def each(base: Any, *parts: Any) -> jax.Array:
-        def layer(inputs: Any) -> jax.Array:
-            return one(At(base, inputs[0]), *inputs[1:])
+    def each(weight: Any, parts: Any) -> jax.Array:
+        layers = jnp.arange(num_layers, dtype=jnp.int32)
+        return jax.lax.map(lambda layer: one(At(weight, layer[0]), layer[1]), (layers, parts))
 
-        return jax.lax.map(layer, (jnp.arange(layers, dtype=jnp.int32), *parts))
-
-    placed = base.sharding if isinstance(base, jax.Array) else None
-    return jax.jit(each, out_shardings=placed)(base, a, b, scale)
+    placed = weight.sharding if isinstance(weight, jax.Array) else None
+    return jax.jit(each, out_shardings=placed)(weight, parts)
 
 
-def unmerge(decoder: Decoder, kept: Kept) -> None:
+def unmerge(decoder: Decoder, merged: Merged) -> None:
     """Undo `merge`, bit for bit: the weights are those of before, and the adapter is on again."""
-    if decoder.adapter is not None:
+    if any(adapted(decoder)):
         raise RequestError("the decoder has an adapter: it is not what merge left")
-    for place in places(decoder, kept.adapter):
-        place.linear.weight.set_value(kept.weights[place.path])
-        set_parts(decoder, place, *kept.parts[place.path])
-    decoder.adapter = kept.adapter
+    for site in _sites(decoder, [module.name for module in merged.adapter]):
+        site.linear.weight.set_value(merged.weights[site.path])
+        site.linear.lora = merged.loras[site.path]
+    decoder.adapter = merged.adapter

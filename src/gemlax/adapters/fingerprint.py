@@ -33,8 +33,8 @@ def fingerprint(decoder: Decoder) -> dict[str, str]:
         if row is not None:
             digest = vectors if len(shapes[name]) == 1 else matrices
             digest.update(row.astype(ml_dtypes.bfloat16).tobytes())
-    found = {"vectors": vectors.hexdigest()}
-    return found | ({"matrices": matrices.hexdigest()} if floats else {})
+    of_vectors = {"vectors": vectors.hexdigest()}
+    return of_vectors | ({"matrices": matrices.hexdigest()} if floats else {})
 
 
 def differs(ours: dict[str, str], theirs: dict[str, Any]) -> bool:
@@ -43,24 +43,23 @@ def differs(ours: dict[str, str], theirs: dict[str, Any]) -> bool:
 
 
 def _rows(decoder: Decoder, names: list[str]) -> Iterator[tuple[str, np.ndarray | None]]:
-    """Yield the first row of each weight, or None where it is codes that are no floats."""
+    """Yield the first row of each weight, or None where it is codes that are not floats."""
     flat: dict[Any, Any] = dict(nnx.to_flat_state(nnx.state(decoder)))
     read: dict[Any, np.ndarray | None] = {}
     for name in names:
-        path, row = weight_path(decoder.config, "scan" if decoder.scanned else "unroll", name)
+        path, row = weight_path(decoder.config, decoder.layout, name)
         if path not in read:
             read[path] = _first(flat[path].get_value(), stacked=row is not None)
         first = read[path]
         yield name, first if first is None or row is None else first[row]
 
 
-def _first(held: Any, *, stacked: bool) -> np.ndarray | None:
-    """Return the first row of a variable, or of each layer of a stack."""
-    held = held.whole if isinstance(held, Split) else held
-    if isinstance(held, Mixed):
-        return None
-    if isinstance(held, QTensor) and held.format not in ("float32", "bfloat16"):
+def _first(weight: Any, *, stacked: bool) -> np.ndarray | None:
+    """Return the first row of a weight, or of each layer of a stack."""
+    weight = weight.whole if isinstance(weight, Split) else weight
+    is_coded = isinstance(weight, QTensor) and weight.format not in ("float32", "bfloat16")
+    if is_coded or isinstance(weight, Mixed):
         return None
     front = (slice(None),) * stacked
-    row = jax.tree.map(lambda a: a[(*front, *(0,) * (a.ndim - 1 - stacked))], held)
+    row = jax.tree.map(lambda a: a[(*front, *(0,) * (a.ndim - 1 - stacked))], weight)
     return np.asarray(dense(row))

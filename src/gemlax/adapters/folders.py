@@ -42,12 +42,7 @@ def base_of(given: str | Path, source: Path, config: GemmaConfig) -> Base:
 
 
 def find_folder(given: str | Path) -> Path:
-    """Return the folder of an adapter that peft or `save` wrote, given by path or hub name.
-
-    Raises:
-        FileNotFoundError: there is none; says what is there.
-        UnsupportedError: an adapter of another program, or one in a pickle.
-    """
+    """Return the folder of an adapter that peft or `save` wrote, given by path or hub name."""
     folder = checkpoints.find_adapter(given)
     if folder.is_file():
         _refuse_file(folder)
@@ -71,11 +66,7 @@ def find_folder(given: str | Path) -> Path:
 
 
 def beside(folder: Path) -> Path | None:
-    """Return the folder of a model in which an adapter lies beside the weights; else None.
-
-    Raises:
-        UnsupportedError: there is one, and it is not in safetensors.
-    """
+    """Return the folder of a model in which an adapter lies beside the weights; else None."""
     if not (folder / CONFIG).is_file() or not (folder / "config.json").is_file():
         return None
     if (folder / WEIGHTS).is_file():

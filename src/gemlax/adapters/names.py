@@ -62,12 +62,7 @@ class _Part(NamedTuple):
 def modules(
     tensors: Mapping[str, np.ndarray], config: TextConfig, path: Path
 ) -> tuple[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Return the prefix of the names, and A and B by canonical module, in layer order.
-
-    Raises:
-        CheckpointError: tensors that do not fit this model.
-        UnsupportedError: those of other parts than the projections, or of encoders alone.
-    """
+    """Return the prefix of the names, and A and B by canonical module, in layer order."""
     shapes = {n.removesuffix(".weight"): s for n, s in text_weights(config).items()}
     idle = {weight.name.removesuffix(".weight") for weight in unused(config)}
     named = {name: _bare(name) for name in tensors}

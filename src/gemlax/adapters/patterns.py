@@ -44,10 +44,6 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     r"""Return what tells whether a pattern fits a name or what follows a dot in it, as in peft.
 
     peft asks `re.match(rf"(.*\.)?({pattern})$", name)`.
-
-    Raises:
-        CheckpointError: it is no regular expression.
-        UnsupportedError: it is too long, or has what an automaton cannot do.
     """
     if len(pattern) > _MAX_LENGTH:
         raise UnsupportedError(f"a pattern of {len(pattern)} characters; at most {_MAX_LENGTH}")

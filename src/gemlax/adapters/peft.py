@@ -9,7 +9,7 @@ import collections
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,9 +72,6 @@ class Stored(NamedTuple):
     base: dict[str, Any]
 
 
-# --- out ---------------------------------------------------------------------------------------
-
-
 def save(
     decoder: Decoder, folder: str | Path, *, multimodal: bool | None = None, overwrite: bool = False
 ) -> None:
@@ -99,51 +96,34 @@ def save(
     for module, a, b in read(decoder):
         tensors[f"{ROOT}{prefix}{module.name}.lora_A.weight"] = a
         tensors[f"{ROOT}{prefix}{module.name}.lora_B.weight"] = b
-    own = {
-        "version": _VERSION,
-        "base": fingerprint(decoder),
-        "dropout": {module.name: module.dropout for module in adapter},
-    }
+    dropout = {module.name: module.dropout for module in adapter}
+    extra = {"version": _VERSION, "base": fingerprint(decoder), "dropout": dropout}
     with new_folder(folder, marker=CONFIG, overwrite=overwrite) as part:
         write_tensors(part / WEIGHTS, tensors)
         write_json(part / CONFIG, _config(adapter, decoder.config, prefix, base.name))
-        write_json(part / OWN, own)
+        write_json(part / OWN, extra)
 
 
 def _config(adapter: Adapter, config: TextConfig, prefix: str, base: str | None) -> dict[str, Any]:
     """Return what adapter_config.json says."""
-    rank = _most(module.rank for module in adapter)
-    alpha = _most(module.alpha for module in adapter)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "auto_mapping": None,
-        "base_model_name_or_path": base,
-        "revision": None,
-        "r": rank,
-        "lora_alpha": _plain(alpha),
-        "lora_dropout": max(module.dropout for module in adapter),
-        "use_rslora": adapter.rslora,
-        "use_dora": False,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "target_modules": _targets(adapter, config, prefix),
-        "rank_pattern": {prefix + m.name: m.rank for m in adapter if m.rank != rank},
-        "alpha_pattern": {prefix + m.name: _plain(m.alpha) for m in adapter if m.alpha != alpha},
-        "inference_mode": True,
+    ranks = {prefix + m.name: m.rank for m in adapter}
+    alphas = {
+        prefix + m.name: int(m.alpha) if m.alpha == int(m.alpha) else m.alpha for m in adapter
     }
-
-
-def _most(values: Iterable[Any]) -> Any:
-    return collections.Counter(values).most_common(1)[0][0]
-
-
-def _plain(alpha: float) -> float | int:
-    return int(alpha) if alpha == int(alpha) else alpha
+    rank, alpha = (
+        collections.Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas)
+    )
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "auto_mapping": None,
+        "base_model_name_or_path": base, "revision": None, "r": rank, "lora_alpha": alpha,
+        "lora_dropout": max(module.dropout for module in adapter),
+        "use_rslora": adapter.rslora, "use_dora": False, "bias": "none", "fan_in_fan_out": False,
+        "init_lora_weights": True, "modules_to_save": None, "layers_to_transform": None,
+        "layers_pattern": None, "target_modules": _targets(adapter, config, prefix),
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        "inference_mode": True,
+    }  # fmt: skip
 
 
 def _targets(adapter: Adapter, config: TextConfig, prefix: str) -> list[str]:
@@ -151,15 +131,12 @@ def _targets(adapter: Adapter, config: TextConfig, prefix: str) -> list[str]:
 
     In a model with encoders a short name would fit their layers too.
     """
-    own = {module.name for module in adapter}
-    short = sorted({name.rpartition(".")[2] for name in own})
-    meant = {n for n in adaptable(config) if n.rpartition(".")[2] in short}
-    if meant == own and prefix == "model.":
+    names = {module.name for module in adapter}
+    short = sorted({name.rpartition(".")[2] for name in names})
+    fitted = {name for name in adaptable(config) if name.rpartition(".")[2] in short}
+    if fitted == names and prefix == "model.":
         return short
     return [prefix + module.name for module in adapter]
-
-
-# --- in ----------------------------------------------------------------------------------------
 
 
 def restore(
@@ -193,7 +170,7 @@ def restore(
     if decoder.adapter is not None:
         _check_same(stored, decoder.adapter)
         detach(decoder)
-    put(decoder, stored.adapter, stored.values, dtype=dtype)
+    put(decoder, [(stored.adapter, stored.values)], dtype=dtype)
     return stored.adapter
 
 
@@ -218,11 +195,9 @@ def check_same_base(stored: Stored, decoder: Decoder) -> None:
 
 
 def _check_same(stored: Stored, has: Adapter) -> None:
-    theirs = {(m.name, m.rank, m.alpha) for m in stored.adapter}
-    ours = {(m.name, m.rank, m.alpha) for m in has}
+    theirs, ours = ({(m.name, m.rank, m.alpha) for m in each} for each in (stored.adapter, has))
     if theirs != ours or stored.adapter.rslora != has.rslora:
-        differ = sorted(theirs ^ ours)
-        first = differ[0] if differ else "use_rslora"
+        first = min(theirs ^ ours, default="use_rslora")
         raise RequestError(
             f"{stored.source} is not what the decoder's adapter is: they differ in {first} "
             "(name, rank, alpha); attach the same rules, or detach it before"
@@ -234,7 +209,7 @@ def read_folder(folder: str | Path, config: TextConfig) -> Stored:
     folder = find_folder(folder)
     said = read_json(folder / CONFIG)
     _check_config(said, folder / CONFIG)
-    own = read_json(folder / OWN) if (folder / OWN).is_file() else {}
+    extra = read_json(folder / OWN) if (folder / OWN).is_file() else {}
     prefix, values = modules(read_tensors(folder / WEIGHTS), config, folder / WEIGHTS)
     is_target = _target(said, prefix, folder / CONFIG)
     aside = [name for name in values if not is_target(name)]
@@ -250,7 +225,7 @@ def read_folder(folder: str | Path, config: TextConfig) -> Stored:
         _check_whole(values, [name for name in adaptable(config) if is_target(name)], folder)
     alpha_of = _patterns(said, "alpha_pattern", "lora_alpha", folder / CONFIG)
     rank_of = _patterns(said, "rank_pattern", "r", folder / CONFIG)
-    dropouts = own.get("dropout", {})
+    dropouts = extra.get("dropout", {})
     adapted = []
     for name, (a, b) in values.items():
         rank, alpha = rank_of(prefix + name), float(alpha_of(prefix + name))
@@ -262,19 +237,18 @@ def read_folder(folder: str | Path, config: TextConfig) -> Stored:
         shape = (b.shape[0], a.shape[1])
         adapted.append(Module(name, a.shape[0], alpha, float(rate), shape))
     adapter = Adapter(tuple(adapted), bool(said.get("use_rslora")))
-    return Stored(folder, adapter, values, own.get("base", {}))
+    return Stored(folder, adapter, values, extra.get("base", {}))
 
 
 def updates(stored: Stored) -> Callable[[str], np.ndarray | None]:
     """Return what gives the update to a weight by canonical name, or None where there is none."""
-    modules = {f"{module.name}.weight": module for module in stored.adapter}
+    scales = {f"{m.name}.weight": np.float32(stored.adapter.scale(m)) for m in stored.adapter}
 
     def update(name: str) -> np.ndarray | None:
-        module = modules.get(name)
-        if module is None:
+        if name not in scales:
             return None
-        a, b = stored.values[module.name]
-        return b @ a * np.float32(stored.adapter.scale(module))
+        a, b = stored.values[name.removesuffix(".weight")]
+        return b @ a * scales[name]
 
     return update
 
@@ -305,12 +279,12 @@ def _check_config(said: Mapping[str, Any], path: Path) -> None:
 def _check_saved(names: Any, path: Path) -> None:
     """Refuse whole modules that were trained beside A and B, but those of encoders."""
     listed = names if isinstance(names, list) else [names]
-    own = [str(name) for name in listed if not is_encoder(str(name))]
-    if own:
+    in_text = [str(name) for name in listed if not is_encoder(str(name))]
+    if in_text:
         raise UnsupportedError(
-            f"{path}: modules_to_save={show(repr(own))}: whole modules were trained beside LoRA, "
-            "which gemlax does not apply; merge them into the base with peft (merge_and_unload, "
-            "then save_pretrained) and load the result"
+            f"{path}: modules_to_save={show(repr(in_text))}: whole modules were trained beside "
+            "LoRA, which gemlax does not apply; merge them into the base with peft "
+            "(merge_and_unload, then save_pretrained) and load the result"
         )
 
 
@@ -377,7 +351,7 @@ def _listed(said: Mapping[str, Any], key: str, kind: type, path: Path) -> list[A
 
 
 def _check_whole(values: Mapping[str, Any], meant: list[str], path: Path) -> None:
-    """Compare what is there with what the targets name: a part of an adapter is none."""
+    """Compare what is there with what the targets name: a part of an adapter is not one."""
     lacking = [name for name in meant if name not in values]
     if lacking:
         shown = ", ".join(lacking[:_SHOWN])

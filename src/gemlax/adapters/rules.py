@@ -113,26 +113,19 @@ class Adapter:
 
 
 def resolve(rules: Rules, config: TextConfig, *, rslora: bool = False) -> Adapter:
-    """Return what `rules` come to for a config.
-
-    Raises:
-        RequestError: a rule that fits nothing, or a rank, alpha or dropout out of range.
-        UnsupportedError: a rule that fits experts, routers, norms or tables alone.
-    """
+    """Return what `rules` come to for a config."""
     shapes = text_weights(config)
-    by_pattern = _by_pattern(rules)
-    if by_pattern is None:
-        rule = _rule(rules)
-        own = {name: rule for name in shapes if _DEFAULT.fullmatch(name)}
+    if isinstance(rules, Mapping):
+        by_name = _match({pattern: _rule(rule) for pattern, rule in rules.items()}, config)
     else:
-        own = _match(by_pattern, config)
+        by_name = dict.fromkeys(filter(_DEFAULT.fullmatch, shapes), _rule(rules))
     modules = []
     for name, shape in shapes.items():
-        if name in own:
-            rule, (out, width) = own[name], shape
+        if rule := by_name.get(name):
             alpha = float(rule.rank if rule.alpha is None else rule.alpha)
+            size = (shape[0], shape[1])
             module = name.removesuffix(".weight")
-            modules.append(Module(module, rule.rank, alpha, float(rule.dropout), (out, width)))
+            modules.append(Module(module, rule.rank, alpha, float(rule.dropout), size))
     return Adapter(tuple(modules), rslora)
 
 
@@ -146,14 +139,6 @@ def adaptable(config: TextConfig) -> tuple[str, ...]:
     )
 
 
-def _by_pattern(rules: Rules) -> dict[str, Rule] | None:
-    if not isinstance(rules, Mapping):
-        return None
-    if not rules:
-        raise RequestError("no rules: give a rank, a Rule, or one by pattern of names")
-    return {pattern: _rule(rule) for pattern, rule in rules.items()}
-
-
 def _rule(rule: object) -> Rule:
     if isinstance(rule, Rule):
         return rule
@@ -164,15 +149,17 @@ def _rule(rule: object) -> Rule:
 
 def _match(by_pattern: dict[str, Rule], config: TextConfig) -> dict[str, Rule]:
     """Return the rule of each name that one fits; the first counts."""
+    if not by_pattern:
+        raise RequestError("no rules: give a rank, a Rule, or one by pattern of names")
     able = [f"{name}.weight" for name in adaptable(config)]
-    own: dict[str, Rule] = {}
+    by_name: dict[str, Rule] = {}
     for pattern, rule in by_pattern.items():
         fits = [name for name in able if _fits(name, pattern)]
-        new = [name for name in fits if name not in own]
+        new = [name for name in fits if name not in by_name]
         if not new:
             _refuse(pattern, fits, [n for n in text_weights(config) if _fits(n, pattern)])
-        own |= dict.fromkeys(new, rule)
-    return own
+        by_name |= dict.fromkeys(new, rule)
+    return by_name
 
 
 def _fits(name: str, pattern: str) -> bool:

@@ -1,7 +1,7 @@
-"""Several adapters on one decoder: a table of A and B, and a choice for each row of a batch.
+"""Several adapters of one model, by name, and which of them each row of a batch takes.
 
-Entry 0 of every table is no adapter: zeros. The choice is traced, so that another one needs no new
-program. Smaller ranks, and modules that an adapter leaves alone, are filled up with zeros.
+They are entries of one table on the decoder; entry 0 is no adapter. The choice is an argument of
+its call, so that another one needs no new program.
 """
 
 import filecmp
@@ -10,20 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Int
-
-from gemlax.adapters.attach import LoRAChoice, adapted, places, set_parts
+from gemlax.adapters.attach import put
 from gemlax.adapters.folders import beside
 from gemlax.adapters.peft import Stored, check_same_base, read_folder
-from gemlax.adapters.rules import Adapter, Module
 from gemlax.config import TextConfig
 from gemlax.decoder import Decoder
 from gemlax.errors import RequestError
 from gemlax.tokenizer import find_chat_template
 
-__all__ = ["DEFAULT", "Choice", "choose", "entries", "put_tables", "read_folders", "template_of"]
+__all__ = ["DEFAULT", "Choice", "entries", "put_folders", "read_folders", "template_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,15 +30,9 @@ Choice = str | None | Sequence[str | None]
 
 
 def entries(names: Sequence[str], choice: Choice, count: int) -> tuple[int, ...]:
-    """Return the entry of the tables that each of `count` rows takes.
-
-    Raises:
-        RequestError: a name that is not there, or a list of another length.
-    """
-    if choice is None or isinstance(choice, str):
-        chosen = [choice] * count
-    else:
-        chosen = list(choice)
+    """Return the entry of the tables that each of `count` rows takes."""
+    is_one = choice is None or isinstance(choice, str)
+    chosen: Any = [choice] * count if is_one else list(choice or ())
     if len(chosen) != count:
         raise RequestError(f"adapter must be one name, or {count} of them, got {len(chosen)}")
     known: dict[str | None, int] = {None: 0, **{name: i for i, name in enumerate(names, 1)}}
@@ -65,14 +54,12 @@ def read_folders(given: Any, config: TextConfig, model: Path) -> dict[str, Store
         given: a folder, several by name, or None: the adapter that lies beside the model's weights.
         config: of the model.
         model: its folder or file.
-
-    Raises: see `read_folder`.
     """
-    own = beside(model)
-    if own is not None and given is None:
+    neighbour = beside(model)
+    if neighbour is not None and given is None:
         _log.info("%s: the adapter beside the weights is applied, as transformers does", model)
-        given = own
-    elif own is not None and own.resolve() not in _folders(given):
+        given = neighbour
+    elif neighbour is not None and neighbour.resolve() not in _folders(given):
         _log.warning("%s: the adapter beside the weights is left aside for those given", model)
     if not given:
         return {}
@@ -110,55 +97,10 @@ def _folders(given: Any) -> list[Path]:
     return [Path(folder).expanduser().resolve() for folder in each]
 
 
-def put_tables(decoder: Decoder, stored: Mapping[str, Stored], *, dtype: Any = np.float32) -> None:
-    """Put several adapters on a decoder, in place: entry i + 1 of the tables is the i-th of them.
-
-    Raises:
-        RequestError: the decoder has an adapter, or one of them was trained on another base.
-    """
+def put_folders(decoder: Decoder, stored: Mapping[str, Stored]) -> None:
+    """Put several adapters on a decoder, in place: entry i + 1 of the table is the i-th of them."""
     if not stored:
         return
     for one in stored.values():
         check_same_base(one, decoder)
-    if decoder.adapter is not None or any(adapted(decoder)):
-        raise RequestError("the decoder has an adapter; detach or merge it first")
-    each = list(stored.values())
-    ranks: dict[str, Module] = {}
-    for one in each:
-        for module in one.adapter:
-            if module.name not in ranks or ranks[module.name].rank < module.rank:
-                ranks[module.name] = module
-    union = Adapter(tuple(ranks.values()))
-    own = [{module.name: module for module in one.adapter} for one in each]
-    for place in places(decoder, union):
-        rank = max(module.rank for _, module in place.modules)
-        out, width = place.modules[0][1].shape
-        layers, entries = place.layers or 1, len(each) + 1
-        a = np.zeros((layers, entries, rank, width), np.float32)
-        b = np.zeros((layers, entries, out, rank), np.float32)
-        scale = np.zeros((layers, entries), np.float32)
-        for row, module in place.modules:
-            for entry, (one, modules) in enumerate(zip(each, own, strict=True), 1):
-                if module.name in modules:
-                    at, mine = row or 0, modules[module.name]
-                    a[at, entry, : mine.rank], b[at, entry, :, : mine.rank] = one.values[mine.name]
-                    scale[at, entry] = one.adapter.scale(mine)
-        parts = [a.astype(dtype), b.astype(dtype), scale]
-        if place.layers is None:
-            parts = [part[0] for part in parts]
-        set_parts(decoder, place, *map(jnp.asarray, parts))
-
-
-def choose(decoder: Decoder, rows: Int[Array, "B"] | None) -> None:
-    """Say which entry of the tables each row of the next call takes; None: the decoder has none.
-
-    Called where a program is traced, on the decoder that was put together there.
-    """
-    if rows is None:
-        return
-    for linear in adapted(decoder):
-        held: Any = linear
-        entries = held.lora_scale.get_value()
-        stacked = entries.ndim == 2
-        value = jnp.broadcast_to(rows, (entries.shape[0], *rows.shape)) if stacked else rows
-        held.lora_rows = LoRAChoice(value)
+    put(decoder, [None, *((one.adapter, one.values) for one in stored.values())])

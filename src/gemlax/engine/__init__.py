@@ -9,7 +9,7 @@ from gemlax.engine.compiled import Counters, Programs, bucket
 from gemlax.engine.drafts import MAX_DRAFTS
 from gemlax.engine.engine import Engine
 from gemlax.engine.programs import MAX_STEPS, cache_sharding, run_decoder
-from gemlax.engine.request import STOP_PLACES, Event, FinishReason, Request
+from gemlax.engine.request import STOP_PLACES, Event, FinishReason, Request, Usage
 
 __all__ = [
     "MAX_DRAFTS",
@@ -21,6 +21,7 @@ __all__ = [
     "FinishReason",
     "Programs",
     "Request",
+    "Usage",
     "bucket",
     "cache_sharding",
     "run_decoder",

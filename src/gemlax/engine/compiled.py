@@ -89,12 +89,12 @@ class Programs:
         cuts = sharding.parts(self.mesh, "batch")
         return -(-bucket(requests) // cuts) * cuts
 
-    def new_state(self, num_slots: int, capacity: int, settings: Any) -> State:
-        """Allocate a state in which every slot is free; `settings` is any request's row."""
+    def new_state(self, num_slots: int, capacity: int, places: Sequence[int]) -> State:
+        """Allocate a state in which every slot is free; `places`: see `new_rows`."""
         caches = self._make_caches(
             lambda: new_caches(self.config, num_slots, capacity, self.dtype, storage=self.storage)
         )
-        rows = new_rows(num_slots, capacity, self.num_tokens, settings)
+        rows = new_rows(num_slots, capacity, self.num_tokens, places)
         adapters = np.zeros(num_slots, np.int32) if self.adapters else None
         return State(caches, **self.put(rows), adapters=self.put(adapters))
 

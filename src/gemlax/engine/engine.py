@@ -9,7 +9,7 @@ from gemlax.engine import drafts as lookup
 from gemlax.engine.allocator import Ring, SlotAllocator
 from gemlax.engine.compiled import Programs, bucket
 from gemlax.engine.programs import MAX_STEPS, Output
-from gemlax.engine.request import STOP_PLACES, Event, FinishReason, Request
+from gemlax.engine.request import STOP_PLACES, Event, FinishReason, Request, Usage
 from gemlax.engine.scheduler import Chunk, Row, Scheduler
 from gemlax.engine.state import State, joining
 from gemlax.errors import RequestError
@@ -76,7 +76,8 @@ class Engine:
             )
         request_id, self._next_id = self._next_id, self._next_id + 1
         if request.max_length <= len(request.prompt):
-            self._ended.append(Event(request_id, [], finish_reason="length"))
+            usage = Usage(len(request.prompt))
+            self._ended.append(Event(request_id, [], usage, finish_reason="length"))
         else:
             self._scheduler.submit(request_id, request)
         return request_id
@@ -134,8 +135,7 @@ class Engine:
         wanted = [self._places, *(r.settings.places() for r in requests)]
         places = tuple(map(max, zip(*(sizes for sizes in wanted if sizes), strict=True)))
         if self._state is None:
-            settings = requests[0].settings.widened(places, self._programs.num_tokens)
-            self._state = self._programs.new_state(self._num_slots, capacity, settings)
+            self._state = self._programs.new_state(self._num_slots, capacity, places)
         elif capacity > self._capacity or places != self._places:
             self._state = self._programs.grow(self._state, capacity, places)
         self._capacity, self._places = capacity, places
@@ -157,8 +157,10 @@ class Engine:
             tokens[index, :size] = chunk.row.tokens[chunk.start : chunk.stop]
             positions[index, :size] = np.arange(chunk.start, chunk.stop)
         assert self._state is not None
+        begin = self._programs.counters.prefill_s
         self._state = self._programs.prefill(self._state, tokens, positions, slots)
         for chunk in chunks:
+            chunk.row.prefill_s += self._programs.counters.prefill_s - begin
             self._scheduler.filled(chunk)
 
     def _call_rows(
@@ -166,19 +168,21 @@ class Engine:
     ) -> tuple[np.ndarray | None, list[int]]:
         """Return the slots of a call, and where each row lies in it; a bucket is filled up.
 
-        On a mesh all slots run, in order. `slack`: see `Programs.smallest`.
+        Where all slots run, as they do on a mesh, they run in order without a map of rows (None).
+        `slack`: see `Programs.smallest`.
         """
-        if self._programs.mesh is not None:
-            used = [row.slot for row in rows]
-            return None, used + [slot for slot in range(self._num_slots) if slot not in used]
         assert self._state is not None
         size = self._programs.smallest(name, self._state, len(rows), rest, slack)
+        if self._programs.mesh is not None or size == self._num_slots:
+            used = [row.slot for row in rows]
+            return None, used + [slot for slot in range(self._num_slots) if slot not in used]
         slots = np.zeros(size, np.int32)
         slots[: len(rows)] = [row.slot for row in rows]
         return slots, list(range(size))
 
     def _decode(self, rows: list[Row], steps: int) -> list[Event]:
         logprobs = any(row.request.logprobs for row in rows)
+        begin = self._programs.counters.decode_s
         proposals = self._propose(rows)
         tried = lookup.is_worthwhile([len(one) for one in proposals], self._num_drafts(rows))
         assert self._state is not None
@@ -196,6 +200,8 @@ class Engine:
                 eager=self._scheduler.num_waiting > 0, logprobs=logprobs,
             )  # fmt: skip
         extra = lookup.extra_steps(len(rows), self._num_drafts(rows)) if tried else None
+        for row in rows:
+            row.decode_s += self._programs.counters.decode_s - begin
         return [
             self._take(row, output, index, len(proposal), extra if proposal else None)
             for row, index, proposal in zip(rows, order, proposals, strict=False)
@@ -240,7 +246,7 @@ class Engine:
         row.highest = max(row.highest, len(row.tokens) + max(num_drafts, count - 1))
         row.tokens += tokens
         row.num_filled = len(row.tokens) - 1
-        row.num_steps += 1
+        row.num_steps += count if extra is None else 1
         if row.proposer is not None:
             row.proposer.extend(tokens)
             row.proposer.account(count, extra)
@@ -255,4 +261,4 @@ class Engine:
             reason = "length"
         if reason is not None:
             self._scheduler.leave(row)
-        return Event(row.request_id, tokens, logprobs, reason)
+        return Event(row.request_id, tokens, row.usage, logprobs, reason)

@@ -15,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int
 
 from gemlax import ops, sampling, sharding
-from gemlax.adapters import choose
 from gemlax.cache import Caches, mark, rollback_rows
 from gemlax.config import Kind, TextConfig
 from gemlax.decoder import Decoder
@@ -52,6 +51,7 @@ class _Fixed(NamedTuple):
     num_tokens: int
     mesh: Mesh | None
     rows: Array | None
+    adapters: Array | None
     prompts: Array
     max_lengths: Array
     stop_ids: Array
@@ -69,10 +69,9 @@ def prefill(
 ) -> State:
     """Write one chunk into the caches. The hidden states are dropped, and what makes only them."""
     decoder = nnx.merge(graphdef, weights)
-    choose(decoder, _take(state.adapters, rows))
-    return state._replace(
-        caches=run_decoder(decoder, mesh, tokens, positions, state.caches, rows)[1]
-    )
+    chosen = _take(state.adapters, rows)
+    _, caches = run_decoder(decoder, mesh, tokens, positions, state.caches, rows, chosen)
+    return state._replace(caches=caches)
 
 
 def decode(
@@ -88,7 +87,7 @@ def decode(
     eager: Bool[Array, ""],
 ) -> tuple[State, Output]:
     """Run up to `steps` decode steps; stop when no row runs, or with `eager` when one ends."""
-    fixed = _fixed(graphdef, num_tokens, mesh, weights, state, rows)
+    fixed = _fixed(graphdef, num_tokens, mesh, weights, state, rows, running)
     local = _local(fixed, state, running, MAX_STEPS, logprobs)
 
     def more(carry: tuple[Array, Caches, _Local]) -> Array:
@@ -104,7 +103,9 @@ def decode(
         positions = jnp.where(now.running, last, ops.EMPTY)[:, None]
         current = jnp.take_along_axis(now.tokens, last[:, None], axis=1)
         current = jnp.where(now.running[:, None], current, 0)
-        hidden, caches = run_decoder(fixed.decoder, mesh, current, positions, caches, rows)
+        hidden, caches = run_decoder(
+            fixed.decoder, mesh, current, positions, caches, rows, fixed.adapters
+        )
         raw = fixed.decoder.logits(hidden[:, 0])[:, :num_tokens]
         return index + 1, caches, _append(fixed, raw, now, index)
 
@@ -129,7 +130,7 @@ def verify(
     A row goes on while what it samples is what was drafted. So each token is drawn from the logits
     after the tokens before it, with its own key, as without drafts: nothing has to be corrected.
     """
-    fixed = _fixed(graphdef, num_tokens, mesh, weights, state, rows)
+    fixed = _fixed(graphdef, num_tokens, mesh, weights, state, rows, running)
     width = drafts.shape[1] + 1
     local = _replicated(mesh, _local(fixed, state, running, width, logprobs))
     last = local.lengths - 1
@@ -138,7 +139,9 @@ def verify(
     positions = jnp.where(wanted, last[:, None] + order, ops.EMPTY)
     current = jnp.take_along_axis(local.tokens, last[:, None], axis=1)
     current = jnp.where(wanted, jnp.concatenate([current, drafts], axis=1), 0)
-    hidden, caches = run_decoder(fixed.decoder, mesh, current, positions, state.caches, rows)
+    hidden, caches = run_decoder(
+        fixed.decoder, mesh, current, positions, state.caches, rows, fixed.adapters
+    )
     raw = fixed.decoder.logits(hidden)[..., :num_tokens]  # [b, d + 1, V]
     tried = jnp.pad(drafts, ((0, 0), (0, 1)))
 
@@ -168,19 +171,20 @@ def _fixed(
     weights: Any,
     state: State,
     rows: Array | None,
+    running: Array,
 ) -> _Fixed:
     decoder = nnx.merge(graphdef, weights)
-    choose(decoder, _take(state.adapters, rows))
     taken = functools.partial(_take, rows=rows)
     return _Fixed(
         decoder,
         num_tokens,
         mesh,
         rows,
+        taken(state.adapters),
         taken(state.prompts),
         taken(state.max_lengths),
         taken(state.stop_ids),
-        taken(state.settings),
+        taken(state.settings).quiet(running),
     )
 
 
@@ -252,18 +256,19 @@ def run_decoder(
     positions: Array,
     caches: Caches,
     rows: Array | None = None,
+    adapters: Array | None = None,
 ) -> tuple[Array, Caches]:
     """Run the decoder; on a mesh, caches stay cut as they are on the way through.
 
     The other rows and heads follow: XLA works on the part of each that the caches have.
     """
     if mesh is None:
-        return decoder(tokens, positions, caches, cache_rows=rows)
+        return decoder(tokens, positions, caches, cache_rows=rows, adapter_rows=adapters)
     held = {
         kind: sharding.Placed(cache, cache_sharding(mesh, decoder.config, kind, len(tokens)))
         for kind, cache in mark(caches, positions).items()
     }
-    hidden, held = decoder(tokens, positions, held)
+    hidden, held = decoder(tokens, positions, held, adapter_rows=adapters)
     return hidden, {kind: placed.cache for kind, placed in held.items()}
 
 

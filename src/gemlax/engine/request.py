@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["STOP_PLACES", "Event", "FinishReason", "Request"]
+__all__ = ["STOP_PLACES", "Event", "FinishReason", "Request", "Usage"]
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length"]
 # The most stop ids of a request: they lie in an array of this width.
 STOP_PLACES = 16
 
@@ -33,14 +33,35 @@ class Request:
     logprobs: bool = False
 
 
+class Usage(NamedTuple):
+    """What a request has taken so far.
+
+    `num_cached_tokens` of the prompt were in the cache already; `num_steps` decoded `num_tokens`.
+    The seconds are those of the calls that it took part in, without compilation.
+    """
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_tokens: int = 0
+    num_steps: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def num_prefilled_tokens(self) -> int:
+        """How many tokens were prefilled: the first decode step takes the last one."""
+        return max(self.num_prompt_tokens - 1 - self.num_cached_tokens, 0)
+
+
 class Event(NamedTuple):
     """What one step did for one request.
 
-    `tokens` are new, the stop token included. `logprobs`, where asked for, are (own [n],
-    ids [n, 20], values [n, 20]). `finish_reason` is None while the request goes on.
+    `tokens` are new, the stop token included; `usage` includes this step. `logprobs`, where asked
+    for, are (own [n], ids [n, 20], values [n, 20]). `finish_reason` is None while it goes on.
     """
 
     request_id: int
     tokens: list[int]
+    usage: Usage
     logprobs: tuple[Any, Any, Any] | None = None
     finish_reason: FinishReason | None = None

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from gemlax.engine.allocator import SlotAllocator
 from gemlax.engine.drafts import Proposer
-from gemlax.engine.request import Request
+from gemlax.engine.request import Request, Usage
 
 __all__ = ["Chunk", "Row", "Scheduler"]
 
@@ -32,6 +32,17 @@ class Row:
     highest: int
     proposer: Proposer | None = None
     num_steps: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def usage(self) -> Usage:
+        """What the request has taken so far."""
+        num_prompt = len(self.request.prompt)
+        return Usage(
+            num_prompt, self.num_cached, len(self.tokens) - num_prompt, self.num_steps,
+            self.prefill_s, self.decode_s,
+        )  # fmt: skip
 
     @property
     def num_to_fill(self) -> int:

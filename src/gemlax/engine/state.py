@@ -1,5 +1,6 @@
 """What the device knows of the running requests: one row per slot, donated from step to step."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from gemlax import ops
 from gemlax.cache import Caches
 from gemlax.engine.request import STOP_PLACES, Request
-from gemlax.sampling import Sampling
+from gemlax.sampling import Sampling, make_sampling
 
 __all__ = ["Joining", "State", "join", "joining", "new_rows"]
 
@@ -43,22 +44,21 @@ class Joining(NamedTuple):
     adapter: Any
 
 
-def new_rows(num_slots: int, capacity: int, num_tokens: int, settings: Sampling) -> dict[str, Any]:
+def new_rows(
+    num_slots: int, capacity: int, num_tokens: int, places: Sequence[int]
+) -> dict[str, Any]:
     """Return the arrays of a state without its caches, on the host; every slot is free.
 
-    `settings` [1, ...] are any request's: they say how wide the arrays are.
+    `places` say how wide the settings are: `Sampling.places`.
     """
-
-    def zeros(row: Any) -> np.ndarray:
-        return np.zeros((num_slots, *np.shape(row)[1:]), np.asarray(row).dtype)
-
+    settings = make_sampling(num_tokens, [0] * num_slots).widened(places, num_tokens)
     return {
         "tokens": np.full((num_slots, capacity), num_tokens, np.int32),
         "lengths": np.ones(num_slots, np.int32),
         "prompts": np.ones(num_slots, np.int32),
         "max_lengths": np.ones(num_slots, np.int32),
         "stop_ids": np.full((num_slots, STOP_PLACES), -1, np.int32),
-        "settings": jax.tree.map(zeros, settings),
+        "settings": settings,
     }
 
 

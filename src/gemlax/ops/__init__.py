@@ -8,7 +8,8 @@ from gemlax.ops.attention import attend, attend_blocks, causal_mask, fresh_atten
 from gemlax.ops.backend import backend, check_compiles
 from gemlax.ops.basic import EMPTY, geglu, rms_norm, rope, softcap
 from gemlax.ops.cpu import Implementation, implementation
-from gemlax.ops.matmul import Low, embed, linear, linears, low_rank, unembed, watched
+from gemlax.ops.crossentropy import Head, chunked_logprobs
+from gemlax.ops.matmul import LowRank, add_low_rank, embed, linear, linears, unembed, watched
 from gemlax.ops.moe import experts, route
 from gemlax.ops.paged import (
     AttentionMetadata,
@@ -21,13 +22,16 @@ from gemlax.ops.paged import (
 __all__ = [
     "EMPTY",
     "AttentionMetadata",
+    "Head",
     "Implementation",
-    "Low",
+    "LowRank",
+    "add_low_rank",
     "attend",
     "attend_blocks",
     "backend",
     "causal_mask",
     "check_compiles",
+    "chunked_logprobs",
     "cpu",
     "embed",
     "experts",
@@ -37,7 +41,6 @@ __all__ = [
     "implementation",
     "linear",
     "linears",
-    "low_rank",
     "paged_attend",
     "rms_norm",
     "rope",

@@ -17,7 +17,9 @@ from gemlax.errors import UnsupportedError
 from gemlax.ops import cpu
 from gemlax.qtensor import At, QTensor, Weight, dense, is_stored, shape_of, take
 
-__all__ = ["Low", "embed", "linear", "linears", "low_rank", "product", "unembed", "watched"]
+__all__ = [
+    "LowRank", "add_low_rank", "embed", "linear", "linears", "product", "unembed", "watched",
+]  # fmt: skip
 
 # Rows of a stored table decoded at a time by `unembed`, so that no decoded copy of it exists.
 _ROWS = 8192
@@ -122,37 +124,40 @@ def _frozen_backward(kept: Any, slopes: tuple[Any, ...]) -> tuple[Array, None]:
 _frozen_products.defvjp(_frozen_forward, _frozen_backward, symbolic_zeros=True)
 
 
-class Low(NamedTuple):
-    """An update of low rank, scale * b @ a, to a weight [out, in].
+class LowRank(NamedTuple):
+    """A table of E updates of low rank to a weight [out, in]: scale * b @ a."""
 
-    With `rows` the three have a leading axis, a table of several updates, and row r of the batch
-    takes entry rows[r]. `dropout` is a key and a rate, for the input of `a`.
-    """
-
-    a: Any  # [r, in]
-    b: Any  # [out, r]
-    scale: Any  # scalar
-    rows: Any = None  # int32 [B]
-    dropout: tuple[Any, Any] | None = None
+    a: Float[Array, "E r in"]
+    b: Float[Array, "E out r"]
+    scale: Float[Array, "E"]
 
 
-def low_rank(
-    x: Float[Array, "B T D"], out: Float[Array, "B T F"], low: Low
+def add_low_rank(
+    x: Float[Array, "B T D"],
+    out: Float[Array, "B T F"],
+    table: LowRank,
+    rows: Int[Array, "B"] | None = None,
+    dropout: tuple[Array, Float[Array, "E"]] | None = None,
 ) -> Float[Array, "B T F"]:
     """Return out + scale * (x @ a.T) @ b.T, added in float32, in the dtype of `out`.
 
     Source: arXiv 2106.09685, section 4.1.
+
+    Args:
+        rows: the entry of the table that each row of the batch takes; None: entry 0.
+        dropout: a key, and the rate of each entry for the input of `a`.
     """
-    if low.dropout is not None:
-        key, rate = low.dropout
+    if dropout is not None:
+        key, rates = dropout
+        rate = rates[0] if rows is None else rates[rows][:, None, None]
         kept = jax.random.bernoulli(key, 1 - rate, x.shape)
         wide = x.astype(jnp.float32)
         x = jnp.where(kept, wide / (1 - rate), jnp.zeros_like(wide))
-    if low.rows is None:
-        inner = product(x.reshape(-1, x.shape[-1]), low.a)
-        update = product(inner, low.b).reshape(out.shape) * low.scale
+    if rows is None:
+        inner = product(x.reshape(-1, x.shape[-1]), table.a[0])
+        update = product(inner, table.b[0]).reshape(out.shape) * table.scale[0]
     else:
-        a, b, scale = (table[low.rows].astype(jnp.float32) for table in low[:3])
+        a, b, scale = (part[rows].astype(jnp.float32) for part in table)
         inner = jnp.einsum("btd,brd->btr", x.astype(jnp.float32), a)
         update = jnp.einsum("btr,bfr->btf", inner, b) * scale[:, None, None]
     return (out.astype(jnp.float32) + update).astype(out.dtype)

@@ -1,6 +1,7 @@
 """Training: adapters on plain or quantised bases, all weights, and preferences, by one loop."""
 
-from gemlax.tune.run import Result, Settings, train
-from gemlax.tune.train import Measured, Recipe, Trainer
+from gemlax.tune.run import Result, train
+from gemlax.tune.settings import TuneSettings
+from gemlax.tune.train import Measured, Trainer
 
-__all__ = ["Measured", "Recipe", "Result", "Settings", "Trainer", "train"]
+__all__ = ["Measured", "Result", "Trainer", "TuneSettings", "train"]

@@ -1,18 +1,61 @@
 """`gemlax tune`: arguments to settings, a bar while it runs, and what is said at the end."""
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from gemlax.adapters import Rule, Rules
 from gemlax.checkpoints.base import read_json
 from gemlax.errors import RequestError
 from gemlax.model import Model
-from gemlax.tune.run import MERGE_FIRST, Progress, Settings, check_run, train
+from gemlax.tune.run import MERGE_FIRST, Progress, check_run, train
+from gemlax.tune.settings import TuneSettings
 
-__all__ = ["check", "run", "settings_of"]
+__all__ = ["add_arguments", "check", "run", "settings_of"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `gemlax tune` takes beside the options of models."""
+    add = parser.add_argument
+    add("data", type=Path, help="JSONL: messages, conversations, prompts, instructions or texts")
+    add("--output", type=Path, required=True, metavar="FOLDER", help="folder for all results")
+    add("--eval-data", type=Path, metavar="F", help="held-out file; its loss is reported")
+    add("--resume", action="store_true", help="continue from the last checkpoint in the folder")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--dpo", action="store_true", help="learn preferences")
+    add("--beta", type=float, metavar="X", help="strength of --dpo (default: 0.1)")
+    add("--rank", type=int, metavar="N", help="rank of the adapter (default: 8)")
+    add("--alpha", type=float, metavar="X", help="LoRA scale is alpha / rank (default: 16)")
+    add("--dropout", type=float, metavar="P",
+        help="chance that an input of the adapter is dropped (default: 0)")  # fmt: skip
+    add("--rules", type=Path, metavar="F",
+        help="JSON file with rank, alpha and dropout by module name")  # fmt: skip
+    length = parser.add_mutually_exclusive_group()
+    groups = {"full": kinds, "steps": length, "epochs": length}
+    for field in dataclasses.fields(TuneSettings):
+        _add_setting(groups.get(field.name, parser), field)
+
+
+def _add_setting(parser: Any, field: dataclasses.Field[Any]) -> None:
+    """Add the option of a field; a flag changes what is the default."""
+    said, default, dashed = field.metadata, field.default, field.name.replace("_", "-")
+    option = said.get("option", f"--no-{dashed}" if default is True else f"--{dashed}")
+    if option is None:
+        return
+    if said["kind"] is bool:
+        text = f"do not {said['help']}" if default else said["help"]
+        action = "store_false" if default else "store_true"
+        parser.add_argument(option, dest=field.name, action=action, help=text)
+        return
+    shown = said["unset"] if default is None else default
+    parser.add_argument(
+        option, type=said["kind"], default=default,
+        metavar="N" if said["kind"] is int else "X", help=f"{said['help']} (default: {shown})",
+    )  # fmt: skip
 
 
 def check(args: argparse.Namespace) -> None:
@@ -23,13 +66,10 @@ def check(args: argparse.Namespace) -> None:
     check_run(args.data, args.eval_data, args.output, settings, resume=args.resume)
 
 
-def settings_of(args: argparse.Namespace) -> Settings:
-    """Return the settings that arguments stand for.
-
-    Raises:
-        RequestError: arguments that exclude one another, or rules of another form.
-    """
-    own = {key: value for key, value in vars(args).items() if key in vars(Settings())}
+def settings_of(args: argparse.Namespace) -> TuneSettings:
+    """Return the settings that arguments stand for."""
+    names = {field.name for field in dataclasses.fields(TuneSettings)}
+    given = {key: value for key, value in vars(args).items() if key in names}
     adapter = (args.rank, args.alpha, args.dropout)
     if args.rules is not None and adapter != (None, None, None):
         raise RequestError("--rules says rank, alpha and dropout of each module: leave those out")
@@ -41,16 +81,16 @@ def settings_of(args: argparse.Namespace) -> Settings:
     if args.rules is not None:
         rules = _rules(read_json(args.rules))
     elif not args.full:
-        given = zip(("rank", "alpha", "dropout"), adapter, strict=True)
-        rules = Rule(**({"alpha": 16.0} | {key: v for key, v in given if v is not None}))
+        parts = zip(("rank", "alpha", "dropout"), adapter, strict=True)
+        rules = Rule(**({"alpha": 16.0} | {key: v for key, v in parts if v is not None}))
     beta = None if not args.dpo else 0.1 if args.beta is None else args.beta
-    return Settings(**{**own, "rules": rules, "beta": beta})
+    return TuneSettings(**{**given, "rules": rules, "beta": beta})
 
 
-def _rules(found: Any) -> dict[str, Rule | int]:
+def _rules(by_pattern: Any) -> dict[str, Rule | int]:
     """Read rules by pattern: a rank, or an object of rank, alpha and dropout."""
     rules: dict[str, Rule | int] = {}
-    for pattern, rule in found.items():
+    for pattern, rule in by_pattern.items():
         if isinstance(rule, dict) and rule.keys() <= {"rank", "alpha", "dropout"}:
             rules[pattern] = Rule(**rule)
         elif isinstance(rule, int):
@@ -68,16 +108,16 @@ def run(args: argparse.Namespace, model: Model, *, shown: bool) -> dict[str, Any
     settings = settings_of(args)
     begin = time.perf_counter()
     with _bar(shown) as progress:
-        found = train(
+        result = train(
             model, args.data, args.output, settings,
             eval_data=args.eval_data, resume=args.resume, progress=progress,
         )  # fmt: skip
     return {
         "output": str(args.output),
-        "steps": found.steps,
-        "loss": found.loss,
-        "eval_loss_before": found.eval_before,
-        "eval_loss": found.eval_after,
+        "steps": result.steps,
+        "loss": result.loss,
+        "eval_loss_before": result.eval_before,
+        "eval_loss": result.eval_after,
         "seconds": round(time.perf_counter() - begin, 3),
     }
 

@@ -57,11 +57,7 @@ class Encoder:
         self._tokenizer, self._chat, self._parse_special = tokenizer, chat, parse_special
 
     def example(self, line: Mapping[str, Any], aside: set[str] | None = None) -> Example:
-        """Encode one line; the columns that are not read are added to `aside`.
-
-        Raises:
-            RequestError: other keys, or values of other types.
-        """
+        """Encode one line; the columns that are not read are added to `aside`."""
         form, rest = example_of(line, chats=self._chat is not None)
         if aside is not None:
             aside |= rest
@@ -95,9 +91,6 @@ class Encoder:
 
         The last answer follows the very prompt that `Model.chat` would make of what is before it:
         where that begins the answer with an empty thought, so does this.
-
-        Raises:
-            RequestError: malformed messages, or a model that cannot chat.
         """
         chat, messages = self._chat, form.messages
         if chat is None:
@@ -133,10 +126,6 @@ def read_examples(
     Args:
         max_length: the most tokens of one example.
         truncate: cut longer ones at the end, where otherwise they are an error.
-
-    Raises:
-        Error: names file and line: broken JSON, keys, values, an example that is too long or of
-            which nothing is learnt, or an empty file.
     """
 
     def encode(line: Mapping[str, Any], aside: set[str]) -> Example:
@@ -189,8 +178,6 @@ def _fit(example: Example, max_length: int, truncate: bool) -> Example:
     return example
 
 
-# --- masks -------------------------------------------------------------------------------------
-
 # Where the model speaks, from and to, inside each of its turns: tools' answers part them.
 Turns = list[list[range]]
 
@@ -224,17 +211,13 @@ def _mask(ids: Sequence[int], turns: Turns, form: Conversation) -> list[bool]:
     """Say for each id whether it is learnt."""
     mask = [False] * len(ids)
     for parts, learnt in zip(turns, _learnt_turns(turns, form), strict=True):
-        for part, own in zip(parts, learnt, strict=True):
-            mask[part.start : part.stop] = [own] * len(part)
+        for part, is_learnt in zip(parts, learnt, strict=True):
+            mask[part.start : part.stop] = [is_learnt] * len(part)
     return mask
 
 
 def _learnt_turns(turns: Turns, form: Conversation) -> list[list[bool]]:
-    """Say for each part of each turn whether it is learnt, by the marks of its messages.
-
-    Raises:
-        RequestError: messages of one turn are marked otherwise and cannot be told apart in it.
-    """
+    """Say for each part of each turn whether it is learnt, by the marks of its messages."""
     spoken = [i for i, message in enumerate(form.messages) if message["role"] == "assistant"]
     if all(form.learnt[i] for i in spoken):
         return [[True] * len(parts) for parts in turns]

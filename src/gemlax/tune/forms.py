@@ -75,7 +75,7 @@ class Conversation(NamedTuple):
 Form = Texts | Conversation
 
 
-class _Line:
+class _Fields:
     """A line's columns, those of them that were read, and what else was left aside."""
 
     def __init__(self, line: Mapping[str, Any]):
@@ -121,56 +121,46 @@ def example_of(line: Mapping[str, Any], *, chats: bool = True) -> tuple[Form, se
     Args:
         line: of JSON.
         chats: the model is talked to in turns; else an instruction becomes a text.
-
-    Raises:
-        RequestError: columns of no form, or values of other types.
     """
-    own = _Line(_from_gemini(line))
-    key = next((key for key in LISTS if own.has(key)), None)
+    fields = _Fields(_from_gemini(line))
+    key = next((key for key in LISTS if fields.has(key)), None)
     if key is not None:
-        form: Form = _conversation(own, _listed(key, own.take(key)))
-    elif own.has("prompt", "completion"):
-        form = _completion(own)
-    elif own.has("instruction", "output"):
-        form = _instruction(own, own.text("output"), chats)
-    elif own.has("text"):
-        form = Texts(None, own.text("text"))
+        form: Form = _conversation(fields, _listed(key, fields.take(key)))
+    elif fields.has("prompt", "completion"):
+        form = _completion(fields)
+    elif fields.has("instruction", "output"):
+        form = _instruction(fields, fields.text("output"), chats)
+    elif fields.has("text"):
+        form = Texts(None, fields.text("text"))
     else:
-        raise RequestError(f"{EXPECTED}; got {_quoted(own.columns)}{_hint(own.columns)}")
-    return form, own.aside()
+        raise RequestError(f"{EXPECTED}; got {_quoted(fields.columns)}{_hint(fields.columns)}")
+    return form, fields.aside()
 
 
 def pair_of(line: Mapping[str, Any], *, chats: bool = True) -> tuple[Form, Form, set[str]]:
-    """Return the better and the worse answer to one prompt, and the columns that are not read.
-
-    Raises:
-        RequestError: columns of no form, or answers that have no prompt in common.
-    """
-    own = _Line(_from_openai(line))
-    if not own.has("chosen", "rejected"):
-        raise RequestError(f"{EXPECTED_PAIR}; got {_quoted(own.columns)}")
-    both = [own.take("chosen"), own.take("rejected")]
+    """Return the better and the worse answer to one prompt, and the columns that are not read."""
+    fields = _Fields(_from_openai(line))
+    if not fields.has("chosen", "rejected"):
+        raise RequestError(f"{EXPECTED_PAIR}; got {_quoted(fields.columns)}")
+    both = [fields.take("chosen"), fields.take("rejected")]
     both = [[one] if isinstance(one, Mapping) else one for one in both]
     if both[0] == both[1]:
         raise RequestError('"chosen" and "rejected" are the same: nothing is better')
     if all(isinstance(one, str) for one in both):
-        forms = _text_pair(own, both, chats)
+        forms = _text_pair(fields, both, chats)
     elif all(isinstance(one, list) for one in both):
-        forms = _message_pair(own, both)
+        forms = _message_pair(fields, both)
     else:
         raise RequestError(
             '"chosen" and "rejected" must be two texts or two lists of messages, got '
             f"{quote(both[0])} and {quote(both[1])}"
         )
-    return *forms, own.aside()
+    return *forms, fields.aside()
 
 
-# --- examples ----------------------------------------------------------------------------------
-
-
-def _completion(own: _Line) -> Form:
-    prompt, completion = own.take("prompt"), own.take("completion")
-    if isinstance(own.columns.get("label"), bool):
+def _completion(fields: _Fields) -> Form:
+    prompt, completion = fields.take("prompt"), fields.take("completion")
+    if isinstance(fields.columns.get("label"), bool):
         raise RequestError(
             '"label" beside "completion" says whether it is good, which is not learnt from; '
             "keep the good ones without it, or give pairs of chosen and rejected to --dpo"
@@ -178,48 +168,48 @@ def _completion(own: _Line) -> Form:
     if isinstance(prompt, list):
         said = [{"role": "assistant", "content": completion}]
         said = said if isinstance(completion, str) else _listed("completion", completion)
-        return _conversation(own, prompt, said)
+        return _conversation(fields, prompt, said)
     if isinstance(prompt, str) and isinstance(completion, list):
         raise RequestError(
             '"prompt" and "completion" must both be texts, or both lists of messages'
         )
-    return Texts(own.text("prompt"), own.text("completion"))
+    return Texts(fields.text("prompt"), fields.text("completion"))
 
 
-def _instruction(own: _Line, output: str, chats: bool) -> Form:
+def _instruction(fields: _Fields, output: str, chats: bool) -> Form:
     """Return Alpaca's form as turns, as LLaMA-Factory does, or as Alpaca's own text."""
     if not chats:
-        instruction, given = own.text("instruction"), own.take("input") or ""
-        if own.take("system") or own.take("history"):
+        instruction, given = fields.text("instruction"), fields.take("input") or ""
+        if fields.take("system") or fields.take("history"):
             raise RequestError('"system" and "history" need a model that is talked to in turns')
         shown = f"### Input:\n{given}\n\n" if given else ""
         text = _ALPACA.format(paired=_PAIRED if given else "", instruction=instruction, given=shown)
         return Texts(text, output)
-    turns = _asked(own)
-    return _conversation(own, [*turns, {"role": "assistant", "content": output}])
+    turns = _asked(fields)
+    return _conversation(fields, [*turns, {"role": "assistant", "content": output}])
 
 
-def _asked(own: _Line) -> list[dict[str, Any]]:
+def _asked(fields: _Fields) -> list[dict[str, Any]]:
     """Return the turns before an answer to an instruction; its history is learnt, too."""
     turns = []
-    for turn in own.take("history") or []:
+    for turn in fields.take("history") or []:
         if not isinstance(turn, list) or len(turn) != 2:
             raise RequestError(f'"history" holds pairs of texts, got {quote(turn)}')
         turns += [
             {"role": r, "content": t} for r, t in zip(("user", "assistant"), turn, strict=True)
         ]
-    given = own.text("input") if own.has("input") else ""
-    question = "\n".join(part for part in (own.text("instruction"), given) if part)
+    given = fields.text("input") if fields.has("input") else ""
+    question = "\n".join(part for part in (fields.text("instruction"), given) if part)
     return [*turns, {"role": "user", "content": question}]
 
 
 def _conversation(
-    own: _Line, messages: Sequence[Any], answer: Sequence[Any] | None = None
+    fields: _Fields, messages: Sequence[Any], answer: Sequence[Any] | None = None
 ) -> Conversation:
     """Put a conversation together; with `answer`, that alone is learnt."""
-    before = [_message(own, m, f"messages[{i}]") for i, m in enumerate(messages)]
-    said = [_message(own, m, f"answer[{i}]") for i, m in enumerate(answer or ())]
-    before = _with_system(own, before)
+    before = [_message(fields, m, f"messages[{i}]") for i, m in enumerate(messages)]
+    said = [_message(fields, m, f"answer[{i}]") for i, m in enumerate(answer or ())]
+    before = _with_system(fields, before)
     asked = 0 if answer is None else len(before)
     turns = before + said
     if not turns:
@@ -229,16 +219,16 @@ def _conversation(
         raise RequestError(f"the last message must be of role assistant, got {roles[-1]}")
     end = len(roles) - roles[::-1].index("assistant")
     if end < len(turns):
-        own.more.add("the messages after the last answer")
+        fields.more.add("the messages after the last answer")
     messages, learnt = map(list, zip(*turns[:end], strict=True))
-    return Conversation(messages, learnt, _tools(own), asked)
+    return Conversation(messages, learnt, _tools(fields), asked)
 
 
 def _with_system(
-    own: _Line, turns: list[tuple[dict[str, Any], bool]]
+    fields: _Fields, turns: list[tuple[dict[str, Any], bool]]
 ) -> list[tuple[dict[str, Any], bool]]:
     """Put the column "system" first, where it is text that the conversation does not have."""
-    system = own.take("system")
+    system = fields.take("system")
     if not system:
         return turns
     if not isinstance(system, str):
@@ -250,23 +240,20 @@ def _with_system(
     return [({"role": "system", "content": system}, False), *turns]
 
 
-# --- messages ----------------------------------------------------------------------------------
-
-
 def _listed(key: str, value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise RequestError(f'"{key}" must be a list of messages, got {quote(value)}')
     return value
 
 
-def _message(own: _Line, given: Any, where: str) -> tuple[dict[str, Any], bool]:
+def _message(fields: _Fields, given: Any, where: str) -> tuple[dict[str, Any], bool]:
     """Return a message in `Model.chat`'s form, and whether it is learnt."""
     if not isinstance(given, Mapping):
         raise RequestError(f"{where} must be an object, got {quote(given)}")
     role, content = _speaker(given), given.get("content")
     content = given.get("value") if content is None else content
     rest = {k: v for k, v in given.items() if k not in MARKS and v is not None}
-    own.more |= {f"messages.{key}" for key in rest.keys() - KNOWN}
+    fields.more |= {f"messages.{key}" for key in rest.keys() - KNOWN}
     if role not in (*_SPEAKERS, "function_call"):
         raise RequestError(
             f"{where}: role must be one of {', '.join(_SPEAKERS)} (or human, gpt, function_call, "
@@ -290,12 +277,7 @@ def _calls(text: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _is_learnt(message: Mapping[str, Any], role: Any, where: str) -> bool:
-    """Tell whether the marks of a message let it be learnt.
-
-    Raises:
-        RequestError: marks that say less than all or nothing, that disagree, or that want the
-            turn of another than the model learnt.
-    """
+    """Tell whether the marks of a message let it be learnt."""
     marks: dict[str, bool] = {}
     for key in MARKS & message.keys():
         value = message[key]
@@ -319,18 +301,18 @@ def _is_learnt(message: Mapping[str, Any], role: Any, where: str) -> bool:
     return False
 
 
-def _tools(own: _Line) -> list[Any] | None:
+def _tools(fields: _Fields) -> list[Any] | None:
     """Return function declarations: a list, or JSON of one."""
-    key = "tools" if own.has("tools") else "functions"
-    found = own.take(key)
-    if isinstance(found, str) and found.strip():
-        found = _json(found, f'"{key}"')
-    found = [found] if isinstance(found, Mapping) else found
-    if not found:
+    key = "tools" if fields.has("tools") else "functions"
+    tools = fields.take(key)
+    if isinstance(tools, str) and tools.strip():
+        tools = _json(tools, f'"{key}"')
+    tools = [tools] if isinstance(tools, Mapping) else tools
+    if not tools:
         return None
-    if not isinstance(found, list):
-        raise RequestError(f'"{key}" must be a list of function declarations, got {quote(found)}')
-    each = [_json(one, f'"{key}"') if isinstance(one, str) else one for one in found]
+    if not isinstance(tools, list):
+        raise RequestError(f'"{key}" must be a list of function declarations, got {quote(tools)}')
+    each = [_json(one, f'"{key}"') if isinstance(one, str) else one for one in tools]
     return [_without_nulls(one) for one in each]
 
 
@@ -348,9 +330,6 @@ def _json(text: str, what: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{what} is not JSON: {error}") from error
-
-
-# --- Gemini's form -----------------------------------------------------------------------------
 
 
 def _from_gemini(line: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -371,7 +350,7 @@ def _from_gemini(line: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _from_content(content: Any, where: str) -> list[dict[str, Any]]:
-    """Return what one content says as messages: functions' answers are messages of their own."""
+    """Return what one content says as messages: functions' answers are messages of their fields."""
     parts = content.get("parts") if isinstance(content, Mapping) else None
     parts = [{"text": parts}] if isinstance(parts, str) else parts
     parts = [parts] if isinstance(parts, Mapping) else parts
@@ -419,9 +398,6 @@ def _snake(name: str) -> str:
     return re.sub(r"(?<=[a-z])[A-Z]", lambda found: f"_{found[0].lower()}", name)
 
 
-# --- preferences -------------------------------------------------------------------------------
-
-
 def _from_openai(line: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return OpenAI's form of preferences with the columns that others give it."""
     given = line.get("input")
@@ -435,16 +411,16 @@ def _from_openai(line: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**rest, "prompt": given.get("messages"), **tools, **both}
 
 
-def _text_pair(own: _Line, both: list[str], chats: bool) -> tuple[Form, Form]:
+def _text_pair(fields: _Fields, both: list[str], chats: bool) -> tuple[Form, Form]:
     """Return two answers that are texts, after a prompt of any form."""
-    if isinstance(own.columns.get("prompt"), str):
-        prompt = own.text("prompt")
+    if isinstance(fields.columns.get("prompt"), str):
+        prompt = fields.text("prompt")
         return Texts(prompt, both[0]), Texts(prompt, both[1])
-    if (messages := _prompt_messages(own)) is not None:
+    if (messages := _prompt_messages(fields)) is not None:
         said = [[{"role": "assistant", "content": text}] for text in both]
-        return _conversation(own, messages, said[0]), _conversation(own, messages, said[1])
-    if own.has("instruction"):
-        first, second = (_instruction(own, text, chats) for text in both)
+        return _conversation(fields, messages, said[0]), _conversation(fields, messages, said[1])
+    if fields.has("instruction"):
+        first, second = (_instruction(fields, text, chats) for text in both)
         return _last_only(first), _last_only(second)
     at = _common(*both)
     # TRL takes the space before the answers into them.
@@ -456,15 +432,15 @@ def _last_only(form: Form) -> Form:
     return form if isinstance(form, Texts) else form._replace(asked=len(form.messages) - 1)
 
 
-def _message_pair(own: _Line, both: list[list[Any]]) -> tuple[Form, Form]:
+def _message_pair(fields: _Fields, both: list[list[Any]]) -> tuple[Form, Form]:
     """Return two answers that are messages, after a prompt, or each after the prompt itself."""
-    prompt = own.columns.get("prompt")
-    messages = _prompt_messages(own)
+    prompt = fields.columns.get("prompt")
+    messages = _prompt_messages(fields)
     alone = [bool(one) and _speaker(one[0]) == "assistant" for one in both]
     if messages is None and isinstance(prompt, str) and all(alone):
-        messages = [{"role": "user", "content": own.text("prompt")}]
-    if messages is None and own.has("instruction") and all(alone):
-        messages = _asked(own)
+        messages = [{"role": "user", "content": fields.text("prompt")}]
+    if messages is None and fields.has("instruction") and all(alone):
+        messages = _asked(fields)
     if messages is None:
         at = _common(*both)
         if not at:
@@ -475,19 +451,19 @@ def _message_pair(own: _Line, both: list[list[Any]]) -> tuple[Form, Form]:
     else:
         size = len(messages)
         both = [one[size:] if one[:size] == messages and len(one) > size else one for one in both]
-    return _conversation(own, messages, both[0]), _conversation(own, messages, both[1])
+    return _conversation(fields, messages, both[0]), _conversation(fields, messages, both[1])
 
 
-def _prompt_messages(own: _Line) -> list[Any] | None:
+def _prompt_messages(fields: _Fields) -> list[Any] | None:
     """Return the messages before the answers; a column of whole conversations is not that."""
     for key in ("prompt", *LISTS):
-        found = own.columns.get(key)
+        found = fields.columns.get(key)
         if (
             isinstance(found, list)
             and found
             and (key == "prompt" or _speaker(found[-1]) != "assistant")
         ):
-            return list(own.take(key))
+            return list(fields.take(key))
     return None
 
 
@@ -508,9 +484,6 @@ def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
     pairs = enumerate(zip(chosen, rejected, strict=False))
     shorter = min(len(chosen), len(rejected))
     return next((i for i, (a, b) in pairs if a != b), max(shorter - 1, 0))
-
-
-# --- errors ------------------------------------------------------------------------------------
 
 
 def _quoted(keys: Iterable[str]) -> str:

@@ -42,11 +42,7 @@ _EXPECTED = "expected one JSON object per line (JSONL)"
 
 
 def check_file(path: Path) -> None:
-    """Look at how a file begins.
-
-    Raises:
-        Error: it is missing, a folder, or of another kind; says which, and what makes JSONL of it.
-    """
+    """Look at how a file begins."""
     if path.is_dir():
         raise Error(f"{path} is a folder: give a file of examples in it")
     try:
@@ -74,11 +70,7 @@ def _other(path: Path, kind: str, command: str | None) -> Error:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each object of a file, and where it stands, as errors name it.
-
-    Raises:
-        Error: names file and line: not UTF-8, not JSON, not an object; or there is no line.
-    """
+    """Yield each object of a file, and where it stands, as errors name it."""
     check_file(path)
     with path.open("rb") as file:
         is_array = file.read(4096).removeprefix(_BOM).lstrip().startswith(b"[")

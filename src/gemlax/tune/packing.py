@@ -41,12 +41,12 @@ def pack(examples: Sequence[Example], width: int, *, several: bool = True) -> Ro
     for example in examples:
         size = len(example.ids)
         open_rows = range(max(0, len(rows) - OPEN), len(rows)) if several else ()
-        at = next((i for i in open_rows if room[i] >= size), len(rows))
-        if at == len(rows):
+        row = next((i for i in open_rows if room[i] >= size), len(rows))
+        if row == len(rows):
             rows.append([])
             room.append(width)
-        rows[at].append(example)
-        room[at] -= size
+        rows[row].append(example)
+        room[row] -= size
     return _rows(rows, width)
 
 
@@ -65,13 +65,13 @@ def _rows(rows: Sequence[Sequence[Example]], width: int) -> Rows:
         start = 0
         for number, example in enumerate(row):
             size = len(example.ids)
-            at = slice(start, start + size)
-            out.tokens[i, at] = example.ids
-            out.positions[i, at] = np.arange(size)
-            out.segments[i, at] = number
-            before = slice(start, start + size - 1)
-            out.labels[i, before] = example.ids[1:]
-            out.weights[i, before] = example.learnt[1:]
+            columns = slice(start, start + size)
+            out.tokens[i, columns] = example.ids
+            out.positions[i, columns] = np.arange(size)
+            out.segments[i, columns] = number
+            labelled = slice(start, start + size - 1)
+            out.labels[i, labelled] = example.ids[1:]
+            out.weights[i, labelled] = example.learnt[1:]
             start += size
     return out
 
@@ -104,10 +104,10 @@ class Batches:
 
     def __getitem__(self, step: int) -> Rows:
         """Return batch `step` of the run, counted over all epochs."""
-        epoch, at = divmod(step, self.per_epoch)
+        epoch, batch = divmod(step, self.per_epoch)
         order = np.random.default_rng([self._seed, epoch]).permutation(self.num_rows)
         order = np.concatenate([order, np.arange(self.num_rows, self.per_epoch * self._size)])
-        chosen = order[at * self._size : (at + 1) * self._size]
+        chosen = order[batch * self._size : (batch + 1) * self._size]
         if self._pairs:
             chosen = np.stack([2 * chosen, 2 * chosen + 1], axis=1).reshape(-1)
         return Rows(*(a[chosen] for a in self._rows))

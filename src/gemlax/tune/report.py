@@ -27,11 +27,7 @@ class Log:
         part.replace(path)
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Write a line; `step` is one of its keys.
-
-        Raises:
-            Error: it cannot be written.
-        """
+        """Write a line; `step` is one of its keys."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -48,10 +44,10 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            found = json.loads(line)
+            entry = json.loads(line)
         except ValueError:
             return
-        yield found
+        yield entry
 
 
 def can_plot() -> bool:
@@ -100,17 +96,13 @@ def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return what a run was made with.
-
-    Raises:
-        Error: there is no run, or its record is damaged.
-    """
+    """Return what a run was made with."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Error(f"{path.parent} holds no run to go on with: {path.name} is missing") from None
     except ValueError as error:
         raise Error(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise Error(f"{path} is damaged: expected a JSON object")
-    return found
+    return settings

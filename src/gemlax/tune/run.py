@@ -31,89 +31,20 @@ from gemlax.tune.report import (
     read_settings,
     write_settings,
 )  # fmt: skip
+from gemlax.tune.settings import TuneSettings
 from gemlax.tune.state import Checkpoints
-from gemlax.tune.train import Measured, Recipe, Trainer
+from gemlax.tune.train import Measured, Trainer, learning_rate
 
-__all__ = ["Result", "Settings", "check_run", "train"]
+__all__ = ["Result", "check_run", "train"]
 
 _log = logging.getLogger(__name__)
 RUN, LOG, PLOT, CHECKPOINTS = "run.json", "log.jsonl", "loss.png", "checkpoints"
 RESULTS = {"adapter": "adapter", "full": "model"}
-# Peak rates. By custom, not by measurement: all weights take a tenth of what an adapter does,
-# and preferences, whose slopes are small at the start, a quarter.
-RATES = {"adapter": 2e-4, "full": 2e-5, "preferences": 5e-5}
-WARMUP = 0.05  # of all steps
 MERGE_FIRST = (
     "the model has adapters beside its weights: gemlax convert MODEL FOLDER --adapter DIR merges "
     "one, and the result can be tuned"
 )
 ROUND = 16  # widths are multiples of it
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What to train, and on what.
-
-    Attributes:
-        rules: of the adapter, see `adapters.attach`; None: the adapter that the model has, or
-            rank 8 for every projection.
-        full: train all weights, and no adapter.
-        beta: learn preferences with that strength (DPO); None: the loss is cross-entropy.
-        steps: in all; None: `epochs` times the data.
-        batch_size: rows of a step; a row holds up to `max_length` tokens of several examples.
-        accumulate: parts into which the rows of a step are taken, one after another.
-        learning_rate: at its peak; None: 2e-4 for adapters, 2e-5 for all weights, 5e-5 for
-            preferences.
-        truncate: cut examples that are longer; otherwise they are an error.
-        pack: put several examples into a row.
-        parse_special: read markers in texts as what they name; in messages they are text always.
-        save_every: steps between checkpoints and evaluations; None: at the end alone.
-        seed: of the adapter, the order of examples and dropout.
-    """
-
-    rules: Any = None
-    full: bool = False
-    beta: float | None = None
-    steps: int | None = None
-    epochs: int = 1
-    batch_size: int = 4
-    accumulate: int = 1
-    max_length: int = 512
-    learning_rate: float | None = None
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    remat: bool = True
-    truncate: bool = False
-    pack: bool = True
-    parse_special: bool = True
-    save_every: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "max_length": 2}
-        optional = {k: 1 for k in ("steps", "save_every") if self.as_dict()[k] is not None}
-        for name, low in {**least, **optional}.items():
-            value = self.as_dict()[name]
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise RequestError(f"{name} must be at least {low}, got {value!r}")
-        if self.batch_size % self.accumulate:
-            raise RequestError(
-                f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}"
-            )
-        if self.full and (self.rules is not None or self.beta is not None):
-            raise RequestError("full trains all weights: it takes neither rules nor preferences")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the attributes by name."""
-        return {field.name: vars(self)[field.name] for field in dataclasses.fields(self)}
-
-    @property
-    def rate(self) -> float:
-        """The peak of the learning rate."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        kind = "full" if self.full else "adapter" if self.beta is None else "preferences"
-        return RATES[kind]
 
 
 class Result(NamedTuple):
@@ -134,7 +65,7 @@ def train(
     model: Model,
     data: str | Path,
     output: str | Path,
-    settings: Settings | None = None,
+    settings: TuneSettings | None = None,
     *,
     eval_data: str | Path | None = None,
     resume: bool = False,
@@ -161,19 +92,14 @@ def train(
     """
     if jax.process_count() > 1:
         raise UnsupportedError("training runs in one process, over all of its devices")
-    settings = dataclasses.replace(settings or Settings(), **changes)
+    settings = dataclasses.replace(settings or TuneSettings(), **changes)
     return _Run(model, Path(data), Path(output), settings, eval_data, resume, progress).go()
 
 
 def check_run(
-    data: Path, eval_data: Path | None, output: Path, settings: Settings, *, resume: bool
+    data: Path, eval_data: Path | None, output: Path, settings: TuneSettings, *, resume: bool
 ) -> None:
-    """Check what needs no model: the kind of the files, and that a run can be in the folder.
-
-    Raises:
-        Error: the folder holds another run or cannot be written, a file is no data, or a package
-            is missing.
-    """
+    """Check what needs no model: the kind of the files, and that a run can be in the folder."""
     for path in (data, eval_data):
         if path is not None:
             check_file(path)
@@ -197,21 +123,21 @@ def check_run(
         raise Error(f"{output} cannot be made: {above} cannot {what}")
 
 
-def _known(data: Path, settings: Settings) -> dict[str, Any]:
+def _known(data: Path, settings: TuneSettings) -> dict[str, Any]:
     """Return what must be the same when a run goes on, as far as no model is needed for it."""
-    known = settings.as_dict()
+    known = dataclasses.asdict(settings) | {"rules": repr(settings.rules), "data": digest(data)}
     del known["save_every"]
     if settings.steps is None:  # the data will say
         del known["steps"]
-    return known | {"rules": repr(known["rules"]), "data": digest(data)}
+    return known
 
 
 def _check_same(output: Path, record: dict[str, Any]) -> None:
-    held = read_settings(output / RUN)
+    there = read_settings(output / RUN)
     for key in sorted(record):
-        if held.get(key) != record[key]:
+        if there.get(key) != record[key]:
             raise Error(
-                f"{output} holds another run: {key} is {held.get(key)!r} there and "
+                f"{output} holds another run: {key} is {there.get(key)!r} there and "
                 f"{record[key]!r} now"
             )
 
@@ -230,17 +156,16 @@ def _interrupts() -> Iterator[list[int]]:
         noted.append(number)
         _log.warning("stopping after this step; once more stops at once and keeps less")
 
-    before = signal.getsignal(signal.SIGINT)
-    # Whoever handles it otherwise goes on to, and other threads than the first cannot.
-    ours = before is signal.default_int_handler
-    ours = ours and threading.current_thread() is threading.main_thread()
-    if ours:
+    handler = signal.getsignal(signal.SIGINT)
+    # A handler of the caller's stays, and only the main thread can set one.
+    is_main = threading.current_thread() is threading.main_thread()
+    if sets := is_main and handler is signal.default_int_handler:
         signal.signal(signal.SIGINT, note)
     try:
         yield noted
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, before)
+        if sets:
+            signal.signal(signal.SIGINT, handler)
 
 
 class _Run:
@@ -249,7 +174,7 @@ class _Run:
         model: Model,
         data: Path,
         output: Path,
-        settings: Settings,
+        settings: TuneSettings,
         eval_data: str | Path | None,
         resume: bool,
         progress: Progress | None,
@@ -260,8 +185,7 @@ class _Run:
         check_run(data, held_out, output, settings, resume=resume)
         chat = None
         if model.tokenizer is not None:
-            found = model.chat_format
-            chat = None if found.family is None else found
+            chat = model.chat_format if model.chat_format.family is not None else None
         self.encoder = Encoder(model.tokenizer, chat, parse_special=settings.parse_special)
         self.batches = self._batches(data)
         self.held_out = None if held_out is None else self._batches(held_out)
@@ -272,26 +196,22 @@ class _Run:
             _check_same(output, self.record)
         self.checkpoints = Checkpoints(output / CHECKPOINTS)
         self.decoder = self._decoder()
-        recipe = Recipe(
-            steps=self.steps, learning_rate=settings.rate,
-            warmup=math.ceil(WARMUP * self.steps), weight_decay=settings.weight_decay,
-            clip=settings.clip, accumulate=settings.accumulate, remat=settings.remat,
-            beta=settings.beta, seed=settings.seed,
+        self.trainer = Trainer(
+            self.decoder, dataclasses.replace(settings, steps=self.steps),
+            mesh=model.mesh, implementation=model.implementation,
         )  # fmt: skip
-        ways: dict[str, Any] = {"mesh": model.mesh, "implementation": model.implementation}
-        self.trainer = Trainer(self.decoder, recipe, **ways)
         self.first = max(self.checkpoints.steps(), default=0) if resume else 0
         self.done: int | None = self.first  # steps; None in the middle of one
         self._open(resume)
 
     def _batches(self, path: Path) -> Batches:
         s = self.settings
-        most = min(s.max_length, self.model.config.text.max_position_embeddings)
+        max_length = min(s.max_length, self.model.config.text.max_position_embeddings)
         examples: Any
         if s.beta is None:
-            examples = texts = read_examples(path, self.encoder, most, truncate=s.truncate)
+            examples = texts = read_examples(path, self.encoder, max_length, truncate=s.truncate)
         else:
-            examples = read_pairs(path, self.encoder, most, truncate=s.truncate)
+            examples = read_pairs(path, self.encoder, max_length, truncate=s.truncate)
             texts = [one for pair in examples for one in pair]
         highest = max((i for one in texts for i in one.ids), default=0)
         if refusal := self.model.config.text.refusal(highest):
@@ -355,7 +275,7 @@ class _Run:
                 except KeyboardInterrupt:
                     self._keep()
                     raise
-        # What the run is for comes first: nothing that is only told may cost it.
+        # What the run is for comes first: nothing that is only reported may cost it.
         model = self._save()
         if first < self.steps:
             self._evaluate(log, self.steps)
@@ -379,25 +299,25 @@ class _Run:
         rows = self.batches[step]
         begin = time.perf_counter()
         self.done = None
-        found = self.trainer.step(step, rows)
+        measured = self.trainer.step(step, rows)
         seconds = time.perf_counter() - begin
-        if not (math.isfinite(found.loss) and math.isfinite(found.norm)):
-            raise Error(self._broken(step + 1, found))
+        if not (math.isfinite(measured.loss) and math.isfinite(measured.norm)):
+            raise Error(self._broken(step + 1, measured))
         self.done = step + 1
         tokens = int((rows.positions >= 0).sum())
         line = {
             "step": step + 1,
-            "loss": found.loss,
-            "gradient_norm": found.norm,
-            "learning_rate": float(self.trainer.recipe.rate(step)),
+            "loss": measured.loss,
+            "gradient_norm": measured.norm,
+            "learning_rate": float(learning_rate(self.trainer.settings, step)),
             "tokens": tokens,
-            "learnt": found.tokens,
+            "learnt": measured.tokens,
             "tok_s": round(tokens / seconds, 2),
             "seconds": round(seconds, 4),
             "memory_bytes": memory_bytes(),
         }
-        if found.accuracy is not None:
-            line["accuracy"] = found.accuracy
+        if measured.accuracy is not None:
+            line["accuracy"] = measured.accuracy
         self._say(log, line)
         done, every = step + 1, self.settings.save_every
         if done == self.steps or (every and done % every == 0):
@@ -413,11 +333,11 @@ class _Run:
         how = "run the same command with --resume to go on" if last else "nothing is kept"
         _log.warning("%s: stopped; step %d of %d is kept: %s", self.output, last, self.steps, how)
 
-    def _broken(self, step: int, found: Measured) -> str:
+    def _broken(self, step: int, measured: Measured) -> str:
         last = max(self.checkpoints.steps(), default=0)
         kept = f"the checkpoint of step {last} is kept" if last else "there is no checkpoint"
         return (
-            f"step {step}: the loss is {found.loss} and the gradients' norm {found.norm}; "
+            f"step {step}: the loss is {measured.loss} and the gradients' norm {measured.norm}; "
             f"nothing was saved, {kept}; a smaller --learning-rate may help"
         )
 
@@ -426,10 +346,10 @@ class _Run:
             return
         held_out = self.held_out
         batches: Iterator[Rows] = (held_out[i] for i in range(held_out.per_epoch))
-        found = self.trainer.evaluate(batches)
-        line: dict[str, Any] = {"step": step, "eval_loss": found.loss}
-        if found.accuracy is not None:
-            line["eval_accuracy"] = found.accuracy
+        measured = self.trainer.evaluate(batches)
+        line: dict[str, Any] = {"step": step, "eval_loss": measured.loss}
+        if measured.accuracy is not None:
+            line["eval_accuracy"] = measured.accuracy
         self._say(log, line)
 
     def _say(self, log: Log, line: dict[str, Any]) -> None:

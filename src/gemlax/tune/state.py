@@ -5,7 +5,6 @@ write that was cut off is never read, and goes at the next start. Arrays are put
 bit for bit, over whatever mesh the run goes on with.
 """
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -26,11 +25,7 @@ class Checkpoints:
     """The checkpoints of one run in one folder."""
 
     def __init__(self, folder: Path):
-        """The folder is made with the first checkpoint.
-
-        Raises:
-            Error: orbax is not installed.
-        """
+        """The folder is made with the first checkpoint."""
         try:
             import orbax.checkpoint as ocp
         except ImportError as error:
@@ -47,11 +42,7 @@ class Checkpoints:
         return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal())
 
     def check_room(self, values: Any, optimizer_state: Any) -> None:
-        """Check that a checkpoint and what is trained fit on the disk of the folder above.
-
-        Raises:
-            Error: they do not.
-        """
+        """Check that a checkpoint and what is trained fit on the disk of the folder above."""
         output = self.folder.absolute().parent
         above = next(folder for folder in (output, *output.parents) if folder.exists())
         try:
@@ -60,11 +51,7 @@ class Checkpoints:
             raise Error(f"cannot write in {output}: {error}") from error
 
     def save(self, step: int, values: Any, optimizer_state: Any) -> None:
-        """Write a checkpoint; it is there whole or not at all.
-
-        Raises:
-            Error: it cannot be written; the ones before it are as they were.
-        """
+        """Write a checkpoint; it is there whole or not at all."""
         tree = {"values": values, "optimizer": optimizer_state, "step": np.asarray(step)}
         target = self.folder / str(step)
         try:
@@ -88,38 +75,23 @@ class Checkpoints:
             shutil.rmtree(gone, ignore_errors=True)
 
     def restore(self, step: int, values: Any, optimizer_state: Any) -> tuple[Any, Any]:
-        """Return what was saved, in the form and over the devices of what is given.
-
-        Raises:
-            CheckpointError: it is damaged, or of another shape.
-        """
+        """Return what was saved, in the form and over the devices of what is given."""
         wanted = {"values": values, "optimizer": optimizer_state, "step": np.asarray(0)}
         source = (self.folder / str(step)).absolute()
         try:
             with self._ocp.PyTreeCheckpointer() as checkpointer:
-                held = checkpointer.metadata(source).item_metadata.tree
-                self._check_shapes(held["values"], values, source)
+                tree = checkpointer.metadata(source).item_metadata.tree
+                _check_shapes(tree["values"], values, source)
                 how = self._ocp.checkpoint_utils.construct_restore_args(wanted)
-                found = checkpointer.restore(source, item=wanted, restore_args=how)
+                restored = checkpointer.restore(source, item=wanted, restore_args=how)
         except CheckpointError:
             raise
         except Exception as error:  # as above
             reason = str(error).partition("\n")[0]
             raise CheckpointError(f"{source} cannot be read: {reason}") from error
-        if int(found["step"]) != step:
-            raise CheckpointError(f"{source} holds step {int(found['step'])}")
-        return found["values"], found["optimizer"]
-
-    def _check_shapes(self, held: Any, values: Any, source: Path) -> None:
-        got = {name: tuple(a.shape) for name, a in held.items()}
-        want = {name: tuple(a.shape) for name, a in values.items()}
-        if got == want:
-            return
-        name = next(n for n in sorted(got.keys() | want.keys()) if got.get(n) != want.get(n))
-        raise CheckpointError(
-            f"{source} is of another run: {name} is {json.dumps(got.get(name))} there and "
-            f"{json.dumps(want.get(name))} here"
-        )
+        if int(restored["step"]) != step:
+            raise CheckpointError(f"{source} holds step {int(restored['step'])}")
+        return restored["values"], restored["optimizer"]
 
     def _clean_patiently(self) -> None:
         """Clean up after a write that failed: its other threads may still be writing."""
@@ -140,6 +112,18 @@ class Checkpoints:
         """Remove what is left of writes and removals that were cut off."""
         for path in self._leftovers():
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_shapes(stored: Any, values: Any, source: Path) -> None:
+    """Compare a checkpoint's arrays with those of the run, by name."""
+    for name in sorted(stored.keys() | values.keys()):
+        there, here = (
+            list(tree[name].shape) if name in tree else None for tree in (stored, values)
+        )
+        if there != here:
+            raise CheckpointError(
+                f"{source} is of another run: {name} is {there} there and {here} here"
+            )
 
 
 def _check_free(folder: Path, tree: Any) -> None:

@@ -4,7 +4,6 @@ What is trained is a dict of arrays by path; the base is an argument of the prog
 is made of. The same step serves adapters, full fine-tuning and preferences.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterable
@@ -15,85 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
-from gemlax import adapters, ops, sharding
+from gemlax import ops, scoring, sharding
 from gemlax.decoder import Decoder
 from gemlax.errors import Error, RequestError
 from gemlax.qtensor import QTensor
-from gemlax.tune import losses
 from gemlax.tune.packing import Rows
+from gemlax.tune.settings import TuneSettings
 
-__all__ = ["Measured", "Recipe", "Trainer"]
+__all__ = ["Measured", "Trainer", "learning_rate", "preference_loss"]
 
 Values = dict[str, jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How weights are changed.
-
-    Attributes:
-        steps: in all; the learning rate falls to `floor` of itself by a cosine.
-        learning_rate: at the peak, after `warmup` steps.
-        clip: the most that the norm of all gradients may be; None: any.
-        accumulate: parts into which the rows of a step are taken, one after another.
-        remat: keep less for the backward pass and compute it again.
-        beta: of preferences (arXiv 2305.18290); None: the loss is cross-entropy.
-        seed: of dropout.
-    """
-
-    steps: int
-    learning_rate: float = 2e-4
-    warmup: int = 0
-    floor: float = 0.1
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    accumulate: int = 1
-    remat: bool = True
-    beta: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        given = dataclasses.asdict(self)
-        for name, least in (("steps", 1), ("warmup", 0), ("accumulate", 1)):
-            value = given[name]
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise RequestError(f"{name} must be at least {least}, got {value!r}")
-        if not 0 < self.learning_rate < math.inf:
-            raise RequestError(f"the learning rate must be positive, got {self.learning_rate}")
-        for name, value in (("clip", self.clip), ("beta", self.beta)):
-            if value is not None and not 0 < value < math.inf:
-                raise RequestError(f"{name} must be positive, got {value}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise RequestError(f"weight decay must not be negative, got {self.weight_decay}")
-
-    def rate(self, step: Any) -> Any:
-        """Return the learning rate of a step, counted from 0."""
-        warm = (step + 1) / max(self.warmup, 1)
-        part = jnp.clip((step - self.warmup) / max(self.steps - self.warmup, 1), 0.0, 1.0)
-        fallen = self.floor + (1 - self.floor) * 0.5 * (1 + jnp.cos(jnp.pi * part))
-        return self.learning_rate * jnp.minimum(warm, fallen)
-
-    def optimizer(self) -> Any:
-        """Return Adam with decoupled weight decay (arXiv 1711.05101), behind the clipping.
-
-        Raises:
-            Error: optax is not installed.
-        """
-        optax = _optax()
-        adam = optax.adamw(self.rate, weight_decay=self.weight_decay)
-        return (
-            adam if self.clip is None else optax.chain(optax.clip_by_global_norm(self.clip), adam)
-        )
-
-
 class Measured(NamedTuple):
-    """What a step, or an evaluation, found. `accuracy`: of preferences, else None."""
+    """What a step or an evaluation measured."""
 
     loss: float
     tokens: int  # that were learnt
     norm: float  # of the gradients before clipping
-    accuracy: float | None
+    accuracy: float | None  # of preferences
 
 
 class Trainer:
@@ -107,7 +48,7 @@ class Trainer:
     def __init__(
         self,
         decoder: Decoder,
-        recipe: Recipe,
+        settings: TuneSettings,
         *,
         mesh: Mesh | None = None,
         implementation: ops.Implementation | None = None,
@@ -115,12 +56,15 @@ class Trainer:
         """Train the adapter of a decoder if it has one, else all its weights.
 
         Raises:
-            RequestError: weights held as codes are to be trained, or preferences without adapter.
+            RequestError: weights held as codes are to be trained, preferences without adapter, or
+                settings without steps.
         """
-        self.recipe, self.mesh = recipe, mesh
+        if settings.steps is None:
+            raise RequestError("a trainer needs the number of steps")
+        self.settings, self.mesh = settings, mesh
         self.full = decoder.adapter is None
         if self.full:
-            if recipe.beta is not None:
+            if settings.beta is not None:
                 raise RequestError(
                     "preferences are learnt by an adapter: its base is the reference"
                 )
@@ -135,7 +79,7 @@ class Trainer:
             name: jnp.copy(v.get_value()) for name, (_, v) in self._variables.items()
         }
         self._drops = not self.full and any(m.dropout for m in decoder.adapter)
-        self._tx = recipe.optimizer()
+        self._tx = _optimizer(settings)
         self._places = None if mesh is None else self._placement()
         if self._places is not None:
             self.values = jax.device_put(self.values, self._places[0])
@@ -155,51 +99,55 @@ class Trainer:
         assert self.mesh is not None
         everywhere = sharding.replicated(self.mesh)
         weights = dict(nnx.to_flat_state(self._frozen))
-        own: dict[str, Any] = {}
+        placements: dict[str, Any] = {}
         for name, (path, _) in self._variables.items():
-            own[name] = everywhere
-            base: Any = weights.get((*path[:-1], "weight"))
-            held = None if base is None else base.get_value()
+            placements[name] = everywhere
+            variable: Any = weights.get((*path[:-2], "weight"))  # of .../lora/a or b
+            weight = None if variable is None else variable.get_value()
             if isinstance(self.values[name].sharding, NamedSharding):
-                own[name] = self.values[name].sharding
-            elif isinstance(held, QTensor):  # A and B as the codes are cut
-                spec = (*held.codes.sharding.spec, None, None, None)[: held.codes.ndim]
-                cut = (None, spec[-1]) if path[-1] == "lora_a" else (spec[-2], None)
-                own[name] = NamedSharding(self.mesh, PartitionSpec(*spec[:-2], *cut))
+                placements[name] = self.values[name].sharding
+            elif isinstance(weight, QTensor):  # A and B as the codes are cut
+                spec = (*weight.codes.sharding.spec, None, None, None)[: weight.codes.ndim]
+                cut = (None, spec[-1]) if path[-1] == "a" else (spec[-2], None)
+                placements[name] = NamedSharding(self.mesh, PartitionSpec(*spec[:-2], None, *cut))
         state = jax.eval_shape(functools.partial(_with_optax, self._tx.init), self.values)
         placed = _optax().tree_map_params(
-            self._tx, lambda _, how: how, state, own, transform_non_params=lambda _: everywhere
+            self._tx,
+            lambda _, how: how,
+            state,
+            placements,
+            transform_non_params=lambda _: everywhere,
         )
-        return own, placed
+        return placements, placed
 
     def step(self, number: int, rows: Rows) -> Measured:
         """Change the weights by one batch: rows [accumulate * B, T], step `number` from 0."""
-        count = self.recipe.accumulate
+        count = self.settings.accumulate
         if len(rows.tokens) % count:
-            raise RequestError(f"{len(rows.tokens)} rows are no {count} equal parts")
+            raise RequestError(f"{len(rows.tokens)} rows cannot be split into {count} equal parts")
         batch = self._put(Rows(*(a.reshape(count, -1, a.shape[-1]) for a in rows)))
         args = (self._frozen, jnp.int32(number), batch)
-        self.values, self.optimizer_state, found = self.program(
+        self.values, self.optimizer_state, sums = self.program(
             self.values, self.optimizer_state, *args
         )
-        return self._measured(found)
+        return self._measured(sums)
 
     def evaluate(self, batches: Iterable[Rows]) -> Measured:
         """Return the loss over all batches of rows [B, T]; nothing is changed."""
         sums = np.zeros(4)
         for rows in batches:
-            found = self._evaluate(self.values, self._frozen, self._put(rows))
-            sums += np.asarray([*jax.device_get(found), 0.0], np.float64)
+            batch_sums = self._evaluate(self.values, self._frozen, self._put(rows))
+            sums += np.asarray([*jax.device_get(batch_sums), 0.0], np.float64)
         return self._measured(sums)
 
     def decoder(self) -> Decoder:
         """Return the decoder with the weights as they are now."""
         return self._merge(self.values, self._frozen)
 
-    def _measured(self, found: Any) -> Measured:
-        loss, units, right, norm = (x.item() for x in map(np.asarray, found))
+    def _measured(self, sums: Any) -> Measured:
+        loss, units, right, norm = (x.item() for x in map(np.asarray, sums))
         units = max(units, 1)
-        accuracy = None if self.recipe.beta is None else right / units
+        accuracy = None if self.settings.beta is None else right / units
         return Measured(loss / units, int(units), norm, accuracy)
 
     def _put(self, rows: Rows) -> Rows:
@@ -225,14 +173,14 @@ class Trainer:
             index, rows = inputs
             key = None
             if self._drops:
-                key = jax.random.fold_in(jax.random.key(self.recipe.seed), number)
+                key = jax.random.fold_in(jax.random.key(self.settings.seed), number)
                 key = jax.random.fold_in(key, index)
-            (_, found), slopes = slope(values, frozen, rows, units, key)
-            return jax.tree.map(jnp.add, sums, (slopes, found)), None
+            (_, totals), slopes = slope(values, frozen, rows, units, key)
+            return jax.tree.map(jnp.add, sums, (slopes, totals)), None
 
         zeros, none = jax.tree.map(jnp.zeros_like, values), jnp.float32(0.0)
-        parts = (jnp.arange(self.recipe.accumulate, dtype=jnp.int32), batch)
-        (slopes, found), _ = jax.lax.scan(part, (zeros, (none, none, none)), parts)
+        parts = (jnp.arange(self.settings.accumulate, dtype=jnp.int32), batch)
+        (slopes, totals), _ = jax.lax.scan(part, (zeros, (none, none, none)), parts)
 
         def apply(slopes: Values, state: Any, values: Values) -> Any:
             optax = _optax()
@@ -240,45 +188,72 @@ class Trainer:
             return optax.apply_updates(values, changes), state, optax.tree.norm(slopes)
 
         values, state, norm = _with_optax(apply, slopes, state, values)
-        return values, state, (*found, norm)
+        return values, state, (*totals, norm)
 
     def _loss(
         self, values: Values, frozen: Any, rows: Rows, units: Any, key: Any
     ) -> tuple[Any, Any]:
-        found = self._totals(values, frozen, rows, key)
-        return found[0] / jnp.maximum(units, 1.0), found
+        totals = self._totals(values, frozen, rows, key)
+        return totals[0] / jnp.maximum(units, 1.0), totals
 
     def _units(self, rows: Rows) -> jax.Array:
-        """Return what a loss is the mean of: tokens, or pairs that are no filling."""
-        if self.recipe.beta is None:
+        """Return what a loss is the mean of: tokens, or pairs that are not filling."""
+        if self.settings.beta is None:
             return rows.weights
         chosen = rows.weights[..., 0::2, :]
         return (chosen.sum(axis=-1) > 0).astype(jnp.float32)
 
     def _totals(self, values: Values, frozen: Any, rows: Rows, key: Any = None) -> Any:
-        """Return sums over rows: loss, tokens or pairs, and pairs that are told right."""
+        """Return sums over rows: loss, tokens or pairs, and pairs whose better one is preferred."""
         decoder = self._merge(values, frozen)
-        if key is not None:
-            adapters.dropout(decoder, key)
-        logprobs = self._logprobs(decoder, rows)
+        logprobs = self._logprobs(decoder, rows, dropout_key=key)
         units = self._units(rows)
-        if self.recipe.beta is None:
+        if self.settings.beta is None:
             return -(logprobs * rows.weights).sum(), units.sum(), jnp.float32(0.0)
-        with adapters.lora_enabled(decoder, False):
-            reference = jax.lax.stop_gradient(self._logprobs(decoder, rows))
+        reference = jax.lax.stop_gradient(self._logprobs(decoder, rows, use_adapter=False))
         policy, reference = ((p * rows.weights).sum(axis=1) for p in (logprobs, reference))
-        loss, margin = losses.preference_loss(policy, reference, beta=self.recipe.beta)
+        loss, margin = preference_loss(policy, reference, beta=self.settings.beta)
         return (loss * units).sum(), units.sum(), jnp.where(margin > 0, units, 0.0).sum()
 
-    def _logprobs(self, decoder: Decoder, rows: Rows) -> jax.Array:
+    def _logprobs(self, decoder: Decoder, rows: Rows, **how: Any) -> jax.Array:
         hidden, _ = decoder(
-            rows.tokens, rows.positions, segments=rows.segments, remat=self.recipe.remat
+            rows.tokens, rows.positions, segments=rows.segments, remat=self.settings.remat, **how
         )
-        groups = 1 if self.mesh is None else sharding.parts(self.mesh, "batch")
-        groups = groups if len(rows.tokens) % groups == 0 else 1
-        shards = 1 if self.mesh is None else sharding.parts(self.mesh, "vocab")
-        head = losses.Head.of(decoder, frozen=not self.full, shards=shards)
-        return losses.chunked_logprobs(head, hidden, rows.labels, rows.weights > 0, groups=groups)
+        return scoring.label_logprobs(
+            decoder, hidden, rows.labels, rows.weights > 0, frozen=not self.full, mesh=self.mesh
+        )
+
+
+def learning_rate(settings: TuneSettings, step: Any) -> Any:
+    """Return the learning rate of a step, counted from 0: it rises, then falls by a cosine."""
+    assert settings.steps is not None
+    warmup = math.ceil(settings.warmup * settings.steps)
+    part = jnp.clip((step - warmup) / max(settings.steps - warmup, 1), 0.0, 1.0)
+    fallen = settings.floor + (1 - settings.floor) * 0.5 * (1 + jnp.cos(jnp.pi * part))
+    return settings.peak_rate * jnp.minimum((step + 1) / max(warmup, 1), fallen)
+
+
+def _optimizer(settings: TuneSettings) -> Any:
+    """Return Adam with decoupled weight decay (arXiv 1711.05101), behind the clipping."""
+    optax = _optax()
+    schedule = functools.partial(learning_rate, settings)
+    adam = optax.adamw(schedule, weight_decay=settings.weight_decay)
+    if settings.clip is None:
+        return adam
+    return optax.chain(optax.clip_by_global_norm(settings.clip), adam)
+
+
+def preference_loss(
+    policy: Float[Array, "R"], reference: Float[Array, "R"], *, beta: float
+) -> tuple[Float[Array, "P"], Float[Array, "P"]]:
+    """Return the DPO loss of each pair, and by how much the policy prefers the chosen answer.
+
+    Rows 2i and 2i + 1 are the log-probabilities of chosen and rejected answers.
+    Source: arXiv 2305.18290, equation 7.
+    """
+    gained = beta * (policy - reference)
+    margin = gained[0::2] - gained[1::2]
+    return -jax.nn.log_sigmoid(margin), margin
 
 
 def _trainable(decoder: Decoder) -> Decoder:
@@ -286,17 +261,17 @@ def _trainable(decoder: Decoder) -> Decoder:
     graph, state = nnx.split(decoder)
     flat = dict(nnx.to_flat_state(state))
     for path, variable in flat.items():
-        held: Any = variable.get_value()
-        if isinstance(held, QTensor) and held.format in ("float32", "bfloat16"):
-            held = held.dense()
-        if not isinstance(held, jax.Array):
+        weight: Any = variable.get_value()
+        if isinstance(weight, QTensor) and weight.format in ("float32", "bfloat16"):
+            weight = weight.dense()
+        if not isinstance(weight, jax.Array):
             raise RequestError(
                 "codes cannot be trained: load the model with quantize='dense', or train an adapter"
             )
-        flat[path] = variable.replace(held)
-    found = nnx.merge(graph, nnx.from_flat_state(flat))
-    found.read = "slice"
-    return found
+        flat[path] = variable.replace(weight)
+    decoder = nnx.merge(graph, nnx.from_flat_state(flat))
+    decoder.read = "slice"
+    return decoder
 
 
 def _with_optax(function: Any, *args: Any) -> Any:

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tuning import token_logprobs
 
 from gemlax import ops
 from gemlax.decoder import Decoder
 from gemlax.formats import encode
+from gemlax.ops import Head, chunked_logprobs, crossentropy
 from gemlax.presets import preset, tiny
 from gemlax.qtensor import from_numpy, pack_bfloat16
-from gemlax.tune import losses
-from gemlax.tune.losses import Head, chunked_logprobs, preference_loss, token_logprobs
 
 pytestmark = pytest.mark.optimised
 
@@ -49,8 +49,8 @@ def inputs(decoder):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks of tokens, the last not full, and of the table: two and a rest."""
-    monkeypatch.setattr(losses, "_TOKENS", 24)
-    monkeypatch.setattr(losses, "_TABLE_ROWS", 200)
+    monkeypatch.setattr(crossentropy, "_TOKENS", 24)
+    monkeypatch.setattr(crossentropy, "_TABLE_ROWS", 200)
 
 
 def both(decoder, frozen, groups=1, shards=1):
@@ -63,7 +63,9 @@ def both(decoder, frozen, groups=1, shards=1):
         return (jnp.where(wanted, found, 0.0) * weight).sum()
 
     def chunked(state, hidden):
-        head = Head.of(nnx.merge(graph, state), frozen=frozen, shards=shards)
+        decoder = nnx.merge(graph, state)
+        table, cap = decoder.head.weight.get_value(), decoder.config.final_logit_softcapping
+        head = Head(table, cap, frozen, shards)
         return (chunked_logprobs(head, hidden, labels, wanted, groups=groups) * weight).sum()
 
     which = 1 if frozen else (0, 1)
@@ -147,12 +149,3 @@ def test_logits_of_all_tokens_never_exist(frozen, cap):
 
     assert memory_faults(chunked, 32_768, frozen) == []
     assert memory_faults(whole, 32_768, frozen)
-
-
-def test_the_preference_loss_is_that_of_its_paper():
-    policy, reference = np.array([-1.0, -3.0, -2.0, -1.5]), np.array([-2.0, -2.5, -2.0, -1.0])
-    margins = 0.1 * np.array([1.0 + 0.5, 0.0 + 0.5])
-    arrays = (jnp.asarray(a, jnp.float32) for a in (policy, reference))
-    loss, margin = preference_loss(*arrays, beta=0.1)
-    np.testing.assert_allclose(margin, margins, rtol=1e-6)
-    np.testing.assert_allclose(loss, np.log1p(np.exp(-margins)), rtol=1e-6)

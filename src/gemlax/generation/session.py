@@ -1,19 +1,18 @@
 """Answers as they come, and conversations that keep their cache.
 
-A `Reply` runs one request and takes its ids apart; a `Session` hands the state of one reply to
-the next, so that only the tokens after the common beginning are prefilled.
+A `Reply` runs one request and takes its ids apart. A `Session` runs its replies on one engine with
+one slot, whose cache keeps the conversation: only what is new is prefilled.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 from gemlax.chat import Delta, Message, OutputParser
 from gemlax.chat.messages import REASONING, text_of
-from gemlax.completion import Request
+from gemlax.engine import Engine, Request
 from gemlax.errors import RequestError
-from gemlax.generate import DecodeState, Rows
+from gemlax.generation.answers import Answer, Completion, drive, streaming
 
 __all__ = ["Reply", "Session"]
 
@@ -24,20 +23,19 @@ class Reply:
     Attributes:
         message: the whole `Message` once the iterator is exhausted, None before.
         num_prompt_tokens: tokens of the prompt, BOS included.
-        accepted_per_step: as in `Completion`, once the iterator is exhausted.
+        completion: the whole `Completion` once the iterator is exhausted, None before.
     """
 
-    def __init__(self, request: Request, parser: OutputParser, before: DecodeState | None = None):
-        """Nothing runs yet. `before` is used up: see `Engine.start`."""
-        request.streams = [parser]
+    def __init__(self, engine: Engine, request: Request, parser: OutputParser):
+        """Nothing runs yet."""
         self.message: Message | None = None
-        self.accepted_per_step: float | None = None
-        self.num_prompt_tokens = len(request.prompts[0])
-        self.at_end: Callable[[Message, Rows | None], None] | None = None
-        self._request, self._parser, self._before = request, parser, before
+        self.completion: Completion | None = None
+        self.num_prompt_tokens = len(request.prompt)
+        self._engine, self._parser = engine, parser
+        self._answer = Answer(request, parser, None)
         self._stopping = False
-        # The first token at once; then few enough that reading keeps up with the eye.
-        self._deltas = self._run(itertools.chain((1, 1, 2), itertools.repeat(4)))
+        self._at_end: Callable[[Message], None] | None = None
+        self._deltas = self._run(streaming())
 
     def __iter__(self) -> "Reply":
         return self
@@ -50,24 +48,20 @@ class Reply:
         self._stopping = True
 
     def finish(self, sizes: Iterator[int]) -> Message:
-        """Run to the end in blocks of `sizes` steps, instead of iterating."""
+        """Run to the end in steps of up to `sizes` tokens, instead of iterating."""
         for _ in self._run(sizes):
             pass
         assert self.message is not None
         return self.message
 
     def _run(self, sizes: Iterator[int]) -> Iterator[Delta]:
-        rows, seen, parser = None, self.num_prompt_tokens, self._parser
-        before, self._before = self._before, None
-        for rows in self._request.run(sizes, before):
-            new = rows.tokens[0, seen : rows.lengths[0]].tolist()
-            seen = int(rows.lengths[0])
-            yield from parser.push(new)
+        parser = self._parser
+        for _, deltas in drive(self._engine, [self._answer], sizes):
+            yield from deltas
             if self._stopping:
                 parser.stop()
         yield from parser.flush()
-        done = self._request.completion(0, rows)
-        self.accepted_per_step = done.accepted_per_step
+        self.completion = done = self._answer.completion()
         called = done.finish_reason == "stop" and bool(parser.tool_calls)
         self.message = Message(
             content=parser.content,
@@ -76,8 +70,12 @@ class Reply:
             tokens=done.tokens,
             finish_reason="tool_calls" if called else done.finish_reason,
         )
-        if self.at_end is not None:
-            self.at_end(self.message, rows)
+        if self._at_end is not None:
+            self._at_end(self.message)
+
+    def then(self, at_end: Callable[[Message], None]) -> None:
+        """Call `at_end` with the message when the answer has come to its end."""
+        self._at_end = at_end
 
 
 class Session:
@@ -91,20 +89,27 @@ class Session:
         num_tokens: how many are used, as of the last answer.
     """
 
-    def __init__(self, ask: Callable[..., Reply], context: int, system: str | None = None):
-        """`ask`: makes a reply of (messages, before=state); users call `Model.session`."""
-        self._ask, self._system = ask, system
+    def __init__(
+        self,
+        ask: Callable[[list[Any], Engine], Reply],
+        new_engine: Callable[[], Engine],
+        context: int,
+        system: str | None = None,
+    ):
+        """`ask`: returns the reply to messages, on an engine; users call `Model.session`."""
+        self._ask, self._new_engine, self._system = ask, new_engine, system
         self.context = context
+        self._engine = new_engine()
+        self._reply: Reply | None = None  # the last one, which alone may add to the conversation
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything but the system text. The next turn prefills anew."""
+        """Forget everything except the system text."""
         self.messages: list[Any] = []
         if self._system is not None:
             self.messages.append({"role": "system", "content": self._system})
         self.num_tokens = 0
-        self._state: DecodeState | None = None
-        self._reply: Reply | None = None  # the last one, which alone may add to the conversation
+        self._leave()
 
     def send(self, content: Any, *, role: str = "user", **fields: Any) -> Reply:
         """Say something (role "tool": answer a call); return the reply, to be iterated over.
@@ -117,29 +122,30 @@ class Session:
         """
         said = {"role": role, "content": content, **fields}
         asked = [*self.messages, said]
-        state = self._state
-        # An interrupted step leaves its buffers deleted.
-        if state is not None and cast(Any, state.tokens).is_deleted():
-            state = None
-        reply = self._ask(asked, before=state)
+        self._leave()
+        reply = self._ask(asked, self._engine)
         if reply.num_prompt_tokens >= self.context:
             raise RequestError(
                 f"the context is full: with this message the conversation has "
                 f"{reply.num_prompt_tokens} tokens, and {self.context} fit; start anew"
             )
-        self._state = None  # the reply uses it up
         self._reply = reply
 
-        def at_end(message: Message, rows: Rows | None) -> None:
+        def at_end(message: Message) -> None:
             if self._reply is not reply:  # something else was said meanwhile
                 return
             begun = role in ("assistant", "model")
             self.messages = [*asked[:-1], _joined(said, message)] if begun else [*asked, message]
             self.num_tokens = reply.num_prompt_tokens + len(message.tokens)
-            self._state = None if rows is None else rows.state
 
-        reply.at_end = at_end
+        reply.then(at_end)
         return reply
+
+    def _leave(self) -> None:
+        """Let an unfinished reply keep its engine, should somebody read it to its end."""
+        if self._reply is not None and self._reply.message is None:
+            self._engine = self._new_engine()
+        self._reply = None
 
 
 def _joined(begun: Mapping[str, Any], rest: Message) -> Message:

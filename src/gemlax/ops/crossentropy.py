@@ -1,10 +1,10 @@
-"""Log-probabilities of tokens without the logits of all of them, and the losses made of them.
+"""Log-probabilities of labels without the logits of all tokens.
 
 The head of a small Gemma is most of its work and its logits most of its memory: 262,144 float32
 for each token. Here a block of the table meets a block of tokens at a time, and what softmax needs
 is kept as a running maximum and sum, as attention does it (arXiv 2205.14135); where the table is
 frozen the slope of the hidden states is summed in the same pass. Tokens that are learnt come first,
-and a block of which none is learnt is not computed. `token_logprobs` is the reference.
+and a block of which none is learnt is not computed.
 """
 
 import functools
@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gemlax import ops, qtensor
-from gemlax.decoder import Decoder
-from gemlax.qtensor import QTensor, shape_of
+from gemlax.ops.basic import softcap
+from gemlax.qtensor import QTensor, shape_of, take
 
-__all__ = ["Head", "chunked_logprobs", "preference_loss", "token_logprobs"]
+__all__ = ["Head", "chunked_logprobs"]
 
 # Tokens and rows of the table that meet at a time: fewer are slower, more are not faster and leave
 # more tokens that are not learnt in the last block (docs/log.md).
@@ -42,22 +41,6 @@ class Head(NamedTuple):
     frozen: bool
     shards: int = 1
 
-    @classmethod
-    def of(cls, decoder: Decoder, *, frozen: bool, shards: int = 1) -> "Head":
-        """Return the head of a decoder."""
-        table = decoder.head.weight.get_value()
-        shards = shards if shape_of(table)[0] % shards == 0 else 1
-        return cls(table, decoder.config.final_logit_softcapping, frozen, shards)
-
-
-def token_logprobs(
-    decoder: Decoder, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """Return the log-probability of each label, from all logits at once: the reference."""
-    logits = decoder.logits(hidden)
-    own = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return own - jax.nn.logsumexp(logits, axis=-1)
-
 
 def chunked_logprobs(
     head: Head,
@@ -71,7 +54,7 @@ def chunked_logprobs(
 
     Args:
         wanted: bool [B, T]; time is spent on these alone.
-        groups: rows are taken in so many groups at once, as many as a mesh cuts them into, so
+        groups: of rows that are taken at once, as many as a mesh cuts them into, so
             that each device works on its own.
     """
     batch, length = labels.shape
@@ -79,14 +62,14 @@ def chunked_logprobs(
     order = jnp.argsort(~wanted.reshape(shape), axis=1, stable=True)  # wanted ones first
     flat = hidden.reshape(*shape, hidden.shape[-1])
     flat = jnp.take_along_axis(flat, order[..., None], axis=1)
-    own = jnp.take_along_axis(labels.reshape(shape), order, axis=1)
+    targets = jnp.take_along_axis(labels.reshape(shape), order, axis=1)
     counts = wanted.reshape(shape).sum(axis=1, dtype=jnp.int32)
     size = max(1, min(_TOKENS // groups, shape[1]))
     pad = -shape[1] % size
     flat = jnp.pad(flat, ((0, 0), (0, pad), (0, 0)))
-    own = jnp.pad(own, ((0, 0), (0, pad)))
+    targets = jnp.pad(targets, ((0, 0), (0, pad)))
     plan = _Plan(head.cap, head.frozen, head.shards, size)
-    out = _logprobs(plan, flat, head.table, own, counts)[:, : shape[1]]
+    out = _logprobs(plan, flat, head.table, targets, counts)[:, : shape[1]]
     back = jnp.argsort(order, axis=1)
     out = jnp.take_along_axis(out, back, axis=1).reshape(batch, length)
     return jnp.where(wanted, out, 0.0)
@@ -102,12 +85,12 @@ class _Plan(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Of exp(logit - most) over the rows of the table seen, but for the label's: [G, shards, N].
+    """Of exp(logit - maximum) over the rows of the table seen, except the label's: [G, shards, N].
 
     `weighted` is the sum of the rows themselves, by exp times the slope of the cap, [..., D].
     """
 
-    most: Array
+    maximum: Array
     total: Array
     weighted: Array | None
 
@@ -119,16 +102,18 @@ def _logprobs(plan: _Plan, x: Array, table: Any, labels: Array, counts: Array) -
 
 
 def _forward(plan: _Plan, x: Array, table: Any, labels: Array, counts: Array) -> Any:
-    rows = qtensor.take(table, labels)
-    own = (x.astype(rows.dtype).astype(jnp.float32) * rows.astype(jnp.float32)).sum(axis=-1)
-    own, bend = _capped(own, plan.cap)
-    sums = _sum(plan, x, table, labels, counts, own)
-    most = sums.most.max(axis=1)
-    part = jnp.exp(sums.most - most[:, None])
+    rows = take(table, labels)
+    label_logits = (x.astype(rows.dtype).astype(jnp.float32) * rows.astype(jnp.float32)).sum(
+        axis=-1
+    )
+    label_logits, bend = _capped(label_logits, plan.cap)
+    sums = _sum(plan, x, table, labels, counts, label_logits)
+    maximum = sums.maximum.max(axis=1)
+    part = jnp.exp(sums.maximum - maximum[:, None])
     others = (sums.total * part).sum(axis=1)
-    total = others + jnp.exp(own - most)
-    log_total = most + jnp.log(total)
-    out = own - log_total
+    total = others + jnp.exp(label_logits - maximum)
+    log_total = maximum + jnp.log(total)
+    out = label_logits - log_total
     if sums.weighted is None:
         return out, (x, log_total, table, labels, counts)
     # The label's own row is kept apart, so that little is left of it where it is nearly certain.
@@ -137,29 +122,33 @@ def _forward(plan: _Plan, x: Array, table: Any, labels: Array, counts: Array) ->
     return out, (slope.astype(x.dtype), None, table, labels, counts)
 
 
-def _sum(plan: _Plan, x: Array, table: Any, labels: Array, counts: Array, own: Array) -> _Sums:
+def _sum(
+    plan: _Plan, x: Array, table: Any, labels: Array, counts: Array, label_logits: Array
+) -> _Sums:
     groups, length, width = x.shape
     shape = (groups, plan.shards, length)
-    most = jnp.broadcast_to(own[:, None], shape)
+    maximum = jnp.broadcast_to(label_logits[:, None], shape)
     weighted = jnp.zeros((*shape, width), jnp.float32) if plan.frozen else None
 
     def by_rows(start: Array, rows: Array, sums: _Sums) -> _Sums:
         def by_tokens(at: Array, sums: _Sums) -> _Sums:
             logits, bend = _capped(_logits(_cut(x, at, plan.tokens, 1), rows), plan.cap)
             old, total, weighted = (_cut(a, at, plan.tokens, 2) for a in sums)
-            most = jnp.maximum(old, logits.max(axis=-1))
-            kept, weights = jnp.exp(old - most), jnp.exp(logits - most[..., None])
+            maximum = jnp.maximum(old, logits.max(axis=-1))
+            kept, weights = jnp.exp(old - maximum), jnp.exp(logits - maximum[..., None])
             hot = _is_label(start, rows, table, _cut(labels, at, plan.tokens, 1))
             weights = jnp.where(hot, 0.0, weights)
             total = total * kept + weights.sum(axis=-1)
             if weighted is not None:
                 weighted = weighted * kept[..., None] + _times_rows(weights * bend, rows)
-            new = _Sums(most, total, weighted)
+            new = _Sums(maximum, total, weighted)
             return jax.tree.map(lambda a, part: _put(a, part, at, 2), sums, new)
 
         return _over_tokens(plan, counts, by_tokens, sums)
 
-    return _over_table(plan, table, by_rows, _Sums(most, jnp.zeros(shape, jnp.float32), weighted))
+    return _over_table(
+        plan, table, by_rows, _Sums(maximum, jnp.zeros(shape, jnp.float32), weighted)
+    )
 
 
 def _backward(plan: _Plan, kept: Any, given: Array) -> Any:
@@ -239,7 +228,7 @@ def _is_label(start: Array, rows: Array, table: Any, labels: Array) -> Bool[Arra
 
 def _capped(logits: Array, cap: float | None) -> tuple[Array, Any]:
     """Return softcap of logits, and its slope there."""
-    capped = ops.softcap(logits, cap)
+    capped = softcap(logits, cap)
     return capped, 1.0 if cap is None else 1 - (capped / cap) ** 2  # of tanh
 
 
@@ -255,16 +244,3 @@ def _times_rows(
     return jnp.einsum(
         "gsnr,srd->gsnd", slope.astype(rows.dtype), rows, preferred_element_type=jnp.float32
     )
-
-
-def preference_loss(
-    policy: Float[Array, "R"], reference: Float[Array, "R"], *, beta: float
-) -> tuple[Float[Array, "P"], Float[Array, "P"]]:
-    """Return the DPO loss of each pair, and by how much the policy prefers the chosen answer.
-
-    Rows 2i and 2i + 1 are the log-probabilities of chosen and rejected answers.
-    Source: arXiv 2305.18290, equation 7.
-    """
-    gained = beta * (policy - reference)
-    margin = gained[0::2] - gained[1::2]
-    return -jax.nn.log_sigmoid(margin), margin

@@ -1,0 +1,176 @@
+"""The settings of a request: one field for each, with its default, its range and its help.
+
+Checks, the options of the command line and the documentation of `Model.generate` are made from
+these fields.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gemlax.adapters import DEFAULT
+from gemlax.engine import MAX_DRAFTS
+from gemlax.errors import RequestError
+from gemlax.sampling import TOP_LOGPROBS, check_integer, check_number, check_seed
+
+__all__ = ["SamplingSettings", "describe", "read_settings", "seeds"]
+
+_Check = Callable[[str, Any], Any]
+
+
+def _number(low: float, high: float, *, open_low: bool = False) -> _Check:
+    return lambda name, value: check_number(name, value, low, high, open_low=open_low)
+
+
+def _integer(low: int, meaning: str = "") -> _Check:
+    return lambda name, value: check_integer(name, value, low, meaning)
+
+
+def _up_to(high: int, what: str) -> _Check:
+    def check(name: str, value: Any) -> int:
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not whole or not 0 <= value <= high:
+            raise RequestError(f"{name} must be None or in [0, {high}]{what}, got {value!r}")
+        return int(value)
+
+    return check
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else tuple(value)
+    if any(not isinstance(text, str) or not text for text in texts):
+        raise RequestError(f"{name} must be non-empty strings, got {list(texts)!r}")
+    return texts
+
+
+def _seed(name: str, value: Any) -> Any:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [check_seed(one) for one in value]
+    return check_seed(value)
+
+
+def _setting(default: Any, text: str, check: _Check | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, "check": check})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How a prompt is continued. None: as the checkpoint's generation_config says.
+
+    Without a generation_config the most likely token is taken (temperature 0), and all else is
+    off. A value outside its range raises RequestError, which names it.
+    """
+
+    max_new_tokens: int | None = _setting(
+        None, "the most tokens to generate (256 if the checkpoint does not say)", _integer(0)
+    )
+    min_new_tokens: int | None = _setting(
+        None, "no stop id is generated before this many tokens", _integer(0)
+    )
+    context: int | None = _setting(
+        None, "the most tokens of prompt and answer together; None: the model's limit", _integer(1)
+    )
+    temperature: float | None = _setting(
+        None, "divides the logits; 0 takes the most likely token", _number(0, math.inf)
+    )
+    top_k: int | None = _setting(
+        None, "sample from the k most likely tokens; 0 turns it off",
+        _integer(-1, "0 or -1 turns it off"),
+    )  # fmt: skip
+    top_p: float | None = _setting(
+        None, "sample from the most likely tokens whose probabilities reach p; 1 turns it off",
+        _number(0, 1),
+    )  # fmt: skip
+    min_p: float | None = _setting(
+        None, "drop tokens less likely than p times the most likely one; 0 turns it off",
+        _number(0, 1),
+    )  # fmt: skip
+    repetition_penalty: float | None = _setting(
+        None, "divides the logits of tokens of prompt and answer; 1 turns it off",
+        _number(0, math.inf, open_low=True),
+    )  # fmt: skip
+    presence_penalty: float = _setting(
+        0.0, "subtracted from the logits of tokens of the answer", _number(-math.inf, math.inf)
+    )
+    frequency_penalty: float = _setting(
+        0.0, "subtracted once for each time a token is in the answer", _number(-math.inf, math.inf)
+    )
+    no_repeat_ngram_size: int | None = _setting(
+        None, "no N tokens in a row occur twice, prompt included; 0 turns it off",
+        _integer(0, "0 turns it off"),
+    )  # fmt: skip
+    bad_words: Sequence[str | Sequence[int]] | None = _setting(
+        None, "words, or lists of ids, that are never generated"
+    )
+    logit_bias: Mapping[int, float] | None = _setting(
+        None, "added to the logits of these ids; -inf forbids one"
+    )
+    seed: int | Sequence[int] = _setting(
+        0, "prompt number r draws with seed + r; a list gives each prompt its own", _seed
+    )
+    stop: str | Sequence[str] = _setting(
+        (),
+        "strings that end the answer and are not part of it; a control token ends it too",
+        _texts,
+    )
+    stop_ids: Sequence[int] = _setting((), "ids that end the answer, besides the checkpoint's")
+    logprobs: int | None = _setting(
+        None, "return each token's log-probability, and those of the N most likely tokens",
+        _up_to(TOP_LOGPROBS, ""),
+    )  # fmt: skip
+    speculate: int | None = _setting(
+        None, "draft up to N tokens from the text so far: the same answer, sooner if it repeats",
+        _up_to(MAX_DRAFTS, " drafts"),
+    )  # fmt: skip
+    parse_special: bool = _setting(
+        False, "read markers in the text, such as <start_of_turn>, as control tokens"
+    )
+    adapter: str | Sequence[str | None] | None = _setting(
+        DEFAULT, "name of a loaded adapter, or a list with one for each prompt; None: the base"
+    )
+
+    def __post_init__(self) -> None:
+        given = dataclasses.asdict(self)
+        for field in dataclasses.fields(self):
+            value, check = given[field.name], field.metadata["check"]
+            if value is None and field.name != "adapter":
+                value = field.default
+            elif check is not None:
+                value = check(field.name, value)
+            object.__setattr__(self, field.name, value)
+
+
+_NAMES = tuple(field.name for field in dataclasses.fields(SamplingSettings))
+
+
+def read_settings(
+    settings: SamplingSettings | None, changes: Mapping[str, Any]
+) -> SamplingSettings:
+    """Return settings with changes by name, checked.
+
+    Raises:
+        TypeError: a name that is not a setting.
+        RequestError: a value outside its range.
+    """
+    unknown = sorted(changes.keys() - set(_NAMES))
+    if unknown:
+        raise TypeError(f"unknown settings {unknown}; expected some of {sorted(_NAMES)}")
+    return dataclasses.replace(settings or SamplingSettings(), **changes)
+
+
+def describe() -> str:
+    """Return a line of documentation for each setting."""
+    fields = dataclasses.fields(SamplingSettings)
+    return "\n".join(f"    {field.name}: {field.metadata['help']}." for field in fields)
+
+
+def seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """Return the seed of each of `count` prompts; after the largest one comes 0."""
+    if not isinstance(seed, Sequence):
+        return [(seed + row) % 2**32 for row in range(count)]
+    if len(seed) != count:
+        raise RequestError(f"seed must be an integer or a list of {count}, got {seed!r}")
+    return list(seed)
