@@ -26,7 +26,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 WHEEL = "maxtext==0.2.5"
-# The wheel requires nothing by itself, and its extras are for TPU and CUDA. This is what it imports.
+# The wheel requires nothing by itself, and its extras are for TPU and CUDA. It imports these.
 REQUIREMENTS = (
     WHEEL, "absl-py", "aqtp", "cloud-accelerator-diagnostics", "datasets", "drjax", "etils", "flax",
     "google-cloud-mldiagnostics", "google-cloud-storage", "grain", "jax", "jinja2", "jsonlines",
@@ -294,8 +294,9 @@ class Peer:
     def __init__(self, label: str, python: str, worker: str, folder: Path):
         self.label, self.log = label, folder / f"{label}.log"
         self.logits = folder / f"{worker}.npy"
-        # -P keeps this folder off the path, where this file would hide the package `maxtext`.
-        command = [python, "-P", __file__, "--worker", worker, "--folder", str(folder)]
+        # Both keep this folder off the path, where this file would hide the package `maxtext`.
+        flag = "-P" if python == sys.executable else "-I"
+        command = [python, flag, __file__, "--worker", worker, "--folder", str(folder)]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "DECOUPLE_GCLOUD": "TRUE"}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"),
@@ -376,10 +377,12 @@ def text(found: dict[str, Any]) -> str:
     results = found["results"]
     labels = list(results)
     kinds = (
-        ("decode step, ms", "step_ms", ".3g"), ("temporaries of the step, MB", "temporary_mb", ".3g"),
-        ("caches, MB", "cache_mb", ".3g"), ("compiling the step, s", "compile_s", ".2g"),
+        ("decode step, ms", "step_ms", ".3g"),
+        ("temporaries of the step, MB", "temporary_mb", ".3g"),
+        ("caches, MB", "cache_mb", ".3g"),
+        ("compiling the step, s", "compile_s", ".2g"),
         ("cached decode off by, standard deviations", "error", ".2g"),
-    )  # fmt: skip
+    )
     rows = []
     for title, key, form in kinds:
         for capacity in CAPACITIES:
@@ -388,8 +391,9 @@ def text(found: dict[str, Any]) -> str:
             rows.append([*row, f"{values[0] / values[1]:,.3g}"])
     line = (
         f"{report.machine().split(',')[0]}; {found['wheel'].replace('==', ' ')}; "
-        f"jax {results['MaxText']['jax']} unless a column says otherwise; load {found['load'][0]:.1f}; "
-        f"medians of {found['rounds']} turns. Without caches the libraries agree to "
+        f"jax {results['MaxText']['jax']} unless a column says otherwise; "
+        f"load {found['load'][0]:.1f}; medians of {found['rounds']} turns. "
+        "Without caches the libraries differ by "
         f"{found['full_forwards_apart']:.1g} standard deviations of the logits."
     )
     head = ["", *labels, "MaxText / gemlax, XLA alone"]

@@ -1,4 +1,4 @@
-"""Writes generated sections of docs/performance.md and README.md; the other scripts of this folder use it."""
+"""Writes generated sections of pages; the other scripts of this folder use it."""
 
 import re
 from collections.abc import Sequence
