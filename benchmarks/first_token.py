@@ -8,7 +8,6 @@ JSON.
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from flax import nnx
 
 import gemlax
 from gemlax import checkpoints
+from gemlax.config import edit
 from gemlax.weights import build_decoder
 
 PROMPT = "The capital of France is"
@@ -64,7 +64,7 @@ def write_toy(source: str, folder: Path) -> None:
     with checkpoints.open_checkpoint(checkpoints.find(source)) as opened:
         tokenizer, config = opened.tokenizer(), gemlax.tiny(opened.config)
         rows = opened.config.text.vocab_size
-    config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=rows))
+    config = edit(config, vocab_size=rows)
 
     def fill(name, out):
         out[...] = 0.01

@@ -17,8 +17,8 @@ import report
 from flax import nnx
 
 from gemlax import bench, preset
-from gemlax.checkpoints import text_weights
 from gemlax.formats import FORMATS, Coded
+from gemlax.names import text_weights
 from gemlax.weights import build_decoder
 
 NAMES = ("bfloat16", "int8", "int4")

@@ -4,8 +4,8 @@
 #include <limits>
 #include <vector>
 
+#include "kernels.h"
 #include "meter.h"
-#include "rows.h"
 #include "threads.h"
 
 namespace ffi = xla::ffi;
@@ -54,20 +54,20 @@ ffi::Error arg_max(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   if (width == 0 || int64_t(out->element_count()) != rows)
     return ffi::Error::InvalidArgument("arg_max needs rows of at least one number");
   const int64_t pieces = (width + kPiece - 1) / kPiece;
-  std::vector<int32_t> most(rows * pieces);
+  std::vector<int32_t> peaks(rows * pieces);
   const float* data = x.typed_data();
   const auto find = chosen_largest();
   parallel_for(pool, rows * pieces, [&](int64_t i) {
     const float* piece = data + i / pieces * width + i % pieces * kPiece;
     const int64_t count = std::min(kPiece, width - i % pieces * kPiece);
-    most[i] = find(piece, count);
+    peaks[i] = find(piece, count);
   }, true);
   for (int64_t r = 0; r < rows; ++r) {
-    const auto first = most.begin() + r * pieces;
+    const auto first = peaks.begin() + r * pieces;
     const auto best = std::max_element(first, first + pieces);
-    int64_t at = (best - first) * kPiece;
-    while (order(data[r * width + at]) != *best) ++at;
-    out->typed_data()[r] = int32_t(at);
+    int64_t index = (best - first) * kPiece;
+    while (order(data[r * width + index]) != *best) ++index;
+    out->typed_data()[r] = int32_t(index);
   }
   return ffi::Error::Success();
 }
@@ -76,7 +76,5 @@ ffi::Error arg_max(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
 }  // namespace gemlax
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gemlax_arg_max, gemlax::arg_max,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::S32>>());
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::S32>>());

@@ -31,10 +31,15 @@ inline float from_float16(uint16_t bits) {
   return std::bit_cast<float>(sign | ((rest << 13) + ((127 - 15) << 23)));
 }
 
-inline float half_at(const uint8_t* p) { return from_float16(load16(p)); }
+inline float load_float16(const uint8_t* p) { return from_float16(load16(p)); }
+
+// A number of a cache or a weight of plain numbers.
+inline float to_float(float x) { return x; }
+inline float to_float(uint16_t bits) { return from_bfloat16(bits); }
 
 // `scales` is that of the block's first group where a format has an array of them.
 struct Float32 {
+  using Number = float;
   static constexpr int kBlock = 1, kBytes = 4, kGroup = 0;
   static void decode(const uint8_t* block, const uint16_t*, float* out) {
     std::memcpy(out, block, 4);
@@ -42,6 +47,7 @@ struct Float32 {
 };
 
 struct BFloat16 {
+  using Number = uint16_t;
   static constexpr int kBlock = 1, kBytes = 2, kGroup = 0;
   static void decode(const uint8_t* block, const uint16_t*, float* out) {
     *out = from_bfloat16(load16(block));
@@ -68,10 +74,10 @@ struct Int4 {
   }
   static float zero(uint16_t entry) { return kZeroStep * float(entry >> kScaleBits); }
   static void decode(const uint8_t* block, const uint16_t* entry, float* out) {
-    const float own_scale = scale(*entry), own_zero = zero(*entry);
+    const float group_scale = scale(*entry), group_zero = zero(*entry);
     for (int i = 0; i < 16; ++i) {
-      out[i] = own_scale * (float(block[i] & 15) - own_zero);
-      out[i + 16] = own_scale * (float(block[i] >> 4) - own_zero);
+      out[i] = group_scale * (float(block[i] & 15) - group_zero);
+      out[i + 16] = group_scale * (float(block[i] >> 4) - group_zero);
     }
   }
 };
@@ -79,7 +85,7 @@ struct Int4 {
 struct Q8_0 {
   static constexpr int kBlock = 32, kBytes = 34, kGroup = 0;
   static void decode(const uint8_t* block, const uint16_t*, float* out) {
-    const float scale = half_at(block);
+    const float scale = load_float16(block);
     for (int i = 0; i < 32; ++i) out[i] = scale * float(int8_t(block[2 + i]));
   }
 };
@@ -87,7 +93,7 @@ struct Q8_0 {
 struct Q4_0 {
   static constexpr int kBlock = 32, kBytes = 18, kGroup = 0;
   static void decode(const uint8_t* block, const uint16_t*, float* out) {
-    const float scale = half_at(block);
+    const float scale = load_float16(block);
     for (int i = 0; i < 16; ++i) {
       out[i] = scale * float((block[2 + i] & 15) - 8);
       out[i + 16] = scale * float((block[2 + i] >> 4) - 8);
@@ -99,7 +105,7 @@ struct Q4_0 {
 struct Q5_0 {
   static constexpr int kBlock = 32, kBytes = 22, kGroup = 0;
   static void decode(const uint8_t* block, const uint16_t*, float* out) {
-    const float scale = half_at(block);
+    const float scale = load_float16(block);
     uint32_t high;
     std::memcpy(&high, block + 2, 4);
     for (int i = 0; i < 16; ++i) {
@@ -123,7 +129,7 @@ struct Q4_K {
     }
   }
   static void decode(const uint8_t* block, const uint16_t*, float* out) {
-    const float d = half_at(block), dmin = half_at(block + 2);
+    const float d = load_float16(block), dmin = load_float16(block + 2);
     for (int group = 0; group < 8; ++group) {
       int scale, minimum;
       scale_and_minimum(block + 4, group, &scale, &minimum);
@@ -140,11 +146,11 @@ struct Q4_K {
 struct Q6_K {
   static constexpr int kBlock = 256, kBytes = 210, kGroup = 0;
   static void decode(const uint8_t* block, const uint16_t*, float* out) {
-    const float d = half_at(block + 208);
+    const float d = load_float16(block + 208);
     for (int i = 0; i < 256; ++i) {
-      const int half = i / 128, quarter = i % 128 / 32, at = i % 32;
-      const uint8_t low = block[64 * half + 32 * (quarter % 2) + at];
-      const uint8_t high = block[128 + 32 * half + at];
+      const int half = i / 128, quarter = i % 128 / 32, byte = i % 32;
+      const uint8_t low = block[64 * half + 32 * (quarter % 2) + byte];
+      const uint8_t high = block[128 + 32 * half + byte];
       const int code = (quarter < 2 ? low & 15 : low >> 4) | (high >> (2 * quarter) & 3) << 4;
       const int scale = int8_t(block[192 + i / 16]);
       out[i] = d * float(scale) * float(code - 32);
@@ -152,20 +158,21 @@ struct Q6_K {
   }
 };
 
-enum Format : int64_t { kFloat32, kBFloat16, kInt8, kInt4, kQ8_0, kQ4_0, kQ5_0, kQ4_K, kQ6_K, kFormats };
+// Every format, in the order of its number: its name in Python, and its struct.
+#define GEMLAX_FORMATS(X)                                                             \
+  X(float32, Float32) X(bfloat16, BFloat16) X(int8, Int8) X(int4, Int4) X(q8_0, Q8_0) \
+  X(q4_0, Q4_0) X(q5_0, Q5_0) X(q4_k, Q4_K) X(q6_k, Q6_K)
+
+#define GEMLAX_NUMBER(name, F) k##F,
+enum Format : int64_t { GEMLAX_FORMATS(GEMLAX_NUMBER) kFormats };
 
 struct FormatFacts {
   int block, bytes, group;  // weights and bytes of a block; weights per entry of `scales`, or 0
+  bool plain;               // numbers, not codes
   void (*decode)(const uint8_t* block, const uint16_t* scales, float* out);
 };
 
-template <class F>
-constexpr FormatFacts facts_of() {
-  return {F::kBlock, F::kBytes, F::kGroup, F::decode};
-}
-
-inline constexpr FormatFacts kFacts[kFormats] = {
-    facts_of<Float32>(), facts_of<BFloat16>(), facts_of<Int8>(), facts_of<Int4>(), facts_of<Q8_0>(),
-    facts_of<Q4_0>(),    facts_of<Q5_0>(),     facts_of<Q4_K>(), facts_of<Q6_K>()};
+#define GEMLAX_FACTS(name, F) {F::kBlock, F::kBytes, F::kGroup, F::kBlock == 1, F::decode},
+inline constexpr FormatFacts kFormatFacts[kFormats] = {GEMLAX_FORMATS(GEMLAX_FACTS)};
 
 }  // namespace gemlax

@@ -1,54 +1,16 @@
 // Products of a few rows of activations with a stack of weight matrices, and rows of it decoded.
 
-#include <atomic>
-#include <cstdlib>
 #include <new>
 #include <string>
 #include <vector>
 
+#include "kernels.h"
 #include "meter.h"
-#include "rows.h"
 #include "threads.h"
 
 namespace ffi = xla::ffi;
 
 namespace gemlax {
-
-namespace {
-
-// Those of this name, if the CPU runs them.
-const Kernels* find(const std::string& name) {
-  if (name == kPortable.name) return &kPortable;
-#if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512vnni");
-  if (avx2 && name == kAvx2.name) return &kAvx2;
-  if (avx2 && avx512 && name == kAvx512.name) return &kAvx512;
-#endif
-  return nullptr;
-}
-
-// What the environment asks for, or the fastest.
-const Kernels* first_choice() {
-  const char* asked = std::getenv("GEMLAX_KERNELS");
-  if (asked && find(asked)) return find(asked);
-  for (const char* name : {"avx512", "avx2"})
-    if (const Kernels* found = find(name)) return found;
-  return &kPortable;
-}
-
-std::atomic<const Kernels*>& chosen() {
-  static std::atomic<const Kernels*> kernels{first_choice()};
-  return kernels;
-}
-
-}  // namespace
-
-const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
-
 namespace {
 
 // One part of a stack: [layers, out, bytes of a row], and its scales [layers, out, groups].
@@ -73,7 +35,7 @@ ffi::Error read_part(ffi::RemainingArgs args, size_t index, ffi::Span<const int6
   if (scales.has_error()) return scales.error();
   if (formats[index] < 0 || formats[index] >= kFormats)
     return ffi::Error::InvalidArgument("unknown format " + std::to_string(formats[index]));
-  const FormatFacts& facts = kFacts[formats[index]];
+  const FormatFacts& facts = kFormatFacts[formats[index]];
   const auto shape = codes->dimensions(), scale_shape = scales->dimensions();
   if (shape.size() != 3 || scale_shape.size() != 3)
     return ffi::Error::InvalidArgument("codes and scales must have three axes");
@@ -125,34 +87,34 @@ struct Aligned {
   bool operator==(const Aligned&) const { return true; }
 };
 
-// Activations in the form that kernels read, padded with zeros to 1, 2, 4 or a multiple of 8 rows.
+// Activations in the form that kernels read, padded with zeros to blocks of 1, 2, 4 or 8 rows.
 class Prepared {
  public:
   Prepared(ffi::ThreadPool& pool, const float* x, int64_t rows, int64_t width, bool floats,
            bool codes)
       : width_(width), groups_((width + kGroup - 1) / kGroup) {
-    const int64_t padded = rows <= 2 ? rows : rows <= 4 ? 4 : (rows + 7) / 8 * 8;
-    each_ = std::min<int64_t>(padded, kMaxRows);
-    passes_ = padded / each_;
+    block_rows_ = rows <= 2 ? rows : rows <= 4 ? 4 : kMaxRows;
+    blocks_ = (rows + block_rows_ - 1) / block_rows_;
+    const int64_t padded = blocks_ * block_rows_;
     if (codes) {
       codes_.assign(padded * groups_ * kGroup, 0);
       sums_.assign(padded * groups_, 0.0f);
       scales_.assign(padded, 0.0f);
-      if (kernels().offsets && rows <= 2)
+      if (kernels().reads_offsets && rows <= 2)
         for (auto& offsets : offsets_) offsets.assign(rows * groups_ * 8, 0);
     }
     if (floats) floats_.assign(padded * groups_ * kGroup, 0.0f);
     const auto prepare = [&](int64_t r) {
       if (codes) {
         int32_t* const offsets[2] = {offsets_[0].data() + r * 8, offsets_[1].data() + r * 8};
-        scales_[r] = kernels().encode(x + r * width, int(width), each_ * kGroup,
-                                      codes_.data() + place(r), sums_.data() + r * groups_,
+        scales_[r] = kernels().encode(x + r * width, int(width), block_rows_ * kGroup,
+                                      codes_.data() + row_offset(r), sums_.data() + r * groups_,
                                       offsets_[0].empty() ? nullptr : offsets);
       }
       if (floats)
         for (int64_t i = 0; i < width; i += kGroup)
           std::copy_n(x + r * width + i, std::min<int64_t>(kGroup, width - i),
-                      floats_.data() + place(r) + i * each_);
+                      floats_.data() + row_offset(r) + i * block_rows_);
     };
     if (rows > kMaxRows)
       parallel_for(pool, rows, prepare);
@@ -160,105 +122,98 @@ class Prepared {
       for (int64_t r = 0; r < rows; ++r) prepare(r);
   }
 
-  int64_t passes() const { return passes_; }
+  int64_t blocks() const { return blocks_; }
 
-  Activations pass(int64_t index) const {
-    const int64_t first = index * each_;
-    Activations x = {int(each_), int(width_), {}, {}, {}, {}, {}};
-    if (!floats_.empty()) x.floats = floats_.data() + place(first);
-    if (!codes_.empty()) {
-      x.codes = codes_.data() + place(first);
-      x.sums = sums_.data() + first * groups_;
-      x.scales = scales_.data() + first;
-      for (int k = 0; k < 2; ++k) x.offsets[k] = offsets_[k].data();
-    }
-    return x;
+  Activations block(int64_t index) const {
+    const int64_t first = index * block_rows_, coded = codes_.empty() ? 0 : first;
+    return {.rows = int(block_rows_),
+            .width = int(width_),
+            .floats = floats_.empty() ? nullptr : floats_.data() + row_offset(first),
+            .codes = codes_.empty() ? nullptr : codes_.data() + row_offset(first),
+            .sums = sums_.data() + coded * groups_,
+            .scales = scales_.data() + coded,
+            .offsets = {offsets_[0].data(), offsets_[1].data()}};
   }
 
  private:
   // Where row r begins.
-  int64_t place(int64_t r) const {
-    return (r / each_ * groups_ * each_ + r % each_) * kGroup;
+  int64_t row_offset(int64_t r) const {
+    return (r / block_rows_ * groups_ * block_rows_ + r % block_rows_) * kGroup;
   }
 
-  int64_t width_, groups_, each_, passes_;
+  int64_t width_, groups_, block_rows_, blocks_;
   std::vector<float, Aligned<float>> floats_;
   std::vector<float> sums_, scales_;
   std::vector<int16_t, Aligned<int16_t>> codes_;
   std::vector<int32_t, Aligned<int32_t>> offsets_[2];
 };
 
-int log2_rows(int rows) { return rows == 1 ? 0 : rows == 2 ? 1 : rows == 4 ? 2 : 3; }
-
-// Rows of weights of one task: enough for its start to cost little, few enough to share evenly.
-int64_t rows_per_task(int64_t rows, int64_t row_bytes) {
-  const int64_t by_bytes = std::max<int64_t>(1, (32 << 10) / std::max<int64_t>(1, row_bytes));
-  return std::max<int64_t>(1, std::min(by_bytes, (rows + 7) / 8));
-}
-
 // Some rows of one weight: what a thread takes at a time.
-struct Piece {
+struct RowRange {
   const Part* part;
   int64_t first, last;  // rows of the weight
   int64_t column;       // where the weight's own results begin
 };
 
-std::vector<Piece> cut(const std::vector<Part>& parts) {
-  std::vector<Piece> pieces;
+// Enough rows for the start of a task to cost little, few enough to share evenly.
+std::vector<RowRange> split(const std::vector<Part>& parts) {
+  std::vector<RowRange> ranges;
   int64_t column = 0;
   for (const Part& part : parts) {
-    const int64_t step = rows_per_task(part.rows, part.row_bytes);
+    const int64_t by_bytes = (32 << 10) / std::max<int64_t>(1, part.row_bytes);
+    const int64_t step = std::max<int64_t>(1, std::min(by_bytes, (part.rows + 7) / 8));
     for (int64_t first = 0; first < part.rows; first += step)
-      pieces.push_back({&part, first, std::min(part.rows, first + step), column});
+      ranges.push_back({&part, first, std::min(part.rows, first + step), column});
     column += part.rows;
   }
-  return pieces;
+  return ranges;
 }
 
-// Passes over activations from which weights are better unpacked once.
-constexpr int64_t kManyPasses = 4;
+// Blocks of activations from which weights are better unpacked once.
+constexpr int64_t kMinBatchBlocks = 4;
 
-// All but the last rows of activations, if they do not fill a pass: those are left.
-int64_t multiply_many(const Piece& piece, const Weights& weights, const Prepared& x, int64_t rows,
-                      float* out, int64_t columns) {
-  const Many* many = kernels().many;
-  const auto unpack = many ? many->unpack[piece.part->format] : nullptr;
-  if (!unpack || x.passes() < kManyPasses) return 0;
-  const int width = x.pass(0).width;
-  const int64_t spans = (x.pass(0).groups() + many->span - 1) / many->span;
+// Multiply with whole blocks of activations by unpacked weights; return how many blocks were done.
+int64_t multiply_unpacked(const RowRange& range, const Weights& weights, const Prepared& x,
+                          int64_t rows, float* out, int64_t columns) {
+  const BatchProduct* batch = kernels().batch_product;
+  const auto unpack = batch ? batch->unpack[range.part->format] : nullptr;
+  if (!unpack || x.blocks() < kMinBatchBlocks) return 0;
+  const int width = x.block(0).width;
+  const int64_t row_scales =
+      (x.block(0).groups() + batch->groups_per_scale - 1) / batch->groups_per_scale;
   constexpr int64_t kRows = 24;  // of weights at a time, which stay in the second cache
   thread_local std::vector<int16_t, Aligned<int16_t>> codes;
   thread_local std::vector<float> scales;
   codes.resize(std::max<size_t>(codes.size(), kRows * width));
-  scales.resize(std::max<size_t>(scales.size(), kRows * spans));
-  for (int64_t first = piece.first; first < piece.last; first += kRows) {
-    const int64_t last = std::min(piece.last, first + kRows);
+  scales.resize(std::max<size_t>(scales.size(), kRows * row_scales));
+  for (int64_t first = range.first; first < range.last; first += kRows) {
+    const int64_t last = std::min(range.last, first + kRows);
     unpack(weights, first, last, width, codes.data(), scales.data());
-    for (int64_t p = 0; p < rows / kMaxRows; ++p)
-      many->dot(codes.data(), scales.data(), last - first, x.pass(p),
-                out + p * kMaxRows * columns + piece.column + first, columns);
+    for (int64_t b = 0; b < rows / kMaxRows; ++b)
+      batch->multiply(codes.data(), scales.data(), last - first, x.block(b),
+                      out + b * kMaxRows * columns + range.column + first, columns);
   }
   return rows / kMaxRows;
 }
 
-void multiply_piece(const Piece& piece, const Prepared& x, int64_t rows, float* out,
+void multiply_range(const RowRange& range, const Prepared& x, int64_t rows, float* out,
                     int64_t columns) {
-  const Part& part = *piece.part;
+  const Part& part = *range.part;
   const Weights weights = {part.codes, part.row_bytes, part.scales, part.groups};
-  const int64_t width = piece.last - piece.first;
-  for (int64_t p = multiply_many(piece, weights, x, rows, out, columns); p < x.passes(); ++p) {
-    const Activations own = x.pass(p);
-    const Dot dot = kernels().dot[part.format][log2_rows(own.rows)];
-    const int64_t begin = p * kMaxRows;
-    if (begin + own.rows <= rows) {
-      dot(weights, piece.first, piece.last, own, out + begin * columns + piece.column, columns);
+  const int64_t width = range.last - range.first;
+  for (int64_t b = multiply_unpacked(range, weights, x, rows, out, columns); b < x.blocks(); ++b) {
+    const Activations block = x.block(b);
+    const Dot dot = kernels().dot[part.format][std::countr_zero(unsigned(block.rows))];
+    const int64_t begin = b * block.rows;
+    if (begin + block.rows <= rows) {
+      dot(weights, range.first, range.last, block, out + begin * columns + range.column, columns);
       continue;
     }
-    std::vector<float> products(own.rows * width);  // some rows are padding
-    dot(weights, piece.first, piece.last, own, products.data() - piece.first, width);
+    std::vector<float> products(block.rows * width);  // some rows are padding
+    dot(weights, range.first, range.last, block, products.data() - range.first, width);
     for (int64_t r = begin; r < rows; ++r)
       std::copy_n(products.data() + (r - begin) * width, width,
-                  out + r * columns + piece.column + piece.first);
+                  out + r * columns + range.column + range.first);
   }
 }
 
@@ -280,7 +235,7 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
     if (error.failure()) return error;
     first += counts[i];
     features += parts[i].rows;
-    (kernels().codes[parts[i].format] ? codes : floats) = true;
+    (kernels().reads_codes && !kFormatFacts[parts[i].format].plain ? codes : floats) = true;
   }
   if (features != columns)
     return ffi::Error::InvalidArgument("out " + show(out->dimensions()) + " does not fit " +
@@ -288,10 +243,9 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   if (rows == 0 || features == 0) return ffi::Error::Success();
   meter.what = parts[0].format;
   const Prepared prepared(pool, x.typed_data(), rows, width, floats, codes);
-  const std::vector<Piece> pieces = cut(parts);
-  float* result = out->typed_data();
-  parallel_for(pool, int64_t(pieces.size()), [&](int64_t i) {
-    multiply_piece(pieces[i], prepared, rows, result, columns);
+  const std::vector<RowRange> ranges = split(parts);
+  parallel_for(pool, int64_t(ranges.size()), [&](int64_t i) {
+    multiply_range(ranges[i], prepared, rows, out->typed_data(), columns);
   }, rows <= kMaxRows);
   return ffi::Error::Success();
 }
@@ -308,17 +262,16 @@ ffi::Error decode(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> where, ffi::Remain
   if (error.failure()) return error;
   if (features != part.rows)
     return ffi::Error::InvalidArgument("out " + show(out->dimensions()) + " does not fit");
-  const FormatFacts& facts = kFacts[part.format];
-  float* result = out->typed_data();
-  const std::vector<Part> one = {part};
-  const std::vector<Piece> pieces = cut(one);
-  parallel_for(pool, int64_t(pieces.size()), [&](int64_t piece) {
-    for (int64_t f = pieces[piece].first; f < pieces[piece].last; ++f)
+  const FormatFacts& facts = kFormatFacts[part.format];
+  const std::vector<Part> parts = {part};
+  const std::vector<RowRange> ranges = split(parts);
+  parallel_for(pool, int64_t(ranges.size()), [&](int64_t range) {
+    for (int64_t f = ranges[range].first; f < ranges[range].last; ++f)
       for (int64_t i = 0; i < width; i += facts.block) {
         const uint16_t* scales =
             part.scales ? part.scales + f * part.groups + i / facts.group : nullptr;
         facts.decode(part.codes + f * part.row_bytes + i / facts.block * facts.bytes, scales,
-                     result + f * width + i);
+                     out->typed_data() + f * width + i);
       }
   });
   return ffi::Error::Success();
@@ -327,37 +280,14 @@ ffi::Error decode(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> where, ffi::Remain
 }  // namespace
 }  // namespace gemlax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gemlax_multiply, gemlax::multiply,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<ffi::Span<const int64_t>>("formats")
-                                  .Attr<ffi::Span<const int64_t>>("counts"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    gemlax_multiply, gemlax::multiply,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+        .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::S32>>().RemainingArgs()
+        .Ret<ffi::Buffer<ffi::F32>>()
+        .Attr<ffi::Span<const int64_t>>("formats").Attr<ffi::Span<const int64_t>>("counts"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gemlax_decode, gemlax::decode,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<ffi::Span<const int64_t>>("formats"));
-
-extern "C" const char* gemlax_kernels() { return gemlax::kernels().name; }
-
-// Choose kernels by name, or the first choice with an empty one; return whether this CPU runs them.
-extern "C" bool gemlax_use(const char* name) {
-  const gemlax::Kernels* found = *name ? gemlax::find(name) : gemlax::first_choice();
-  if (found) gemlax::chosen().store(found);
-  return found != nullptr;
-}
-
-// Calls and nanoseconds of each kind of `Metered`: 2 * kMetered numbers.
-extern "C" void gemlax_totals(int64_t* out) {
-  for (const gemlax::Total& total : gemlax::totals) {
-    *out++ = total.calls.load();
-    *out++ = total.nanoseconds.load();
-  }
-}
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    gemlax_decode, gemlax::decode,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::S32>>().RemainingArgs()
+        .Ret<ffi::Buffer<ffi::F32>>().Attr<ffi::Span<const int64_t>>("formats"));

@@ -7,7 +7,8 @@ from typing import Any
 from compatibility import Case, Read
 from configs import INDEX, published
 
-from gemlax import GemmaConfig, preset
+from gemlax import preset
+from gemlax.config import from_hf
 
 __all__ = ["CASES"]
 
@@ -17,7 +18,7 @@ Keys = dict[str, Any]
 
 
 def equals(folder: Path, config: Keys, name: str) -> Read:
-    return Read(GemmaConfig.from_hf(config).text, preset(name).text)
+    return Read(from_hf(config).text, preset(name).text)
 
 
 def found_case(name: str) -> Case:

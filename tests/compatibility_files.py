@@ -28,8 +28,8 @@ from orbax_trees import flat_tree, flat_tree_of_gemma4, nested_tree, write
 from safetensors.numpy import save_file
 
 from gemlax.checkpoints import open_checkpoint
-from gemlax.checkpoints.names import HEAD
-from gemlax.config import GemmaConfig
+from gemlax.config import GemmaConfig, edit
+from gemlax.names import HEAD
 
 __all__ = ["CASES"]
 
@@ -37,9 +37,7 @@ FOLDER, GGUF, ORBAX = "Hugging Face folders", "GGUF files", "Orbax folders"
 SAFETENSORS, GGUF_PY = "the safetensors package", "the gguf package"
 TABLE, INDEX = "embed_tokens.weight", "model.safetensors.index.json"
 OTHERS = {"model.vision_tower.x": np.zeros(3, np.float32)}
-UNTIED = dataclasses.replace(
-    CONFIG, text=dataclasses.replace(CONFIG.text, tie_word_embeddings=False)
-)
+UNTIED = edit(CONFIG, tie_word_embeddings=False)
 
 
 def reads(path: Path, expected: dict[str, np.ndarray], config: GemmaConfig = CONFIG) -> Read:
@@ -342,9 +340,7 @@ TYPES = [
     T.IQ4_XS, T.TQ1_0, T.TQ2_0, T.MXFP4, T.NVFP4,
 ]  # fmt: skip
 PATTERN = "gemma4.attention.sliding_window_pattern"
-CAPPED = dataclasses.replace(
-    CONFIG, text=dataclasses.replace(CONFIG.text, final_logit_softcapping=30.0)
-)
+CAPPED = edit(CONFIG, final_logit_softcapping=30.0)
 TOWER = {
     "v.blk.0.attn_q.weight": (np.zeros((4, 4), np.float16), None),
     "mm.mm_input_projection.weight": (np.zeros((4, 4), np.float16), None),

@@ -1,6 +1,5 @@
 """Small checkpoints on disk, written by other packages than ours: the readers' oracle."""
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +12,14 @@ from gguf import GGMLQuantizationType as T
 from safetensors.numpy import save_file
 
 from gemlax.calibration import measure, random_rows
-from gemlax.checkpoints import Checkpoint, text_weights
-from gemlax.checkpoints.names import HEAD
-from gemlax.config import GemmaConfig
+from gemlax.checkpoints import Checkpoint
+from gemlax.config import GemmaConfig, edit, from_hf
+from gemlax.names import HEAD, text_weights
 from gemlax.presets import PRESETS, tiny
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Two K/V heads of four: a wrong order of axes shows. Seven layers: both kinds, and a remainder.
-CONFIG = GemmaConfig.from_hf(
+CONFIG = from_hf(
     {
         "model_type": "gemma3_text",
         "vocab_size": 512,
@@ -48,7 +47,7 @@ SCALES = {
 }  # fmt: skip
 # One layer whose rows are whole blocks of 256, and a table of several steps of `read`, the last
 # one shorter.
-WIDE = GemmaConfig.from_hf(
+WIDE = from_hf(
     CONFIG.to_hf()
     | {
         "vocab_size": 1300,
@@ -65,7 +64,7 @@ WIDE = GemmaConfig.from_hf(
 
 def gemma4(size: str, **changes: Any) -> GemmaConfig:
     """Return a published Gemma 4 at toy width, with some keys of its config changed."""
-    return tiny(GemmaConfig.from_hf(PRESETS[f"gemma-4-{size}"] | changes))
+    return tiny(from_hf(PRESETS[f"gemma-4-{size}"] | changes))
 
 
 # Shared K/V, per-layer inputs and wide MLPs; values made of keys; experts.
@@ -79,14 +78,12 @@ GEMMA4 = {
 
 def narrow(config: GemmaConfig) -> GemmaConfig:
     """Return a toy whose widths are all made of groups of 32."""
-    text = config.text
-    text = dataclasses.replace(
-        text,
-        hidden_size=64,
-        hidden_size_per_layer_input=min(text.hidden_size_per_layer_input, 1) * 32,
-        moe_intermediate_size=min(text.moe_intermediate_size, 1) * 32,
-    )
-    return dataclasses.replace(config, text=text)
+    small = {
+        "hidden_size": 64,
+        "hidden_size_per_layer_input": min(config.text.hidden_size_per_layer_input, 1) * 32,
+        "moe_intermediate_size": min(config.text.moe_intermediate_size, 1) * 32 or None,
+    }
+    return edit(config, **small)
 
 
 KINDS = ["sliding_attention", "full_attention"]

@@ -1,18 +1,17 @@
 """Adapters whose B is not zero, for tests."""
 
-import dataclasses
-
 import jax
 import numpy as np
 
 from gemlax import adapters
+from gemlax.config import edit
 from gemlax.presets import preset, tiny
 
 __all__ = ["SMALL", "trained"]
 
 _TINY = tiny(preset("gemma-3-270m"), num_hidden_layers=6)
 # Rows of whole groups of codes.
-SMALL = dataclasses.replace(_TINY, text=dataclasses.replace(_TINY.text, hidden_size=96))
+SMALL = edit(_TINY, hidden_size=96)
 
 
 def trained(decoder, rules, *, size=0.05, seed=7):

@@ -16,8 +16,8 @@ from flax import nnx
 from golden.conditioned import conditioned_weights
 
 from gemlax import cache, linen, ops
-from gemlax.checkpoints import text_weights
 from gemlax.config import GemmaConfig, TextConfig
+from gemlax.names import text_weights
 from gemlax.presets import preset, tiny
 
 # Layers of each pattern in the default suite: two periods and a remainder, in each segment.

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from gemlax import adapters
 from gemlax.adapters import Rule
-from gemlax.checkpoints import text_weights
 from gemlax.errors import CheckpointError, RequestError, UnsupportedError
+from gemlax.names import text_weights
 from gemlax.presets import preset, tiny
 from gemlax.quantization import codes_by_rules
 from gemlax.weights import build_decoder
@@ -128,9 +128,6 @@ def test_dropout_of_each_module_comes_back(tmp_path):
     assert adapters.restore(decoder(), tmp_path / "lora") == adapter
 
 
-# --- another base ------------------------------------------------------------------------------
-
-
 def test_another_base_is_an_error(folder):
     other = decoder(seed="another")
     with pytest.raises(RequestError, match="another base"):
@@ -174,9 +171,6 @@ def test_an_adapter_that_is_there_must_be_the_same(folder):
     adapters.attach(made, {"*.q_proj": 5}, key=KEY)
     with pytest.raises(RequestError, match="not what the decoder's adapter is"):
         adapters.restore(made, folder)
-
-
-# --- damaged and foreign folders ---------------------------------------------------------------
 
 
 def test_a_truncated_file_is_an_error(folder):
@@ -264,9 +258,6 @@ def test_tensors_that_do_not_fit_are_an_error(change, error, match, folder):
     tensors_of(folder, change)
     with pytest.raises(error, match=match):
         adapters.restore(decoder(), folder)
-
-
-# --- names and keys that people's adapters have ------------------------------------------------
 
 
 def renamed(folder, change):
@@ -441,9 +432,6 @@ def test_two_adapters_in_one_file_are_refused(folder):
     tensors_of(folder, change)
     with pytest.raises(CheckpointError, match="of the adapters default, reference"):
         adapters.read_folder(folder, CONFIG.text)
-
-
-# --- other folders and files -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

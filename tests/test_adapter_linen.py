@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from lora import SMALL, trained
 
 from gemlax import adapters, linen
-from gemlax.checkpoints import text_weights
 from gemlax.errors import CheckpointError
+from gemlax.names import text_weights
 
 RULES = {"layers.3.*": adapters.Rule(2, alpha=6.0), "*.q_proj": 4, "*.mlp.*": 3}
 IDS = jnp.asarray(np.random.default_rng(1).integers(3, 512, (2, 24)), jnp.int32)

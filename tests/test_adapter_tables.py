@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 import gemlax
 from gemlax import adapters, cli
 from gemlax.adapters import Rule
-from gemlax.checkpoints import text_weights
 from gemlax.errors import RequestError, UnsupportedError
+from gemlax.names import text_weights
 
 # Times std(logits).
 CLOSE = 1e-5
@@ -156,9 +156,6 @@ def state_of(decoder):
     from flax import nnx
 
     return nnx.state(decoder)
-
-
-# --- beside a model's weights, and what an adapter says of its base ----------------------------
 
 
 @pytest.fixture(scope="module")

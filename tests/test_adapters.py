@@ -15,8 +15,8 @@ from lora import SMALL, trained
 
 from gemlax import adapters, ops, sharding
 from gemlax.adapters import Rule
-from gemlax.checkpoints import text_weights
 from gemlax.errors import RequestError, UnsupportedError
+from gemlax.names import text_weights
 from gemlax.ops import matmul
 from gemlax.presets import PRESETS, preset, tiny
 from gemlax.qtensor import Mixed, QTensor
@@ -123,9 +123,6 @@ def test_merged_bfloat16_weights_are_as_near_to_float32_as_the_adapter():
     ulp = 2.0 ** (np.floor(np.log2(np.abs(exact).max())) - 7)
     assert 0 < np.sqrt(np.square(merged - before).mean()) < 2 * ulp
     assert np.abs(merged - exact).max() < 1.5 * np.abs(before - exact).max() < 6 * ulp
-
-
-# --- frozen bases ------------------------------------------------------------------------------
 
 
 def coded(rules):
@@ -283,9 +280,6 @@ def test_the_trainable_parameters_are_a_and_b_and_nothing_else():
     names = {path[-1] for path, _ in nnx.to_flat_state(state)}
     assert names == {"a", "b"}
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == adapter.parameters
-
-
-# --- rules -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -11,8 +11,8 @@ from flax import nnx
 from golden.conditioned import conditioned_weights
 
 from gemlax import cache, ops
-from gemlax.checkpoints import text_weights
 from gemlax.config import LayerSpec, RopeSpec
+from gemlax.names import text_weights
 from gemlax.ops.storage import Int8, decode, empty, encode
 from gemlax.presets import preset, tiny
 
@@ -248,9 +248,6 @@ def test_a_cache_that_grows_into_a_ring_keeps_its_tokens(run, tokens, full, stor
     assert isinstance(caches["sliding_attention"], cache.RingCache)
     out, _ = feed(run, caches, tokens, kept, LENGTHS)
     assert worst(out, full, kept, LENGTHS) < limit * full.std()
-
-
-# --- 8-bit storage -----------------------------------------------------------------------------
 
 
 def test_8_bit_codes_are_within_half_a_step_of_every_value():

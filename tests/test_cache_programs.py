@@ -153,9 +153,6 @@ def test_a_list_through_the_scan_costs_about_one_copy_and_so_fails_the_growth_ga
     assert temporaries(programs[1]) - temporaries(programs[0]) < 2.5 * growth
 
 
-# --- what XLA:CPU does to small writes, as ratios -----------------------------------------------
-
-
 # What a busy machine may do to a ratio of two least times; a pass over all takes about 16.
 SLOWER = 3
 

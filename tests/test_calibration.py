@@ -8,8 +8,8 @@ from disk import CONFIG, NARROW, random_weights
 from vocabularies import chat_tokenizer
 
 from gemlax import calibration, ops
-from gemlax.checkpoints import text_weights
 from gemlax.errors import RequestError
+from gemlax.names import text_weights
 from gemlax.quantization import importance_by_rules
 
 IDS = np.array([[2, 7, 100, 4], [2, 300, 5, 511]], np.int32)

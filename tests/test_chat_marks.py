@@ -255,8 +255,6 @@ def test_compiled_templates_are_kept():
     assert compile_template(source, True) is not compile_template(source, False)
 
 
-# --- Marked ------------------------------------------------------------------------------------
-
 CALLS = [
     ("strip",), ("strip", "<|"), ("lstrip",), ("lstrip", "<"), ("rstrip",), ("rstrip", ">"),
     ("upper",), ("lower",), ("title",), ("capitalize",), ("swapcase",), ("casefold",),

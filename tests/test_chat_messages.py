@@ -21,8 +21,6 @@ def dumped(*messages, source=DUMP, **settings):
     return json.loads(rendered("gemma4", list(messages), template=source, **settings)[5:])
 
 
-# --- a template gets what was given ------------------------------------------------------------
-
 AS_GIVEN = {
     "fields of a part": {"role": "user", "content": [
         {"type": "text", "source_lang_code": "cs", "target_lang_code": "de", "text": "ahoj"}]},
@@ -165,9 +163,6 @@ def test_googles_template_gets_objects_where_it_reads_them():
         assert told[1].get("tool_responses") == expected
 
 
-# --- the built-in formats ----------------------------------------------------------------------
-
-
 def test_later_system_messages_get_turns_of_their_own_in_gemma4():
     late = [{"role": "system", "content": "a"}, {"role": "developer", "content": " b"}, HI]
     assert rendered("gemma4", late, empty_thought=False) == (
@@ -214,8 +209,6 @@ def test_results_of_tools_are_text_or_data(content, written):
         "gemma4", messages
     )
 
-
-# --- going on from an answer -------------------------------------------------------------------
 
 SURE = {"role": "assistant", "content": " Sure, "}
 OPEN = "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"
@@ -288,8 +281,6 @@ def test_a_prefill_makes_no_control_token():
         assert ids.count(tokenizer.id_of("<|turn>")) == 2
         assert tokenizer.decode(ids).endswith(evil["content"])
 
-
-# --- the templates of a checkpoint -------------------------------------------------------------
 
 NAMED = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "{# tools #}t"}]
 
@@ -375,9 +366,6 @@ def test_the_name_of_a_template_is_no_path(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be a file name"):
         write_tokenizer(None, {"default": "a", "../b": "c"}, tmp_path / "f")
     assert not (tmp_path / "b.jinja").exists()
-
-
-# --- the process that renders ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,6 @@ def result(parser):
     return parser.content, parser.reasoning, parser.tool_calls, parser.content_ids
 
 
-# --- calls -------------------------------------------------------------------------------------
-
-
 def test_a_call_is_written_with_sorted_keys_and_quoted_strings():
     arguments = {"b": [1, -2.5, True], "a": {"z": None, "Y": "s"}, "C": 1e20, "odd key": ""}
     assert write_call("f", arguments) == (
@@ -253,9 +250,6 @@ def test_declarations_keep_what_the_template_keeps():
         "o:{properties:{z:{type:'BOOLEAN'}},required:['z'],type:'OBJECT'},"
         "Unit:{enum:['c','f'],type:'STRING'}},type:'OBJECT'}}"
     )
-
-
-# --- the parser --------------------------------------------------------------------------------
 
 
 def test_a_thought_is_split_off():

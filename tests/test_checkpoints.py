@@ -13,8 +13,9 @@ from disk import BFLOAT16, CONFIG, assert_same_bits, random_weights, read_all, w
 from golden.conditioned import weight_shapes
 from safetensors.numpy import save_file
 
-from gemlax.checkpoints import open_checkpoint, text_weights
+from gemlax.checkpoints import open_checkpoint
 from gemlax.errors import CheckpointError, Error, UnsupportedError
+from gemlax.names import text_weights
 from gemlax.presets import PRESETS, preset
 
 F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
@@ -477,7 +478,7 @@ def packed(header: object, data: int = 8, length: int | None = None) -> bytes:
 
 HOSTILE = {
     "empty header": (packed(""), "header is not valid"),
-    "list": (packed([], 0), "no JSON object"),
+    "list": (packed([], 0), "not a JSON object"),
     "cut": (packed({"a": ENTRY})[:20], "truncated"),
     "short file": (b"\x01\0\0", "truncated or not a safetensors file"),
     "length beyond the file": (packed({"a": ENTRY}, length=10**6), "announces a header of 1000000"),

@@ -22,7 +22,8 @@ from vocabularies import SPECIAL, toy
 import gemlax
 from gemlax import cli, cost
 from gemlax.arguments import make_parser
-from gemlax.checkpoints import Checkpoint, text_weights
+from gemlax.checkpoints import Checkpoint
+from gemlax.names import text_weights
 from gemlax.ops import cpu
 
 COMMAND = [sys.executable, "-m", "gemlax.cli"]

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from gemlax import GemmaConfig, UnsupportedError, preset
-from gemlax.config import RopeSpec
+from gemlax import UnsupportedError, preset
+from gemlax.config import RopeSpec, from_gguf
 
 # The metadata of the real 270M file, without its vocabulary.
 GGUF = {
@@ -61,7 +61,7 @@ VISION = {
 
 
 def test_gguf_metadata_gives_the_preset_with_what_it_leaves_out():
-    assert GemmaConfig.from_gguf(GGUF).text == preset("gemma-3-270m").text
+    assert from_gguf(GGUF).text == preset("gemma-3-270m").text
 
 
 def test_gguf_of_62_layers_scales_queries_by_hidden_over_heads():
@@ -70,7 +70,7 @@ def test_gguf_of_62_layers_scales_queries_by_hidden_over_heads():
             "attention.head_count_kv": 16, "rope.scaling.type": "linear",
             "rope.scaling.factor": 8.0}  # fmt: skip
     deep = GGUF | {f"gemma3.{key}": value for key, value in wide.items()}
-    specs = GemmaConfig.from_gguf(deep).text.layers
+    specs = from_gguf(deep).text.layers
     assert specs[0].attention_scale == 168**-0.5
     assert (specs[0].rope, specs[5].rope) == (RopeSpec(1e4), RopeSpec(1e6, 8.0))
 
@@ -87,38 +87,38 @@ def test_gguf_of_62_layers_scales_queries_by_hidden_over_heads():
 )
 def test_gguf_metadata_that_is_not_supported_is_named(change, said):
     with pytest.raises(UnsupportedError) as error:
-        GemmaConfig.from_gguf(GGUF | change)
+        from_gguf(GGUF | change)
     assert said in str(error.value)
 
 
 def test_gguf_metadata_that_is_missing_is_named():
     less = {k: v for k, v in GGUF.items() if not k.endswith(("block_count", "head_count"))}
     with pytest.raises(UnsupportedError, match=r"lacks gemma3.attention.head_count, gemma3.block_"):
-        GemmaConfig.from_gguf(less)
+        from_gguf(less)
 
 
 def test_gemma_4_metadata_gives_the_preset():
-    assert GemmaConfig.from_gguf(E2B).text == preset("gemma-4-e2b").text
+    assert from_gguf(E2B).text == preset("gemma-4-e2b").text
 
 
 @pytest.mark.parametrize("prefix", ["vision", "audio", "mm"])
 def test_keys_of_encoders_in_a_file_of_ollama_pass(prefix):
     keys = {f"gemma4.{prefix}.attention.head_count": 12, f"gemma4.{prefix}.block_count": 16}
-    assert GemmaConfig.from_gguf(E2B | keys).text == preset("gemma-4-e2b").text
+    assert from_gguf(E2B | keys).text == preset("gemma-4-e2b").text
 
 
 def test_ollamas_names_of_the_rope_bases_are_read():
     """The keys of ollama's gemma3:1b, but for the size of the model."""
     theirs = {k: v for k, v in GGUF.items() if not k.endswith("rope.freq_base")}
     theirs |= own(rope__global__freq_base=2e6, rope__local__freq_base=3e4)
-    specs = GemmaConfig.from_gguf(theirs).text.layers
+    specs = from_gguf(theirs).text.layers
     assert (specs[0].rope, specs[5].rope) == (RopeSpec(3e4), RopeSpec(2e6))
 
 
 def test_llama_cpps_names_come_before_ollamas():
     both = GGUF | own(rope__global__freq_base=2e6, rope__freq_base_swa=1e4,
                       rope__local__freq_base=3e4)  # fmt: skip
-    assert GemmaConfig.from_gguf(both).text == preset("gemma-3-270m").text
+    assert from_gguf(both).text == preset("gemma-3-270m").text
 
 
 def test_the_metadata_of_ollamas_gemma_3_4b_gives_the_preset():
@@ -131,7 +131,7 @@ def test_the_metadata_of_ollamas_gemma_3_4b_gives_the_preset():
     }  # fmt: skip
     theirs = less | {f"gemma3.{key}": value for key, value in large.items()}
     theirs["tokenizer.ggml.tokens"] = range(262_208)
-    assert GemmaConfig.from_gguf(theirs).text == preset("gemma-3-4b").text
+    assert from_gguf(theirs).text == preset("gemma-3-4b").text
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_the_metadata_of_ollamas_gemma_3_4b_gives_the_preset():
     ids=str,
 )  # fmt: skip
 def test_the_factor_of_full_layers(change, factor):
-    specs = GemmaConfig.from_gguf(GGUF | change).text.layers
+    specs = from_gguf(GGUF | change).text.layers
     assert (specs[0].rope.factor, specs[5].rope.factor) == (1.0, factor)
 
 
@@ -162,19 +162,19 @@ def test_the_factor_of_full_layers(change, factor):
 )
 def test_the_pattern_of_layers_is_a_period_or_a_list(pattern):
     keys = {} if pattern is None else own(attention__sliding_window_pattern=pattern)
-    assert GemmaConfig.from_gguf(GGUF | keys).text == preset("gemma-3-270m").text
+    assert from_gguf(GGUF | keys).text == preset("gemma-3-270m").text
 
 
 def test_a_value_for_each_layer_may_be_one_value():
     many = own(feed_forward_length=[2048] * 18, attention__head_count_kv=[1] * 18,
                attention__head_count=[4] * 18)  # fmt: skip
-    assert GemmaConfig.from_gguf(GGUF | many).text == preset("gemma-3-270m").text
+    assert from_gguf(GGUF | many).text == preset("gemma-3-270m").text
 
 
 def test_the_softcap_of_the_logits_is_read():
-    capped = GemmaConfig.from_gguf(GGUF | own(final_logit_softcapping=30.0)).text
+    capped = from_gguf(GGUF | own(final_logit_softcapping=30.0)).text
     assert capped.final_logit_softcapping == 30.0
-    off = GemmaConfig.from_gguf(GGUF | own(final_logit_softcapping=0.0)).text
+    off = from_gguf(GGUF | own(final_logit_softcapping=0.0)).text
     assert off == preset("gemma-3-270m").text
 
 
@@ -186,7 +186,7 @@ def test_keys_that_change_nothing_pass(caplog):
         rope__dimension_count=256, rope__dimension_count_swa=256, nextn_predict_layers=0,
         rope__scaling__attn_factor=1.0, something_new="",
     )  # fmt: skip
-    assert GemmaConfig.from_gguf(GGUF | keys).text == preset("gemma-3-270m").text
+    assert from_gguf(GGUF | keys).text == preset("gemma-3-270m").text
     (record,) = caplog.records
     assert "gemma3.something_new" in record.getMessage()
 
@@ -208,14 +208,14 @@ def test_keys_that_change_nothing_pass(caplog):
 )
 def test_keys_that_change_the_answer_are_refused_by_name(change, said):
     with pytest.raises(UnsupportedError) as error:
-        GemmaConfig.from_gguf(GGUF | change)
+        from_gguf(GGUF | change)
     assert said in str(error.value)
 
 
 def test_gemma_4_metadata_must_have_its_epsilon():
     less = {k: v for k, v in E2B.items() if not k.endswith("rms_epsilon")}
     with pytest.raises(UnsupportedError, match=r"lacks gemma4.attention.layer_norm_rms_epsilon"):
-        GemmaConfig.from_gguf(less)
+        from_gguf(less)
 
 
 def four(**keys):
@@ -235,7 +235,7 @@ def four(**keys):
     ids=str,
 )
 def test_other_spellings_of_gemma_4_give_the_preset(keys):
-    assert GemmaConfig.from_gguf(E2B | keys).text == preset("gemma-4-e2b").text
+    assert from_gguf(E2B | keys).text == preset("gemma-4-e2b").text
 
 
 @pytest.mark.parametrize(
@@ -250,4 +250,4 @@ def test_other_spellings_of_gemma_4_give_the_preset(keys):
 )
 def test_a_gemma_4_of_another_rope_or_without_kinds_is_refused(keys, said):
     with pytest.raises(UnsupportedError, match=said):
-        GemmaConfig.from_gguf(E2B | keys)
+        from_gguf(E2B | keys)

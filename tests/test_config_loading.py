@@ -8,7 +8,7 @@ from disk import CONFIG, gemma4, random_weights, write_hf
 from vocabularies import chat_tokenizer
 
 import gemlax
-from gemlax.config import GemmaConfig
+from gemlax.config import from_hf
 from gemlax.errors import RequestError
 from gemlax.tune import train
 
@@ -21,7 +21,7 @@ LENGTH = 500  # of the per-layer table; the vocabulary has 512
 def grown(tmp_path_factory) -> gemlax.Model:
     """A Gemma 4 whose vocabulary was grown, and its table of per-layer embeddings was not."""
     config = SMALL | {"vocab_size_per_layer_input": LENGTH}
-    weights = random_weights(GemmaConfig.from_hf(config))
+    weights = random_weights(from_hf(config))
     folder = tmp_path_factory.mktemp("grown")
     return gemlax.load(write_hf(folder, weights, config=config))
 
@@ -38,7 +38,7 @@ def test_ids_within_the_per_layer_table_work_and_no_other_is_generated(grown):
 
 
 def test_an_example_without_a_per_layer_embedding_is_not_trained_on(grown, tmp_path):
-    config = GemmaConfig.from_hf(SMALL | {"vocab_size_per_layer_input": 10})
+    config = from_hf(SMALL | {"vocab_size_per_layer_input": 10})
     model = gemlax.Model(config, grown.decoder, chat_tokenizer("gemma4"))
     (tmp_path / "data.jsonl").write_text(json.dumps({"text": "abc"}) + "\n")
     with pytest.raises(RequestError, match=r"data\.jsonl: token id \d+ has no per-layer"):
@@ -63,10 +63,10 @@ def test_an_example_without_a_per_layer_embedding_is_not_trained_on(grown, tmp_p
 )  # fmt: skip
 def test_a_saved_model_has_the_config_it_was_loaded_with(change, tmp_path):
     config = SMALL | change
-    weights = random_weights(GemmaConfig.from_hf(config))
+    weights = random_weights(from_hf(config))
     model = gemlax.load(write_hf(tmp_path / "theirs", weights, config=config))
     gemlax.save(model, tmp_path / "ours")
-    assert gemlax.load(tmp_path / "ours").config == model.config == GemmaConfig.from_hf(config)
+    assert gemlax.load(tmp_path / "ours").config == model.config == from_hf(config)
 
 
 def test_an_empty_quantization_config_says_that_nothing_is_quantised(tmp_path):

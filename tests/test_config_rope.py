@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from gemlax import GemmaConfig, UnsupportedError
-from gemlax.config import RopeSpec
+from gemlax import UnsupportedError
+from gemlax.config import RopeSpec, from_hf
 
 S, F = "sliding_attention", "full_attention"
 LINEAR = {"rope_type": "linear", "factor": 8.0}
@@ -21,7 +21,7 @@ PART = RopeSpec(1e6, 1.0, 0.25)
 
 
 def read(config):
-    return tuple(spec.rope for spec in GemmaConfig.from_hf(config).text.layers)
+    return tuple(spec.rope for spec in from_hf(config).text.layers)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_gemma_4_reads_its_settings_by_kind(settings, local, whole):
 )  # fmt: skip
 def test_what_is_not_read_is_refused_by_name(base, settings, said):
     with pytest.raises(UnsupportedError) as error:
-        GemmaConfig.from_hf(base | settings)
+        from_hf(base | settings)
     assert said in str(error.value)
 
 

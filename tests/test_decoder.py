@@ -9,8 +9,8 @@ from flax import nnx
 from golden.conditioned import conditioned_weights
 
 from gemlax import cache, ops
-from gemlax.checkpoints import text_weights
 from gemlax.decoder import Decoder, weight_path
+from gemlax.names import text_weights
 from gemlax.presets import PRESETS, preset, tiny
 from gemlax.weights import build_decoder, default_layers, named_weights
 
@@ -176,9 +176,6 @@ def test_the_default_is_the_faster_layout_of_the_cpu(weights, dtype, implementat
         assert build_decoder(CONFIG.text, fill, dtype=dtype).layout == layers
     if dtype == jnp.float32:
         assert default_layers(jnp.dtype(dtype), on_mesh=True) == "unroll"
-
-
-# --- where weights lie -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", ["scan", "unroll"])

@@ -10,9 +10,9 @@ from golden.conditioned import conditioned_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gemlax.checkpoints import text_weights
 from gemlax.engine import Engine, Event, Programs, Request, Usage
 from gemlax.errors import RequestError
+from gemlax.names import text_weights
 from gemlax.presets import preset, tiny
 from gemlax.sampling import make_sampling
 

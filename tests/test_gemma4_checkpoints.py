@@ -24,7 +24,7 @@ from disk import (
 from safetensors.numpy import load_file
 
 from gemlax.checkpoints import open_checkpoint, save_safetensors
-from gemlax.config import GemmaConfig
+from gemlax.config import GemmaConfig, edit
 from gemlax.errors import CheckpointError, Error, UnsupportedError
 
 E2B, UNIFIED, MOE = (GEMMA4[size] for size in ("e2b", "12b", "26b-a4b"))
@@ -261,8 +261,7 @@ def test_a_gguf_may_store_kv_of_layers_that_share_it(tmp_path, caplog):
 
 
 def test_quantised_experts_are_read_as_gguf_does(tmp_path):
-    text = dataclasses.replace(MOE.text, hidden_size=64, moe_intermediate_size=32)
-    config = dataclasses.replace(MOE, text=text)
+    config = edit(MOE, hidden_size=64, moe_intermediate_size=32)
     weights = random_weights(config)
     tensors: dict = gguf_tensors(weights, config)
     kind = gguf.GGMLQuantizationType.Q8_0

@@ -12,9 +12,9 @@ from golden.conditioned import conditioned_weights
 
 import gemlax
 from gemlax import Model, RequestError, preset, tiny
-from gemlax.checkpoints import text_weights
 from gemlax.generation import SamplingSettings
 from gemlax.generation.settings import seeds
+from gemlax.names import text_weights
 from gemlax.tokenizer import Tokenizer
 
 # One period and one layer more; window 32, 512 tokens.
@@ -250,9 +250,6 @@ def test_text_in_gives_text_out(model):
     assert model.generate([model.tokenizer.encode("abc")], max_new_tokens=5) == [one]
 
 
-# --- what may not come, and markers in texts ---------------------------------------------------
-
-
 def test_no_pair_of_tokens_comes_twice(ids_model):
     (prompt,) = prompts(20)
     tokens = ids_model.generate([prompt], max_new_tokens=40, no_repeat_ngram_size=1)[0].tokens
@@ -371,9 +368,6 @@ def test_numpy_numbers_are_as_good_as_pythons(ids_model):
     assert ids_model.generate(iter([np.asarray(prompt)]), **settings) == want
 
 
-# --- scores ------------------------------------------------------------------------------------
-
-
 def test_scores_are_the_log_likelihood_of_a_full_forward(ids_model):
     some = prompts(100, 2, 300)
     for prompt, score in zip(some, ids_model.score(some), strict=True):
@@ -404,9 +398,6 @@ def test_a_long_text_is_scored_in_windows_each_token_once(ids_model):
 def test_a_text_of_one_token_has_nothing_to_score(ids_model):
     (score,) = ids_model.score([[2]])
     assert score == (0.0, 0) and np.isnan(score.perplexity)
-
-
-# --- what is refused ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from golden.conditioned import conditioned_weights, valid_tokens, weight_shapes
 
-from gemlax.config import GemmaConfig
+from gemlax.config import from_hf
 from gemlax.decoder import Decoder
 from gemlax.presets import PRESETS, preset, tiny
 
@@ -42,7 +42,7 @@ def ratio(found: np.ndarray, expected: np.ndarray, std: float) -> float:
 
 
 def test_the_golden_config_is_the_tiny_preset(toy):
-    assert GemmaConfig.from_hf(toy.data["config"]).text == tiny(preset(toy.size)).text
+    assert from_hf(toy.data["config"]).text == tiny(preset(toy.size)).text
 
 
 def test_the_weights_are_those_the_file_was_made_with(toy):

@@ -13,9 +13,9 @@ from golden.conditioned import conditioned_weights
 from jax.sharding import PartitionSpec as P
 
 from gemlax import cache, linen, ops
-from gemlax.checkpoints import text_weights
 from gemlax.decoder import Decoder
 from gemlax.errors import CheckpointError
+from gemlax.names import text_weights
 from gemlax.presets import PRESETS, preset, tiny
 
 CONFIG = tiny(preset("gemma-4-e2b"), num_hidden_layers=20)
@@ -102,9 +102,6 @@ def test_gradients_through_the_linen_scan_are_those_of_nnx(name, depth):
         assert error <= 1e-5 * max(np.abs(other).max(), 1e-6), path
 
 
-# --- what does not fit -------------------------------------------------------------------------
-
-
 def changed(variables, change):
     flat = traverse_util.flatten_dict(nn.meta.unbox(variables)["params"], sep="/")
     change(flat)
@@ -142,9 +139,6 @@ def test_a_leaf_of_another_shape_is_an_error(variables):
 def test_parameters_of_the_other_layout_are_an_error(variables):
     with pytest.raises(CheckpointError, match="config, layers and dtype"):
         linen.Decoder(TEXT, layers="unroll").apply(variables, IDS, AT)
-
-
-# --- to and from NNX ---------------------------------------------------------------------------
 
 
 def test_a_decoder_goes_to_linen_and_back_bit_for_bit(decoder, variables):

@@ -43,9 +43,6 @@ def listed(chunk=8):
     return matrix.new_caches(TEXT, "list", chunk)
 
 
-# --- stacking ----------------------------------------------------------------------------------
-
-
 def nested(i):
     return {"a": (jnp.full((2,), i), [jnp.full((), i)]), "b": cache.LayerCache(1.0 * i, i, i)}
 
@@ -81,9 +78,6 @@ def test_stacking_wants_the_right_number_of_equal_trees():
         cache.stack_layers([jnp.zeros(2), (jnp.zeros(2),)], 2)
     with pytest.raises(ValueError, match="expected 3 layers first"):
         cache.unstack_layers({"a": jnp.zeros((2, 5))}, 3)
-
-
-# --- the contract ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", ["scan", "unroll"])

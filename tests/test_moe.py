@@ -155,9 +155,6 @@ def test_the_number_of_blocks_that_run_is_that_of_the_pairs_not_of_the_experts()
     assert len(seen) == 16
 
 
-# --- the router --------------------------------------------------------------------------------
-
-
 def test_the_router_norms_the_residual_and_scales_once():
     x, proj = draw(9, HIDDEN) * 7, draw(EXPERTS, HIDDEN) * 30
     random = np.random.default_rng(1)

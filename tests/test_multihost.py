@@ -14,10 +14,10 @@ from golden.conditioned import conditioned_weights
 from vocabularies import SPECIAL, toy
 
 import gemlax
-from gemlax.checkpoints import text_weights
 from gemlax.cli import main
 from gemlax.generation import SamplingSettings
 from gemlax.generation.answers import Answer, drive
+from gemlax.names import text_weights
 
 CONFIG = gemlax.tiny(gemlax.preset("gemma-3-4b"), num_hidden_layers=6)
 MESH = "data=2,tensor=4"

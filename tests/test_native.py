@@ -58,6 +58,10 @@ def draw(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
+def test_the_library_numbers_every_format_but_those_of_plain_jax():
+    assert set(cpu.kernels().formats) == set(FORMATS) - {"nf4"}
+
+
 def test_this_machine_has_the_kernels(instructions):
     assert cpu.live() == instructions
     assert not cpu.use("altivec")

@@ -145,9 +145,6 @@ def test_rows_without_a_key_have_zero_gradient():
     np.testing.assert_array_equal(gradient, 0.0)
 
 
-# --- weights of every kind ---------------------------------------------------------------------
-
-
 def weights_of_every_kind(stack: jax.Array) -> dict[str, object]:
     """Layer 1 of a stack, held in each way a weight can be. All are exact in bfloat16."""
     narrow = jnp.asarray(stack, jnp.bfloat16)

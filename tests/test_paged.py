@@ -133,9 +133,6 @@ def bits(pool) -> np.ndarray:
     return pool.view(np.uint32 if pool.itemsize == 4 else np.uint16)
 
 
-# --- the same numbers as whole sequences -------------------------------------------------------
-
-
 @pytest.mark.parametrize("window", [None, 5, 1000])
 @pytest.mark.parametrize("block", [1, 4, 16])
 def test_paged_steps_give_what_whole_sequences_give(block, window):
@@ -243,9 +240,6 @@ def test_pages_before_a_tokens_window_are_not_read():
     assert lost_pages
 
 
-# --- what is written, bit for bit --------------------------------------------------------------
-
-
 @pytest.mark.parametrize("layer", range(LAYERS))
 def test_only_the_new_tokens_of_one_layer_are_written(layer):
     """Not padding, not a free slot, not another sequence or layer: the whole pool is compared."""
@@ -329,9 +323,6 @@ def test_metadata_passes_through_jit_as_a_pytree():
     assert len(jax.tree.leaves(metadata)) == 5
 
 
-# --- layouts and errors ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("packing", "groups"), [(1, 4), (2, 2), (4, 1)])
 def test_the_tpu_layout_is_a_reshape_with_an_inverse(packing, groups):
     array = jnp.arange(3 * 2 * groups * packing * 5).reshape(3, 2, groups, packing, 5)
@@ -361,8 +352,6 @@ def test_pools_too_narrow_for_the_heads_are_refused(shape):
     with pytest.raises(ValueError, match="too small for 2 heads of 8"):
         attend(step.q, pool, step.metadata, 0, num_kv_heads=K, window=None, scale=1.0)
 
-
-# --- memory ------------------------------------------------------------------------------------
 
 DEPTH, BLOCKS, SEQUENCES = 8, 512, 4
 
@@ -449,8 +438,6 @@ def test_a_prefill_reads_pages_not_sequences():
     tables = 4 * SEQUENCES * (512 - 8)
     assert large - small <= 2 * tables
 
-
-# --- the kernel for TPUs -----------------------------------------------------------------------
 
 TPU = AbstractDevice(platform="tpu", device_kind="TPU v5 lite", num_cores=1)
 

@@ -15,13 +15,13 @@ from flax import nnx
 from jax.extend import core as jex
 
 from gemlax import cache, ops
-from gemlax.checkpoints import text_weights
 from gemlax.config import LayerSpec, TextConfig
 from gemlax.decoder import Decoder
 from gemlax.engine import Engine, Programs, Request, programs
 from gemlax.engine.state import join, joining
 from gemlax.formats import Coded
 from gemlax.layers import DecoderLayer, Keys
+from gemlax.names import text_weights
 from gemlax.presets import preset, tiny
 from gemlax.qtensor import QTensor
 from gemlax.sampling import make_sampling
@@ -93,9 +93,6 @@ def num_bytes(tree) -> int:
 
 def temporaries(program) -> int:
     return program.memory_analysis().temp_size_in_bytes
-
-
-# --- gates -------------------------------------------------------------------------------------
 
 
 def growth_faults(small, large, cache_growth: int) -> list[str]:
@@ -355,9 +352,6 @@ def test_a_step_on_codes_holds_no_decoded_matrix():
     assert decoded_faults("cpu") == []
 
 
-# --- bad twins ---------------------------------------------------------------------------------
-
-
 def test_twin_on_xla_holds_a_decoded_matrix():
     assert decoded_faults("xla")
 
@@ -445,9 +439,6 @@ def test_twin_with_plain_bfloat16_weights_holds_a_float32_copy_of_them():
     program = compile_decode(engine, 1, 256)
     assert widened_faults(program, engine)
     assert size_faults(program, engine)
-
-
-# --- the shape of what is traced ---------------------------------------------------------------
 
 
 def count(jaxpr: jex.Jaxpr, primitive: str) -> int:

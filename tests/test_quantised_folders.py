@@ -33,9 +33,11 @@ from safetensors.numpy import load_file, save_file
 
 import gemlax
 from gemlax import checkpoints, cli
-from gemlax.checkpoints import Checkpoint, open_checkpoint, save_safetensors, text_weights
+from gemlax.checkpoints import Checkpoint, open_checkpoint, save_safetensors
+from gemlax.config import from_hf
 from gemlax.errors import CheckpointError, RequestError, UnsupportedError
 from gemlax.formats import encode
+from gemlax.names import text_weights
 from gemlax.qtensor import QTensor
 from gemlax.weights import held_weights, named_weights
 
@@ -345,9 +347,7 @@ def test_a_weight_that_is_not_finite_leaves_nothing_half_written(tmp_path, weigh
 
 def test_one_weight_at_a_time_is_held_and_counted(tmp_path):
     config = gemlax.tiny(gemlax.preset("gemma-3-270m"), num_hidden_layers=1)
-    config = gemlax.GemmaConfig.from_hf(
-        config.to_hf() | {"vocab_size": 65_536, "hidden_size": 64, "pad_token_id": 0}
-    )
+    config = from_hf(config.to_hf() | {"vocab_size": 65_536, "hidden_size": 64, "pad_token_id": 0})
     source = write_hf(tmp_path / "m", random_weights(config, BFLOAT16), config=config.to_hf())
     formats = dict.fromkeys((n for n, s in text_weights(config.text).items() if len(s) > 1), "int4")
     told = []

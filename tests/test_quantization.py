@@ -3,7 +3,6 @@
 The oracle is the decoder of the floats that the codes stand for.
 """
 
-import dataclasses
 import functools
 import logging
 
@@ -29,9 +28,10 @@ from golden.conditioned import conditioned_weights
 
 import gemlax
 from gemlax import linen, ops
-from gemlax.checkpoints import text_weights
+from gemlax.config import edit
 from gemlax.errors import CheckpointError, RequestError
 from gemlax.formats import MADE, decode, encode
+from gemlax.names import text_weights
 from gemlax.qtensor import Mixed, QTensor
 from gemlax.quantization import check_rules
 from gemlax.weights import named_weights
@@ -131,11 +131,7 @@ def test_rules_that_can_be_followed_pass(rules):
 
 
 def test_a_width_of_no_whole_groups_is_named_and_a_rule_helps(tmp_path):
-    text = dataclasses.replace(
-        CONFIG.text,
-        layers=tuple(dataclasses.replace(s, intermediate_size=80) for s in CONFIG.text.layers),
-    )
-    config = dataclasses.replace(CONFIG, text=text)
+    config = edit(CONFIG, intermediate_size=80)
     folder = write_hf(tmp_path / "m", random_weights(config), config=config.to_hf())
     name = "layers.0.mlp.down_proj.weight"
     with pytest.raises(RequestError, match=rf"{name} has rows of 80 .* multiple of 32.*'{name}'"):

@@ -13,9 +13,10 @@ from disk import BFLOAT16, CONFIG, assert_same_bits, random_weights, read_all
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from gemlax.checkpoints import open_checkpoint, save_safetensors, text_weights
+from gemlax.checkpoints import open_checkpoint, save_safetensors
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError
+from gemlax.names import text_weights
 
 F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
 DTYPES = (F32, F16, BFLOAT16)

@@ -13,8 +13,9 @@ from vocabularies import FIRST_CHAT_WORD, chat_tokenizer
 
 import gemlax
 from gemlax import CheckpointError, Message, Model, RequestError, preset, tiny
-from gemlax.checkpoints import open_checkpoint, text_weights
+from gemlax.checkpoints import open_checkpoint
 from gemlax.engine import Event, Usage
+from gemlax.names import text_weights
 from gemlax.terminal import HELP, Terminal
 from gemlax.tokenizer import find_chat_template
 
@@ -64,9 +65,6 @@ class ScriptedEngine:
 
     def cancel(self, request_id):
         return True
-
-
-# --- Model.chat --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -173,9 +171,6 @@ def test_what_cannot_be_a_chat_is_refused(model):
 def test_a_base_model_with_the_pieces_in_its_vocabulary_may_chat(model):
     assert model.chat_template is None
     assert model.chat_format.family == "gemma3"
-
-
-# --- Session -----------------------------------------------------------------------------------
 
 
 def turn(session, text):
@@ -300,9 +295,6 @@ def test_a_full_context_is_said_and_reset_makes_room(model):
     assert turn(session, "hello there") == (answer, size)
 
 
-# --- templates of checkpoints ------------------------------------------------------------------
-
-
 def test_a_template_is_saved_and_loaded_and_used(model, tmp_path):
     own = "{{ bos_token }}{{ messages[0].content }}!"
     other = Model(CONFIG, model.decoder, model.tokenizer, chat_template=own)
@@ -350,9 +342,6 @@ def test_a_template_may_be_in_the_metadata_of_a_gguf_file(tmp_path):
     write_gguf(path, gguf_tensors(random_weights()))
     with open_checkpoint(path) as source:
         assert source.chat_template is None
-
-
-# --- the terminal ------------------------------------------------------------------------------
 
 
 def chat_in_terminal(model, lines, **settings):

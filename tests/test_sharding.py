@@ -20,11 +20,11 @@ from golden.conditioned import conditioned_weights
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemlax import model, sharding
-from gemlax.checkpoints import text_weights
 from gemlax.config import GemmaConfig
 from gemlax.decoder import Decoder
 from gemlax.engine import Engine, Programs, Request, programs
 from gemlax.errors import RequestError
+from gemlax.names import text_weights
 from gemlax.ops import moe
 from gemlax.presets import PRESETS, preset, tiny
 from gemlax.qtensor import Split
@@ -119,9 +119,6 @@ def moe_engines(moe_weights):
     return functools.cache(lambda axes: programs_on(MOE, moe_weights, axes and make_mesh(axes)))
 
 
-# --- a mesh from text --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "axes", ["data=2,tensor=4", " data = 2 , tensor=4", {"tensor": 4, "data": 2}]
 )
@@ -158,9 +155,6 @@ def test_a_mesh_with_other_axes_is_refused(kind):
     mesh = Mesh(np.asarray(jax.devices()), (name,), axis_types=(axis_type,))
     with pytest.raises(RequestError, match="must have Auto axes named data, fsdp, expert, tensor"):
         make_mesh(mesh)
-
-
-# --- where weights and caches lie --------------------------------------------------------------
 
 
 def variables(config):
@@ -284,9 +278,6 @@ def test_a_batch_that_the_mesh_does_not_divide_is_repeated():
     assert sharding.rows_sharding(mesh, 6).spec == PartitionSpec(None)
 
 
-# --- loading -----------------------------------------------------------------------------------
-
-
 def numpy_bytes() -> int:
     domain = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
     found = tracemalloc.take_snapshot().filter_traces([domain])
@@ -346,9 +337,6 @@ def test_bfloat16_experts_come_back_from_a_mesh_bit_for_bit():
     for name, array in named_weights(decoder):
         assert array.dtype == jnp.bfloat16
         np.testing.assert_array_equal(array, weights[name].astype(jnp.bfloat16), err_msg=name)
-
-
-# --- the same tokens ---------------------------------------------------------------------------
 
 
 def near_ties(found, expected, reference, other) -> int:
@@ -438,8 +426,6 @@ def test_a_model_scores_the_same_on_a_mesh(weights):
         scores.append(one.score([prompts(TINY)[0]])[0].log_likelihood)
     assert abs(scores[0] - scores[1]) < 1e-4 * abs(scores[0])
 
-
-# --- gates on the programs ---------------------------------------------------------------------
 
 COLLECTIVE = re.compile(
     r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
@@ -560,9 +546,6 @@ def test_twin_that_reads_experts_one_by_one_moves_them(moe_weights, monkeypatch)
 
 def _is_split(value) -> bool:
     return isinstance(value, Split)
-
-
-# --- at full size ------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -12,11 +12,11 @@ from scipy import stats
 from test_generate import CONFIG, assert_greedy, prompts, toy_tokenizer
 
 from gemlax import Model, RequestError, SamplingSettings, cache, ops
-from gemlax.checkpoints import text_weights
 from gemlax.config import TextConfig
 from gemlax.engine import MAX_DRAFTS, drafts, programs
 from gemlax.engine.drafts import Proposer
 from gemlax.engine.state import State
+from gemlax.names import text_weights
 from gemlax.sampling import make_sampling
 
 VOCAB = 512
@@ -24,9 +24,6 @@ D = 3
 LONG = 1040  # tokens: longer than a ring, and in the bucket of what is generated
 # Places, mod 20, of wrong drafts: steps of 1, 1, 2, 3, 4, 5 and 4 tokens, where four are drafted.
 WRONG = (0, 1, 3, 6, 10)
-
-
-# --- what is proposed --------------------------------------------------------------------------
 
 
 def reference(row: list[int], num_drafts: int) -> list[int]:
@@ -67,9 +64,6 @@ def test_drafts_of_random_rows_are_those_of_the_reference():
     assert sum(bool(draft) for draft in expected) > 20
 
 
-# --- when it is tried --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("counts", "tried"),
     [
@@ -101,9 +95,6 @@ def test_the_time_that_right_drafts_save_is_kept_up_to_a_limit():
     for _ in range(20):
         proposer.account(D + 1, drafts.extra_steps(1, D))
     assert proposer.budget == pytest.approx(2.0)
-
-
-# --- that nothing changes ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -254,9 +245,6 @@ def test_a_ring_too_short_for_the_drafts_is_refused_and_the_shortest_loses_nothi
         caches = cache.mark(caches, at[:, begin : begin + 1])
 
 
-# --- samples -----------------------------------------------------------------------------------
-
-
 class Fixed:
     """A decoder whose logits after token t are row t of a table, plus what position adds."""
 
@@ -335,9 +323,6 @@ def p_value(counts, p):
     used = wanted > 0
     assert not seen[~used].any()
     return stats.chi2.sf(((seen - wanted)[used] ** 2 / wanted[used]).sum(), used.sum() - 1)
-
-
-# --- forms and fronts --------------------------------------------------------------------------
 
 
 def test_only_a_request_that_drafts_compiles_the_program_that_judges_drafts(model):

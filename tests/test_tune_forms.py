@@ -33,8 +33,6 @@ def whole(example, family="gemma3"):
     return chat_tokenizer(family).decode(example.ids, skip_special=False)
 
 
-# --- conversations -----------------------------------------------------------------------------
-
 SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
 CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 SAME = {
@@ -171,8 +169,6 @@ def test_answers_in_several_messages_are_learnt():
     assert learnt(found, "gemma4").count("no") == 1
 
 
-# --- marks -------------------------------------------------------------------------------------
-
 UNLEARNT = [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False},
             {"loss": False}, {"loss": 0}, {"masked": True}]  # fmt: skip
 
@@ -230,8 +226,6 @@ def test_marks_that_differ_inside_one_turn_are_refused():
         encoder("gemma4").example({"messages": [USER, {**YES, "weight": 0}, NO]})
 
 
-# --- texts -------------------------------------------------------------------------------------
-
 TURNS = "<start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"
 
 
@@ -271,8 +265,6 @@ def test_no_text_of_a_message_is_a_marker():
         plain = encoder().example({"messages": [USER, YES]})
         assert sum(id in markers for id in found.ids) == sum(id in markers for id in plain.ids)
 
-
-# --- preferences -------------------------------------------------------------------------------
 
 PAIR = (Conversation([USER, YES], [False, True], None, 1),
         Conversation([USER, NO], [False, True], None, 1))  # fmt: skip
@@ -345,9 +337,6 @@ def test_answers_that_truncation_makes_the_same_are_refused(tmp_path):
         read_pairs(path, encoder(), 4, truncate=True)
 
 
-# --- columns -----------------------------------------------------------------------------------
-
-
 def written(tmp_path, *lines, name="data.jsonl"):
     path = tmp_path / name
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -401,9 +390,6 @@ def test_columns_of_preferences_that_are_not_read_are_named(tmp_path, caplog):
 def test_lines_that_cannot_be_followed_are_refused(line, match):
     with pytest.raises(RequestError, match=match):
         example_of(line)
-
-
-# --- files -------------------------------------------------------------------------------------
 
 
 def test_files_of_windows_editors_are_read(tmp_path):

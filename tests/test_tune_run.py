@@ -71,9 +71,6 @@ def whole(folder, data):
     return given, result, folder / "whole"
 
 
-# --- a run -------------------------------------------------------------------------------------
-
-
 def test_a_run_learns_and_leaves_what_it_says(whole):
     given, result, output = whole
     found = losses(output)
@@ -229,9 +226,6 @@ def test_other_data_are_not_gone_on_with(whole, tmp_path):
         train(model(), other, whole[2], HOW, resume=True)
 
 
-# --- what goes wrong ---------------------------------------------------------------------------
-
-
 def test_a_loss_that_is_no_number_stops_with_its_step(tmp_path, data):
     """A rate so high that float32 overflows after the first change."""
     output = tmp_path / "out"
@@ -286,9 +280,6 @@ def test_all_weights_are_written_where_the_base_is_gone(tmp_path, data, monkeypa
     train(given, data, tmp_path / "out", full=True, steps=1, max_length=48)
     again = gemlax.load(tmp_path / "out" / "model")
     np.testing.assert_array_equal(again.logits([[2, 5]]), given.logits([[2, 5]]))
-
-
-# --- what is looked for before the first step --------------------------------------------------
 
 
 class _Stepped(Exception):

@@ -187,9 +187,6 @@ def test_no_gradient_of_the_base_is_made(monkeypatch):
     assert base_faults(trainer(decoder_of(SMALL, read="slice"), rank=None))
 
 
-# --- preferences, dropout, all weights ---------------------------------------------------------
-
-
 def pairs(count: int) -> Rows:
     rng = np.random.default_rng(9)
 

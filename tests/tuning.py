@@ -31,7 +31,7 @@ WIDTH = 48
 
 
 def weights_of(config: TextConfig) -> dict[str, np.ndarray]:
-    from gemlax.checkpoints import text_weights
+    from gemlax.names import text_weights
 
     rng = np.random.default_rng(5)
     made = {}

@@ -74,9 +74,6 @@ def _describe(error: Exception) -> str:
     return str(error)
 
 
-# --- generate ----------------------------------------------------------------------------------
-
-
 def _generate(args: argparse.Namespace) -> int:
     prompt = _read_prompt(args)
     settings = _settings(args)
@@ -146,9 +143,6 @@ def _without_end(text: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-# --- chat --------------------------------------------------------------------------------------
-
-
 def _chat(args: argparse.Namespace) -> int:
     from gemlax.terminal import HELP, Terminal
 
@@ -202,9 +196,6 @@ def _note(text: str, end: str = "\n") -> None:
 
 def _dim(text: str, end: str = "\n") -> None:
     _note(f"\x1b[2m{text}\x1b[0m", end=end)
-
-
-# --- convert and quantize ----------------------------------------------------------------------
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -283,9 +274,6 @@ def _write_rewritten(args: argparse.Namespace, done: Any, seconds: float, **more
     _write(json.dumps({**found, "seconds": seconds}))
 
 
-# --- tune --------------------------------------------------------------------------------------
-
-
 def _tune(args: argparse.Namespace) -> int:
     from gemlax.tune import command
 
@@ -299,9 +287,6 @@ def _tune(args: argparse.Namespace) -> int:
     if found["eval_loss"] is not None:
         _write(f"held out: {found['eval_loss_before']:.4f} before, {found['eval_loss']:.4f} after")
     return 0
-
-
-# --- info --------------------------------------------------------------------------------------
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -409,9 +394,6 @@ def _pattern(text: Any) -> str:
     return " + ".join(parts)
 
 
-# --- perplexity --------------------------------------------------------------------------------
-
-
 def _perplexity(args: argparse.Namespace) -> int:
     if str(args.file) == "-":
         if sys.stdin is None:
@@ -438,9 +420,6 @@ def _perplexity(args: argparse.Namespace) -> int:
     else:
         _write(f"perplexity {score.perplexity:.4f} over {score.num_tokens} tokens")
     return 0
-
-
-# --- bench -------------------------------------------------------------------------------------
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -481,9 +460,6 @@ def _bench_model(args: argparse.Namespace) -> tuple[str, Callable[[], Any]]:
     return f"tiny {name}" if args.tiny else name, lambda: bench.random_decoder(
         text, dtype=args.dtype, layers=args.layers
     )
-
-
-# --- loading and progress ----------------------------------------------------------------------
 
 
 def _model_name(args: argparse.Namespace) -> str:

@@ -21,7 +21,7 @@ from gemlax import tokenizer as tokenizers
 from gemlax.adapters import DEFAULT, Choice
 from gemlax.chat import ChatFormat, Message
 from gemlax.checkpoints import gguf
-from gemlax.checkpoints.stand_ins import refuse_stand_ins
+from gemlax.checkpoints.mistakes import refuse_stand_ins
 from gemlax.config import GemmaConfig
 from gemlax.decoder import Decoder, Layers
 from gemlax.engine import MAX_STEPS, Engine, Programs, Request, bucket

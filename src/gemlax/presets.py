@@ -4,10 +4,10 @@ A row holds what the published config.json says and the class defaults do not.
 Source: the config.json files of google/gemma-3-* and google/gemma-4-*.
 """
 
-import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from gemlax.config import GemmaConfig, LayerSpec, TextConfig
+from gemlax.config import GemmaConfig, TextConfig, from_hf
 from gemlax.errors import RequestError
 
 __all__ = ["PRESETS", "preset", "tiny"]
@@ -67,6 +67,7 @@ PRESETS: dict[str, dict[str, Any]] = {
        "num_attention_heads": 32, "num_key_value_heads": 16, "num_global_key_value_heads": 4},
 }  # fmt: skip
 
+_HEADS = ("head_dim", "global_head_dim", "num_key_value_heads", "num_global_key_value_heads")
 _TINY_HIDDEN = 80  # hidden / heads = 20 equals no head_dim
 _TINY_WINDOW = 32
 _TINY_VOCAB = 512
@@ -80,7 +81,7 @@ def preset(name: str) -> GemmaConfig:
     """
     if name not in PRESETS:
         raise RequestError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-    return GemmaConfig.from_hf(PRESETS[name])
+    return from_hf(PRESETS[name])
 
 
 def tiny(config: GemmaConfig, *, num_hidden_layers: int | None = None) -> GemmaConfig:
@@ -90,22 +91,37 @@ def tiny(config: GemmaConfig, *, num_hidden_layers: int | None = None) -> GemmaC
     hidden / heads and differs between kinds where it did, K/V heads by the ratio, 512 tokens;
     the number of experts and how many are active stay.
     """
-    text = config.text
-    layers = tuple(_shrink(text, spec) for spec in text.layers[:num_hidden_layers])
-    scalar = text.query_pre_attn_scalar
-    small = dataclasses.replace(
-        text,
-        vocab_size=_TINY_VOCAB,
-        hidden_size=_TINY_HIDDEN,
-        num_attention_heads=_tiny_heads(text),
-        max_position_embeddings=min(text.max_position_embeddings, 65_536),
-        query_pre_attn_scalar=None if scalar is None else round(layers[0].attention_scale ** -2),
-        layers=layers,
-        hidden_size_per_layer_input=min(text.hidden_size_per_layer_input, 16),
-        vocab_size_per_layer_input=min(text.vocab_size_per_layer_input, _TINY_VOCAB),
-        moe_intermediate_size=min(text.moe_intermediate_size, 24),
-    )
-    return dataclasses.replace(config, text=small, placeholder_ids=())
+    text, keys = config.text, config.to_hf()
+    layers, heads = text.layers[:num_hidden_layers], _tiny_heads(text)
+
+    def shrink(sizes: Mapping[str, Any]) -> dict[str, int]:
+        return {
+            key: max(size // 8, 16) if "dim" in key else max(heads * size // old_heads, 1)
+            for key, size in sizes.items()
+        }
+
+    old_heads = text.num_attention_heads
+    changes = shrink({key: keys[key] for key in _HEADS if keys.get(key)}) | {
+        "vocab_size": _TINY_VOCAB,
+        "hidden_size": _TINY_HIDDEN,
+        "intermediate_size": 96,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": heads,
+        "layer_types": keys["layer_types"][: len(layers)],
+        "max_position_embeddings": min(text.max_position_embeddings, 65_536),
+        "sliding_window": _TINY_WINDOW,
+        "num_kv_shared_layers": sum(not spec.owns_kv for spec in layers),
+        "hidden_size_per_layer_input": min(text.hidden_size_per_layer_input, 16),
+        "vocab_size_per_layer_input": _TINY_VOCAB,
+        "moe_intermediate_size": min(text.moe_intermediate_size, 24) or None,
+    }
+    if "per_layer_config" in keys:
+        by_layer = keys["per_layer_config"].items()
+        changes["per_layer_config"] = {i: shrink(x) for i, x in by_layer if int(i) < len(layers)}
+    # Gemma 3 27B divides by hidden / heads, the others by head_dim.
+    own_scale = keys.get("query_pre_attn_scalar") == keys["head_dim"]
+    changes["query_pre_attn_scalar"] = changes["head_dim"] if own_scale else _TINY_HIDDEN / heads
+    return from_hf(keys | {key: value for key, value in changes.items() if key in keys})
 
 
 def _tiny_heads(text: TextConfig) -> int:
@@ -113,24 +129,3 @@ def _tiny_heads(text: TextConfig) -> int:
     several = (spec for spec in text.layers if spec.num_key_value_heads > 1)
     widest = max((text.num_attention_heads // s.num_key_value_heads for s in several), default=1)
     return min(text.num_attention_heads, max(4, 2 * widest))
-
-
-def _shrink(text: TextConfig, spec: LayerSpec) -> LayerSpec:
-    heads = _tiny_heads(text)
-    head_dim = max(spec.head_dim // 8, 16)
-    ratio = text.num_attention_heads // spec.num_key_value_heads
-    scale = spec.attention_scale
-    if text.query_pre_attn_scalar is not None:
-        # Gemma 3 27B divides by hidden / heads, the others by head_dim.
-        own = text.query_pre_attn_scalar == spec.head_dim
-        scale = (head_dim if own else _TINY_HIDDEN / heads) ** -0.5
-    widest = max(other.intermediate_size for other in text.layers)
-    double = widest == 2 * text.layers[0].intermediate_size == spec.intermediate_size
-    return dataclasses.replace(
-        spec,
-        window=None if spec.window is None else _TINY_WINDOW,
-        num_key_value_heads=max(heads // ratio, 1),
-        head_dim=head_dim,
-        attention_scale=scale,
-        intermediate_size=192 if double else 96,
-    )

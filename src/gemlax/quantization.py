@@ -9,10 +9,11 @@ import ml_dtypes
 import numpy as np
 
 from gemlax.calibration import Importance, measure, own_text, random_rows, rows_of
-from gemlax.checkpoints import Checkpoint, text_weights
+from gemlax.checkpoints import Checkpoint
 from gemlax.config import GemmaConfig, TextConfig
 from gemlax.errors import RequestError
 from gemlax.formats import GROUP, MADE, Coded, Format, encode
+from gemlax.names import text_weights
 from gemlax.tokenizer import Tokenizer
 from gemlax.weights import Codes, Fill
 
@@ -42,11 +43,7 @@ _TABLE = "embed_tokens.weight"
 
 
 def check_rules(rules: Rules | None) -> None:
-    """Check that rules name formats that can be made.
-
-    Raises:
-        RequestError: they do not.
-    """
+    """Check that rules name formats that can be made."""
     if rules is None or rules in ("stored", "dense"):
         return
     formats = list(rules.values()) if isinstance(rules, Mapping) else [rules]
@@ -59,11 +56,7 @@ def check_rules(rules: Rules | None) -> None:
 
 
 def _format_of(rules: Rules, name: str, shape: tuple[int, ...]) -> Format | None:
-    """Return the format that rules give a weight; None: dense.
-
-    Raises:
-        RequestError: rows of such a width are no groups.
-    """
+    """Return the format that rules give a weight; None: dense."""
     if not isinstance(rules, Mapping):
         table = "int8" if rules == "int4" else rules
         rules = {_ROUTERS: "dense", _TABLE: table, "*": rules}
@@ -80,11 +73,7 @@ def _format_of(rules: Rules, name: str, shape: tuple[int, ...]) -> Format | None
 
 
 def formats_by_rules(rules: Rules, config: TextConfig) -> dict[str, Format]:
-    """Return the format of every matrix that rules quantise, by canonical name.
-
-    Raises:
-        RequestError: rows of a width that makes no groups, or a format that cannot be made.
-    """
+    """Return the format of every matrix that rules quantise, by canonical name."""
     check_rules(rules)
     if rules == "dense":
         return {}

@@ -21,6 +21,7 @@ from gemlax import ops, sharding
 from gemlax.config import TextConfig
 from gemlax.decoder import Decoder, Layers, Read, weight_path
 from gemlax.formats import Coded, Format, decode
+from gemlax.names import text_weights
 from gemlax.qtensor import Mixed, QTensor, Split, from_numpy, pack_bfloat16
 
 __all__ = [
@@ -186,11 +187,7 @@ class Placement(NamedTuple):
 
 
 def place(config: TextConfig, layers: Layers, mesh: Mesh) -> Placement:
-    """Decide from the config and the axes of each weight how `mesh` holds them.
-
-    Raises:
-        RequestError: a weight that the mesh does not divide.
-    """
+    """Decide from the config and the axes of each weight how `mesh` holds them."""
     _, flat = abstract_decoder(config, layers, "slice", jnp.dtype(jnp.float32))
     shardings, repeated = {}, []
     most = math.prod(sharding.parts(mesh, axis) for axis in ("embed", "experts", "mlp"))
@@ -224,13 +221,13 @@ def named_weights(decoder: Decoder) -> Iterator[tuple[str, np.ndarray]]:
     On a mesh each weight is gathered when its turn comes, so every process must take it.
     """
     read = weight_reader(decoder)
-    return ((name, read(name)) for name in _canonical_names(decoder.config))
+    return ((name, read(name)) for name in text_weights(decoder.config))
 
 
 def held_weights(decoder: Decoder) -> Iterator[tuple[str, np.ndarray | Coded]]:
     """Yield every weight as it is held: codes where `held_formats` has its name, else floats."""
     flat, formats = _variables(decoder), held_formats(decoder)
-    for name in _canonical_names(decoder.config):
+    for name in text_weights(decoder.config):
         held = _held(decoder, flat, name)
         if isinstance(held, Coded) and name not in formats:
             held = decode(held.codes, held.scales, held.format)
@@ -244,7 +241,7 @@ def held_formats(decoder: Decoder) -> dict[str, Format]:
     A matrix whose bits are held is none of them where it has the dtype of the decoder.
     """
     flat, dtype = _variables(decoder), decoder.dtype
-    found = {name: _place(decoder, flat, name)[0] for name in _canonical_names(decoder.config)}
+    found = {name: _place(decoder, flat, name)[0] for name in text_weights(decoder.config)}
     return {
         name: value.format
         for name, value in found.items()
@@ -308,25 +305,12 @@ def _gathered(mesh: Any) -> Callable[[jax.Array, int | None], jax.Array]:
     )
 
 
-@functools.cache
-def _canonical_names(config: TextConfig) -> tuple[str, ...]:
-    """List every weight of the decoder, from the unrolled tree: its paths are the names."""
-    decoder = nnx.eval_shape(lambda: Decoder(config, layers="unroll", rngs=nnx.Rngs(0)))
-    paths = [path for path, _ in nnx.to_flat_state(nnx.state(decoder))]
-    return tuple(".".join(map(str, path)) for path in sorted(paths, key=_by_layer))
-
-
-def _by_layer(path: tuple[Any, ...]) -> tuple[int, int]:
-    order = {"embed_tokens": 0, "layers": 1, "lm_head": 3}.get(path[0], 2)
-    return order, path[1] if order == 1 else 0
-
-
 def _names_by_path(
     config: TextConfig, layers: Layers
 ) -> dict[tuple[Any, ...], list[tuple[int | None, str]]]:
     """Group canonical names by the variable that holds them."""
     groups: dict[tuple[Any, ...], list[tuple[int | None, str]]] = {}
-    for name in _canonical_names(config):
+    for name in text_weights(config):
         path, row = weight_path(config, layers, name)
         groups.setdefault(path, []).append((row, name))
     return groups

@@ -152,8 +152,6 @@ def test_peft_reads_an_adapter_that_gemlax_wrote(tmp_path):
         np.testing.assert_array_equal(a[1], b[1])
 
 
-# --- folders of both layouts -------------------------------------------------------------------
-
 TEXT = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 16,

@@ -23,8 +23,8 @@ from transformers.models.gemma4_unified.modeling_gemma4_unified import (
     Gemma4UnifiedTextRotaryEmbedding,
 )
 
-from gemlax import GemmaConfig, UnsupportedError, ops
-from gemlax.config import LayerSpec, RopeSpec
+from gemlax import UnsupportedError, ops
+from gemlax.config import LayerSpec, RopeSpec, from_hf
 
 ROTARY = {
     "gemma3_text": Gemma3RotaryEmbedding,
@@ -168,9 +168,9 @@ def test_a_rope_is_read_as_transformers_reads_it_or_refused_as_it_is_there(base,
         expected = their_frequencies(read(config))
     except (KeyError, TypeError):
         with pytest.raises(UnsupportedError):
-            GemmaConfig.from_hf(config)
+            from_hf(config)
         return
-    text = GemmaConfig.from_hf(config).text
+    text = from_hf(config).text
     for kind, frequencies in expected.items():
         spec = text.first(kind)
         found = our_frequencies(spec.rope, spec.head_dim)
@@ -190,7 +190,7 @@ def test_three_spellings_of_gemma_3_keep_the_factor_that_transformers_loses(sett
     """transformers 4 read the first so, and nothing else can be meant by the others."""
     config = BASES["gemma3"] | settings
     assert their_frequencies(read(config))[F][0] == 1.0
-    assert GemmaConfig.from_hf(config).text.first(F).rope == RopeSpec(1e6, 8.0)
+    assert from_hf(config).text.first(F).rope == RopeSpec(1e6, 8.0)
 
 
 # Softcap.
@@ -210,7 +210,7 @@ def capped():
 
 
 def check_logits(config, weights, tokens, lengths, expected):
-    decoder = adapters.build(GemmaConfig.from_hf(config), weights)
+    decoder = adapters.build(from_hf(config), weights)
     found = adapters.logits(decoder, tokens, lengths)
     valid = np.arange(tokens.shape[1]) < lengths[:, None]
     assert np.abs(found - expected)[valid].max() <= adapters.LOGITS * expected[valid].std()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 
 import gemlax
 from gemlax.checkpoints import open_checkpoint
-from gemlax.checkpoints.names import HEAD
+from gemlax.names import HEAD
 
 TABLE = "embed_tokens.weight"
 SIZES = {

@@ -10,7 +10,7 @@ from golden.conditioned import conditioned_weights, ragged_prompts, valid_tokens
 from transformers import PreTrainedModel
 
 from gemlax import ops
-from gemlax.config import GemmaConfig
+from gemlax.config import GemmaConfig, from_hf
 from gemlax.decoder import Decoder
 
 GEMMA_3 = tuple(make_gemma3.SIZES)
@@ -75,7 +75,7 @@ def toy(size: str) -> Toy:
     return Toy(
         size,
         hf_config,
-        GemmaConfig.from_hf(hf_config),
+        from_hf(hf_config),
         weights,
         model,
         tokens,

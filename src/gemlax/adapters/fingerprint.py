@@ -15,8 +15,8 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from gemlax.checkpoints import text_weights
 from gemlax.decoder import Decoder, weight_path
+from gemlax.names import text_weights
 from gemlax.qtensor import Mixed, QTensor, Split, dense
 
 __all__ = ["differs", "fingerprint"]

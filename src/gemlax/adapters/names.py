@@ -13,12 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from gemlax.adapters.rules import adaptable
-from gemlax.checkpoints import text_weights
 from gemlax.checkpoints.base import show
-from gemlax.checkpoints.names import unused
 from gemlax.checkpoints.safetensors import OTHER_PARTS
 from gemlax.config import TextConfig
 from gemlax.errors import CheckpointError, UnsupportedError
+from gemlax.names import text_weights, unused
 
 __all__ = ["PREFIXES", "ROOT", "is_encoder", "modules"]
 

@@ -10,9 +10,9 @@ import functools
 import re
 from collections.abc import Iterator, Mapping
 
-from gemlax.checkpoints import text_weights
 from gemlax.config import TextConfig
 from gemlax.errors import RequestError, UnsupportedError
+from gemlax.names import text_weights
 
 __all__ = ["Adapter", "Base", "Module", "Rule", "Rules", "adaptable", "resolve"]
 

@@ -226,7 +226,12 @@ def mark(
 
 
 def _scatter(
-    cache: Any, lead: tuple, buffer: Any, positions: Array, values: Any, rows: Array | None
+    cache: Any,
+    lead: tuple[object, ...],
+    buffer: Any,
+    positions: Array,
+    values: Any,
+    rows: Array | None,
 ) -> Any:
     """Write values [b, T, ...] at (lead, row, slot); padding falls out of range: dropped."""
     size = cache.positions.shape[-1]
@@ -304,7 +309,7 @@ class LayerView(NamedTuple):
             scale=scale,
         )
 
-    def _block(self, x: Array, lead: tuple, start: Array, block: int) -> Array:
+    def _block(self, x: Array, lead: tuple[object, ...], start: Array, block: int) -> Array:
         """Return [b, block, ...] of a buffer [*lead, B, S, ...], from slot `start` on."""
         inner = x.shape[len(lead) + 2 :]
         rest, ones = (0,) * len(inner), (1,) * len(lead)

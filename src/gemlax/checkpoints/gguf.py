@@ -4,56 +4,46 @@ A model is one file, or several parts of one. What its header says of the files 
 gguf_header.py and gguf_parts.py.
 """
 
-import contextlib
-import dataclasses
 import logging
 import math
-import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
 
 from gemlax.checkpoints.base import (
+    FLOATS,
     NOT_FINITE,
     Checkpoint,
-    fill,
+    Piece,
+    Ranges,
+    Tensor,
     fit_vocab,
-    grouped,
-    log_left_aside,
     refuse_drafter,
     resolve_config,
-    same_bytes,
-    same_rounded,
 )
-from gemlax.checkpoints.experts import Part, fill_parts, gguf_parts
 from gemlax.checkpoints.gguf_defaults import (
     find_template,
     read_sampling,
     read_stops,
     read_suppressed,
 )
-from gemlax.checkpoints.gguf_header import MAGIC, Tensor, parse_header
+from gemlax.checkpoints.gguf_header import MAGIC, parse_header
 from gemlax.checkpoints.gguf_parts import open_parts
-from gemlax.checkpoints.gguf_types import (
-    FLOATS,
-    INTEGERS,
-    KEPT,
-    QUANTISED,
-    T,
-    decoder,
-    has_finite_scales,
-)
-from gemlax.checkpoints.names import Weight, unused
-from gemlax.config import GemmaConfig
+from gemlax.config import GemmaConfig, edit, from_gguf
 from gemlax.errors import CheckpointError, UnsupportedError
-from gemlax.formats import Coded
+from gemlax.formats import Coded, Format
+from gemlax.names import Weight
 from gemlax.tokenizer import Tokenizer
 from gemlax.tokenizer.vocabulary import BYTE, Kind
 
 __all__ = [
+    "KEPT",
     "MAGIC",
+    "QUANTISED",
     "GGUFCheckpoint",
     "Vocabulary",
     "load_tokenizer",
@@ -68,6 +58,20 @@ TABLE, HEAD = "token_embd.weight", "output.weight"
 ROPE = "rope_freqs.weight"
 # What the frequencies that stand still are divided by. Source: llama.cpp conversion/gemma.py.
 STILL = 1e30
+# All quantised types that gguf 0.19.0 decodes.
+QUANTISED = frozenset({
+    "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS",
+    "TQ1_0", "TQ2_0", "MXFP4", "NVFP4",
+})  # fmt: skip
+# Those whose blocks `formats` decodes, and at which byte of a block each float16 scale begins.
+# Source: ggml-common.h.
+KEPT: dict[str, Format] = {
+    "Q8_0": "q8_0", "Q4_0": "q4_0", "Q5_0": "q5_0", "Q4_K": "q4_k", "Q6_K": "q6_k",
+}  # fmt: skip
+_SCALES_AT = {"Q8_0": (0,), "Q4_0": (0,), "Q5_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}
+# No weight of the decoder is one; others may lie beside them.
+INTEGERS = ("I8", "I16", "I32", "I64")
 # Kinds of vocabulary that are SentencePiece's. Source: llama.cpp conversion/gemma.py.
 VOCABULARIES = ("llama", "gemma4")
 # Encoders and what joins them to the decoder: ollama has them in the model's file, llama.cpp in
@@ -101,6 +105,8 @@ class GGUFCheckpoint(Checkpoint):
     """A .gguf file, or any part of a model that is split over several."""
 
     stored_dtype = "gguf"
+    _types = QUANTISED | FLOATS.keys()
+    _other_parts = OTHER_PARTS
 
     def __init__(self, path: Path):
         self.source = path
@@ -116,24 +122,19 @@ class GGUFCheckpoint(Checkpoint):
         refuse_drafter(architecture, self.source)
         _refuse_encoder(self.metadata, self._tensors, self.source)
         config = resolve_config(
-            lambda: GemmaConfig.from_gguf(self._fitted(f"{architecture}.vocab_size")),
+            lambda: from_gguf(self._fitted(f"{architecture}.vocab_size")),
             layers=self.metadata.get(f"{architecture}.block_count"),
             tensors=len(self._tensors),
             source=self.source,
         )
-        table = self._tensors.get(TABLE)
-        config = fit_vocab(config, table.shape[0] if table else None)
-        stops = read_stops(self.metadata, config.text.vocab_size, self.source)
-        config = dataclasses.replace(config, eos_token_id=stops or config.eos_token_id)
-        self.config = self._find_head(self._find_k_eq_v(config))
+        self.config = config = self._corrected(config)
         self.generation_config = read_sampling(self.metadata, self.source)
         suppressed = read_suppressed(self.metadata, config.text.vocab_size, self.source)
         self.generation_config |= {"suppress_tokens": suppressed} if suppressed else {}
-        self._aside = self._find_aside()
-        self._unused = {weight.gguf for weight in unused(self.config.text)}
-        idle = sorted(self._unused & self._tensors.keys())
-        log_left_aside(logger, self.source, idle, "layers that read the K/V of another")
-        unscaled = [w.gguf for w in self._weights.values() if not self._lies_in(w)]
+        self._scales = self._find_scales()
+        tied = [HEAD] if config.text.tie_word_embeddings else []
+        self._set_aside({ROPE, *self._scales, *tied}, "integers and scales of inputs")
+        unscaled = [w.gguf for w in self._weights.values() if not self._pieces(w)]
         if unscaled:
             logger.info("%s: %s is not there and taken as 1", self.source, ", ".join(unscaled))
 
@@ -152,64 +153,35 @@ class GGUFCheckpoint(Checkpoint):
         logger.info("%s: the last %d tokens have no row in the table", self.source, len(cut))
         return self.metadata | {key: rows}
 
-    def _find_aside(self) -> set[str]:
-        """Return the tensors that are not the text decoder's."""
-        expected = self._expected()
-        encoders = [name for name in self._tensors if name.startswith(OTHER_PARTS)]
-        log_left_aside(logger, self.source, encoders, "other parts than the text decoder")
-        others = [
-            name
-            for name, tensor in self._tensors.items()
-            if name not in expected
-            and (tensor.type in INTEGERS or name.endswith(INPUT_SCALE))
-            and name not in encoders
-        ]
-        log_left_aside(logger, self.source, others, "integers and scales of inputs")
-        return {*encoders, *others, *self._scales(expected)}
-
-    def _scales(self, expected: Mapping[str, Any]) -> list[str]:
+    def _find_scales(self) -> set[str]:
         """Return the names of those tensors that a weight is multiplied by."""
-        own = (n.removesuffix(SCALE) + ".weight" for n in self._tensors if n.endswith(SCALE))
-        scales = (name.removesuffix(".weight") + SCALE for name in own if name in expected)
-        return [name for name in scales if name not in expected]
+        expected = self._all_pieces().keys()
+        scaled = {n for n in self._tensors if n.removesuffix(SCALE) + ".weight" in expected}
+        return {name for name in scaled - expected if name.endswith(SCALE)}
 
-    def _find_k_eq_v(self, config: GemmaConfig) -> GemmaConfig:
-        """Tell from the tensors whether full layers make values of keys: the header does not."""
-        specs = config.text.layers
-        owners = {i for i, s in enumerate(specs) if s.kind == "full_attention" and s.owns_kv}
-        stored = any(f"blk.{i}.attn_v.weight" in self._tensors for i in owners)
-        if stored or not config.text.v_norm:
-            return config
-        layers = tuple(
-            dataclasses.replace(spec, k_eq_v=i in owners) for i, spec in enumerate(specs)
-        )
-        text = dataclasses.replace(config.text, layers=layers)
-        return dataclasses.replace(config, text=text)
+    def _is_no_weight(self, name: str, tensor: Tensor) -> bool:
+        return tensor.type in INTEGERS or name.endswith(INPUT_SCALE)
 
-    def _find_head(self, config: GemmaConfig) -> GemmaConfig:
-        """Tell from the tensors whether there is a head of its own: the header does not.
+    def _corrected(self, config: GemmaConfig) -> GemmaConfig:
+        """Return the config with what the tensors say and the header does not.
 
-        A table in another quantised type is one, since its numbers are others: llama.cpp reads it,
-        too. Source: llama.cpp, src/models/gemma3.cpp.
+        Full layers without a tensor of values make these of their keys. A head in another
+        quantised type than the table's is one of its own, since its numbers are others: llama.cpp
+        reads it, too. Source: llama.cpp, src/models/gemma3.cpp.
         """
         table, head = self._tensors.get(TABLE), self._tensors.get(HEAD)
-        if head is None or table is None or self._is_table(head, table):
-            return config
-        text = dataclasses.replace(config.text, tie_word_embeddings=False)
-        return dataclasses.replace(config, text=text)
-
-    def _is_table(self, head: Tensor, table: Tensor) -> bool:
-        """Tell whether a head is the table, rounded to the head's type where that is another."""
-        if head[:2] == table[:2]:  # type and shape
-            maps = self._map(head), self._map(table)
-            return same_bytes(maps[0], head.start, maps[1], table.start, head.nbytes)
-        if head.shape != table.shape or not {head.type, table.type} <= FLOATS.keys():
-            return False
-        floats = (
-            np.frombuffer(self._map(t), FLOATS[t.type], math.prod(t.shape), t.start)
-            for t in (head, table)
-        )
-        return same_rounded(*floats)
+        config = fit_vocab(config, table.shape[0] if table else None)
+        specs, changes = config.text.layers, dict[str, Any]()
+        owners = [i for i, s in enumerate(specs) if s.kind == "full_attention" and s.owns_kv]
+        if config.text.v_norm and not any(
+            f"blk.{i}.attn_v.weight" in self._tensors for i in owners
+        ):
+            changes["attention_k_eq_v"] = True
+        if head is not None and table is not None and not self._is_copy(head, table):
+            changes["tie_word_embeddings"] = False
+        if stops := read_stops(self.metadata, config.text.vocab_size, self.source):
+            changes["eos_token_id"] = stops
+        return edit(config, **changes)
 
     def tokenizer(self) -> Tokenizer | None:
         """Build the tokenizer from the vocabulary in the file; None if it has none of that kind."""
@@ -221,158 +193,107 @@ class GGUFCheckpoint(Checkpoint):
         """The template in the file's metadata, or None."""
         return find_template(self.metadata, self.source)
 
-    def close(self) -> None:
-        """Close the files. Arrays that were read stay valid."""
-        for data in self._maps:
-            # A traceback may still hold a view; then the map goes when the view does.
-            with contextlib.suppress(BufferError):
-                data.close()
-
-    def _expected(self) -> dict[str, tuple[int, ...]]:
-        return {n: s for w in self._weights.values() for n, s in self._lies_in(w).items()}
-
     def _stored_name(self, weight: Weight) -> str:
         return weight.gguf
 
-    def _lies_in(self, weight: Weight) -> dict[str, tuple[int, ...]]:
-        """Return the tensors that a weight lies in; none: it is 1."""
-        if weight.gguf in self._tensors:
-            return {weight.gguf: weight.shape}
-        if weight.gguf.endswith(OUTPUT_SCALE):
-            return {}
-        parts = gguf_parts(weight, self._tensors)
-        return {part.tensor: part.shape for part in parts} or {weight.gguf: weight.shape}
+    def _pieces(self, weight: Weight) -> list[Piece]:
+        if weight.gguf not in self._tensors:
+            if weight.gguf.endswith(OUTPUT_SCALE):
+                return []
+            # Source: llama.cpp, src/models/gemma4.cpp (`ffn_gate_exps`, `ffn_up_exps`).
+            names = [weight.gguf.replace("gate_up", half) for half in ("gate", "up")]
+            if "gate_up" in weight.gguf and names[0] in self._tensors:
+                experts, rows, width = weight.shape
+                shape = (experts, rows // 2, width)
+                return [Piece(name, shape, row=i * rows // 2) for i, name in enumerate(names)]
+        return [Piece(weight.gguf, weight.shape)]
 
-    def _found(self) -> dict[str, tuple[int, ...]]:
-        tied = [HEAD] if self.config.text.tie_word_embeddings else []
-        aside = {ROPE, *self._unused, *self._aside, *tied}
-        return {n: tensor.shape for n, tensor in self._tensors.items() if n not in aside}
-
-    def _check_types(self) -> None:
-        wrong: dict[str, list[str]] = {}
-        for name in self._expected():
-            tensor = self._tensors.get(name)
-            if tensor is not None and tensor.type not in FLOATS.keys() | QUANTISED:
-                wrong.setdefault(tensor.type.name, []).append(name)
-        if wrong:
-            raise UnsupportedError(
-                f"{self.source} holds weights in types that are not read: {grouped(wrong)}"
-            )
-        self._check_rope()
-
-    def _check_rope(self) -> None:
+    def _other_problems(self) -> list[str]:
         """Compare the divisors of the frequencies with the config, which is made without them."""
         spec = self.config.text.first("full_attention")
         if ROPE not in self._tensors or spec is None or spec.rope.rotated == 1.0:
-            return
+            return []
         tensor, pairs = self._tensors[ROPE], spec.head_dim // 2
         turning = round(pairs * spec.rope.rotated)
         expected = np.repeat([1.0, STILL], [turning, pairs - turning]).astype(np.float32)
-        stored = tensor.type == T.F32 and tensor.shape == expected.shape
-        if not stored or not np.array_equal(self._decoder(ROPE, tensor)(0, pairs), expected):
+        stored = tensor.type == "F32" and tensor.shape == expected.shape
+        if not stored or not np.array_equal(self._array(tensor, FLOATS["F32"]), expected):
             raise UnsupportedError(
                 f"{self.source}: {ROPE} must be {turning} ones and {pairs - turning} times "
                 f"{STILL}; another rope is not supported"
             )
+        return []
 
-    def _map(self, tensor: Tensor) -> mmap.mmap:
-        return self._maps[tensor.part]
-
-    def _fill(self, weight: Weight, out: np.ndarray) -> None:
-        lies = self._lies_in(weight)
-        if not lies:
-            out[...] = 1
-        elif weight.gguf in lies:
-            values = self._values(weight.gguf, weight.shape, weight.gguf_offset)
-            fill(out, values, weight.gguf)
-        else:
-
-            def of_part(part: Part) -> Callable[[int, int], np.ndarray]:
-                return self._values(part.tensor, part.shape)
-
-            fill_parts(out, gguf_parts(weight, self._tensors), of_part)
-
-    def _values(
-        self, name: str, shape: tuple[int, ...], offset: float = 0.0
-    ) -> Callable[[int, int], np.ndarray]:
-        """Return what gives elements [a, b) of a tensor, scaled and without its offset."""
-        tensor = self._tensors.get(name)
-        if tensor is None or tensor.shape != shape:
-            got = "no such tensor" if tensor is None else list(tensor.shape)
-            raise CheckpointError(f"{self.source}: {name}: expected {list(shape)}, got {got}")
-        decode, scale = self._decoder(name, tensor), self._scale(name, shape)
+    def _ranges(self, piece: Piece, tensor: Tensor, weight: Weight) -> Ranges:
+        """Return what gives ranges of a tensor, scaled and without its offset."""
+        decode, scale = self._decoder(tensor), self._scale(piece)
+        offset, row = np.float32(weight.gguf_offset), math.prod(piece.shape[1:])
         if not offset and scale is None:
             return decode
-        row = int(np.prod(shape[1:]))
 
         def changed(start: int, stop: int) -> np.ndarray:
             values = decode(start, stop).astype(np.float32)
             if scale is not None:
-                values = values * (
-                    scale[np.arange(start, stop) // row] if scale.size > 1 else scale
-                )
-            return values - np.float32(offset)
+                values *= scale[np.arange(start, stop) // row] if scale.size > 1 else scale
+            return values - offset
 
         return changed
 
-    def _scale(self, of: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    def _decoder(self, tensor: Tensor) -> Ranges:
+        if tensor.type in FLOATS:
+            floats = self._array(tensor, FLOATS[tensor.type])
+            return lambda start, stop: floats[start:stop]
+        kind, stored = GGMLQuantizationType[tensor.type], self._array(tensor, np.dtype(np.uint8))
+        size, nbytes = GGML_QUANT_SIZES[kind]
+
+        def decode(start: int, stop: int) -> np.ndarray:
+            # One row: `dequantize` loops in Python over groups of 16 rows.
+            blocks = stored[start // size * nbytes : stop // size * nbytes].reshape(1, -1)
+            return dequantize(blocks, kind).reshape(-1)
+
+        return decode
+
+    def _scale(self, of: Piece) -> np.ndarray | None:
         """Return what a tensor is multiplied by: one number, or one for each expert.
 
         Source: llama.cpp, src/llama-model.cpp, "optional per-tensor/per-expert .scale tensors".
         """
-        name = of.removesuffix(".weight") + SCALE
-        if name not in self._aside:
+        name = of.tensor.removesuffix(".weight") + SCALE
+        if name not in self._scales:
             return None
         tensor = self._tensors[name]
-        sizes: set[tuple[int, ...]] = {(1,)}
-        if len(shape) > 2:
-            sizes.add(shape[:1])
-        if tensor.type != T.F32 or tensor.shape not in sizes:
+        sizes = {(1,), of.shape[:1]} if len(of.shape) > 2 else {(1,)}
+        if tensor.type != "F32" or tensor.shape not in sizes:
             raise CheckpointError(
-                f"{self.source}: {name} is {tensor.type.name} {list(tensor.shape)}; expected F32, "
-                f"one number{' or one for each expert' if len(sizes) > 1 else ''}"
+                f"{self.source}: {name} is {tensor.type} {list(tensor.shape)}; expected F32, one "
+                f"number{' or one for each expert' if len(sizes) > 1 else ''}"
             )
-        return self._decoder(name, tensor)(0, tensor.shape[0])
+        return self._array(tensor, FLOATS["F32"])
 
     def stored(self, name: str) -> Coded | None:
         """Return the blocks of a quantised matrix, [..., out, bytes], byte for byte."""
-        lies = self._lies_in(self._weights[name])
-        tensors = [self._tensors.get(own) for own in lies]
+        pieces = self._pieces(self._weights[name])
+        tensors = [self._tensors.get(piece.tensor) for piece in pieces]
         kinds = {tensor.type for tensor in tensors if tensor is not None}
         if len(kinds) != 1 or not kinds <= KEPT.keys():
             return None
+        (kind,) = kinds
         blocks = []
-        for tensor, (own, shape) in zip(tensors, lies.items(), strict=True):
-            if tensor is None or tensor.shape != shape or self._scale(own, shape) is not None:
+        for tensor, piece in zip(tensors, pieces, strict=True):
+            if tensor is None or tensor.shape != piece.shape or self._scale(piece) is not None:
                 return None
-            data = np.frombuffer(self._map(tensor), np.uint8, tensor.nbytes, tensor.start)
-            if not has_finite_scales(data, tensor.type):
-                raise CheckpointError(f"{self.source}: {own} {NOT_FINITE}")
+            data = self._array(tensor, np.dtype(np.uint8))
+            halves = data.view(np.uint16)
+            halves = halves.reshape(-1, GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1] // 2)
+            if any((halves[:, at // 2] & 0x7C00 == 0x7C00).any() for at in _SCALES_AT[kind]):
+                raise CheckpointError(f"{self.source}: {piece.tensor} {NOT_FINITE}")
             blocks.append(data.reshape(*tensor.shape[:-1], -1))
         codes = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
-        return Coded(KEPT[kinds.pop()], codes)
-
-    def is_float(self, name: str) -> bool:
-        """Return whether a weight is in the file as floats."""
-        tensors = (self._tensors.get(own) for own in self._lies_in(self._weights[name]))
-        return all(tensor is None or tensor.type in FLOATS for tensor in tensors)
-
-    def _decoder(self, name: str, tensor: Tensor) -> Callable[[int, int], np.ndarray]:
-        """Return a function that gives elements [a, b) of a tensor; a is a block's first."""
-        if tensor.type not in FLOATS.keys() | QUANTISED:
-            raise UnsupportedError(
-                f"{self.source}: {name} is {tensor.type.name}, which is not read"
-            )
-        return decoder(self._map(tensor), tensor)
+        return Coded(KEPT[kind], codes)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Build the tokenizer of a GGUF file of any size of model; no weight is touched.
-
-    Raises:
-        CheckpointError: the file or its vocabulary is damaged.
-        UnsupportedError: it has no SentencePiece vocabulary.
-    """
+    """Build the tokenizer of a GGUF file of any size of model; no weight is touched."""
     maps, metadata, _ = open_parts(path)
     for data in maps:
         data.close()
@@ -382,7 +303,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer.from_vocabulary(**vocabulary._asdict())
 
 
-def _refuse_encoder(metadata: Mapping[str, Any], names: Mapping[str, Any], source: Path) -> None:
+def _refuse_encoder(metadata: Mapping[str, Any], names: Collection[str], source: Path) -> None:
     """Raise UnsupportedError for what lies beside a model: encoders, adapters, importance."""
     kind, architecture = metadata.get("general.type"), metadata.get("general.architecture")
     if architecture == "clip" or kind == "mmproj":
@@ -402,15 +323,8 @@ def _refuse_encoder(metadata: Mapping[str, Any], names: Mapping[str, Any], sourc
         )
 
 
-# --- the vocabulary ----------------------------------------------------------------------------
-
-
 def read_vocabulary(metadata: Mapping[str, Any], path: Path) -> Vocabulary | None:
-    """Return the SentencePiece vocabulary of a file; None if it has none or another kind.
-
-    Raises:
-        CheckpointError: a part of it is missing or of the wrong type.
-    """
+    """Return the SentencePiece vocabulary of a file; None if it has none or another kind."""
     own = {k[15:]: v for k, v in metadata.items() if k.startswith("tokenizer.ggml.")}
     model = own.get("model")
     if model not in VOCABULARIES:

@@ -38,9 +38,6 @@ def read_stops(metadata: Mapping[str, Any], num_tokens: int, source: Path) -> tu
     """Return the ids that end a text: end of sequence, of turn and of message.
 
     An id outside the vocabulary stands for none, as in llama.cpp.
-
-    Raises:
-        CheckpointError: they are no integers.
     """
     found: list[int] = []
     for name in _STOPS:
@@ -49,11 +46,7 @@ def read_stops(metadata: Mapping[str, Any], num_tokens: int, source: Path) -> tu
 
 
 def read_suppressed(metadata: Mapping[str, Any], num_tokens: int, source: Path) -> list[int]:
-    """Return the ids that are never generated. Source: llama.cpp conversion/gemma.py.
-
-    Raises:
-        CheckpointError: they are no integers.
-    """
+    """Return the ids that are never generated. Source: llama.cpp conversion/gemma.py."""
     return _ids(metadata, "suppress_tokens", [], num_tokens, source)
 
 
@@ -78,11 +71,7 @@ def _ids(
 
 
 def read_sampling(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """Return the file's sampling defaults by the names of generation_config.json.
-
-    Raises:
-        CheckpointError: one of them is no finite number.
-    """
+    """Return the file's sampling defaults by the names of generation_config.json."""
     own = {k.removeprefix(_SAMPLING): v for k, v in metadata.items() if k.startswith(_SAMPLING)}
     found: dict[str, Any] = {}
     for name, key in _SETTINGS.items():

@@ -9,16 +9,15 @@ import math
 import mmap
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
 
-from gemlax.checkpoints.base import grouped, show
-from gemlax.checkpoints.stand_ins import refuse_stand_in
+from gemlax.checkpoints.base import Tensor, grouped, show
 from gemlax.errors import CheckpointError, UnsupportedError
 
-__all__ = ["MAGIC", "Header", "Tensor", "map_file", "parse_header"]
+__all__ = ["MAGIC", "Header", "parse_header"]
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -28,24 +27,9 @@ MAX_DIMS = 4
 BOOL, STRING, ARRAY = 7, 8, 9
 SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", BOOL: "<u1",
            10: "<u8", 11: "<i8", 12: "<f8"}  # fmt: skip
-
-
 _TYPES = {int(kind): kind for kind in GGML_QUANT_SIZES}
 # In place of the size of a tensor whose type is not known.
 _UNKNOWN = -1
-
-
-class Tensor(NamedTuple):
-    """One tensor: `shape` has the row last, as numpy does; `start` is in bytes of the file.
-
-    `part` counts the files of a model that is split.
-    """
-
-    type: GGMLQuantizationType
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-    part: int = 0
 
 
 class Header(NamedTuple):
@@ -53,17 +37,6 @@ class Header(NamedTuple):
 
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
-
-
-def map_file(path: Path) -> mmap.mmap:
-    """Map a file into memory.
-
-    Raises:
-        CheckpointError: it is empty, or not what it was to be (a Git LFS pointer, a web page).
-    """
-    refuse_stand_in(path)
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 class _Reader:
@@ -139,12 +112,7 @@ class _Reader:
 
 
 def parse_header(data: mmap.mmap | bytes, path: Path) -> Header:
-    """Return metadata and tensors of a GGUF file; no tensor reaches outside it or into another.
-
-    Raises:
-        CheckpointError: the file is truncated, or its header contradicts itself.
-        UnsupportedError: another version, or big-endian.
-    """
+    """Return metadata and tensors of a GGUF file; no tensor reaches outside it or into another."""
     reader = _Reader(data, path)
     if data[:4] != MAGIC:
         raise CheckpointError(f"{path} is not a GGUF file: it begins with {data[:4]!r}")
@@ -171,7 +139,7 @@ def _tensors(reader: _Reader, count: int, metadata: dict[str, Any]) -> dict[str,
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise reader.fault(f"general.alignment {alignment!r} is not a power of two")
     tensors: dict[str, Tensor] = {}
-    unknown: dict[int, list[str]] = {}
+    unknown: dict[str, list[str]] = {}
     for _ in range(count):
         name = reader.string("a tensor name")
         if name in tensors:
@@ -182,8 +150,8 @@ def _tensors(reader: _Reader, count: int, metadata: dict[str, Any]) -> dict[str,
     if unknown:
         raise UnsupportedError(
             f"{reader.path} holds tensors of ggml types that are not known: "
-            f"{grouped({str(code): names for code, names in unknown.items()})}; they are newer "
-            "than the gguf package that is installed, withdrawn, or ik_llama.cpp's own"
+            f"{grouped(unknown)}; they are newer than the gguf package that is installed, "
+            "withdrawn, or ik_llama.cpp's own"
         )
     base = -(-reader.position // alignment) * alignment
     end, before = base, "the header"
@@ -208,11 +176,11 @@ def _tensor(reader: _Reader, name: str, alignment: int) -> Tensor:
     shape = tuple(reader.number("<Q", name) for _ in range(num_dims))[::-1]
     code, start = reader.number("<I", name), reader.number("<Q", name)
     if code not in _TYPES:
-        return Tensor(cast(GGMLQuantizationType, code), shape, start, _UNKNOWN)
+        return Tensor(str(code), shape, start, _UNKNOWN)
     kind = _TYPES[code]
     size, nbytes = GGML_QUANT_SIZES[kind]
     if 0 in shape or shape[-1] % size:
         raise reader.fault(f"{name}: {list(shape)} is not made of {kind.name} blocks of {size}")
     if start % alignment:
         raise reader.fault(f"{name} starts at {start}, not a multiple of {alignment}")
-    return Tensor(kind, shape, start, math.prod(shape) // size * nbytes)
+    return Tensor(kind.name, shape, start, math.prod(shape) // size * nbytes)

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gemlax.checkpoints.base import show
-from gemlax.checkpoints.gguf_header import Header, Tensor, map_file, parse_header
+from gemlax.checkpoints.base import Tensor, map_file, show
+from gemlax.checkpoints.gguf_header import Header, parse_header
 from gemlax.errors import CheckpointError
 
 __all__ = ["Parts", "is_part", "open_parts", "parts_of"]
@@ -37,11 +37,7 @@ def is_part(name: str) -> bool:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """Return all parts, by the name of one; itself alone where the name says nothing.
-
-    Raises:
-        CheckpointError: the name is that of no part that there can be.
-    """
+    """Return all parts, by the name of one; itself alone where the name says nothing."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         return [path]
@@ -57,12 +53,7 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def open_parts(path: Path) -> Parts:
-    """Map the file at `path` and, where it is one of several parts, the others.
-
-    Raises:
-        CheckpointError: a part is missing, damaged, or of another model.
-        UnsupportedError: see `parse_header`.
-    """
+    """Map the file at `path` and, where it is one of several parts, the others."""
     maps: list[mmap.mmap] = []
     try:
         maps.append(map_file(path))
@@ -129,9 +120,9 @@ def _join(headers: Sequence[Header], paths: Sequence[Path]) -> dict[str, Tensor]
         for name, tensor in header.tensors.items():
             if name in tensors:
                 raise CheckpointError(
-                    f"{path} holds {show(name)}, which {paths[tensors[name].part].name} has, too"
+                    f"{path} holds {show(name)}, which {paths[tensors[name].file].name} has, too"
                 )
-            tensors[name] = tensor._replace(part=part)
+            tensors[name] = tensor._replace(file=part)
     expected = first.get(TENSORS)
     if expected is not None and expected != len(tensors):
         raise CheckpointError(

@@ -12,10 +12,15 @@ from typing import Literal, NamedTuple
 
 from gemlax.checkpoints.gguf_header import MAGIC
 from gemlax.checkpoints.gguf_parts import is_part, parts_of
-from gemlax.checkpoints.mistakes import FORMS, explain_file, explain_folder, is_step
+from gemlax.checkpoints.mistakes import (
+    FORMS,
+    explain_file,
+    explain_folder,
+    is_step,
+    refuse_stand_in,
+)
 from gemlax.checkpoints.orbax import MARKERS
 from gemlax.checkpoints.shards import choose_files, is_index, is_shard, weight_files
-from gemlax.checkpoints.stand_ins import refuse_stand_in
 from gemlax.errors import CheckpointError
 
 __all__ = ["Place", "find_gguf", "locate", "models_of"]
@@ -44,12 +49,7 @@ class Place(NamedTuple):
 
 
 def locate(path: Path) -> Place:
-    """Return what there is at a path.
-
-    Raises:
-        FileNotFoundError: there is nothing.
-        CheckpointError: it is no checkpoint, or several; the message says what it is.
-    """
+    """Return what there is at a path."""
     if path.is_dir():
         return _in_folder(path)
     if not path.is_file():

@@ -6,7 +6,6 @@ Source: google-deepmind/gemma, gm/ckpts/_checkpoint.py (FLAT and NESTED) and _co
 """
 
 import importlib
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,24 +14,24 @@ from typing import Any
 import numpy as np
 
 from gemlax.checkpoints.base import (
-    READABLE,
+    FLOATS,
     Checkpoint,
+    Piece,
+    Ranges,
+    Tensor,
     cast,
     fit_vocab,
-    log_left_aside,
     read_json,
     resolve_config,
     show,
 )
-from gemlax.checkpoints.names import Weight, from_orbax, resolve, unused
-from gemlax.config import GemmaConfig
+from gemlax.config import GemmaConfig, from_hf
 from gemlax.errors import CheckpointError, UnsupportedError
+from gemlax.names import Weight, from_orbax, resolve
 from gemlax.presets import PRESETS, preset
 from gemlax.tokenizer import Tokenizer, find_tokenizer
 
 __all__ = ["MARKERS", "OrbaxCheckpoint"]
-
-logger = logging.getLogger(__name__)
 
 MARKERS = {"_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"}
 TABLE = "embedder/input_embedding"
@@ -44,6 +43,8 @@ OTHER_PARTS = (
     "AudioEncoder/", "audio_encoder/", "embedder/audio_",
 )  # fmt: skip
 STACKED = "stacked_layers/"
+# The types that are read, as NumPy and as the other formats call them.
+_TYPES = {dtype.name: name for name, dtype in FLOATS.items() if name != "F64"}
 
 KeyPath = tuple[str, ...]
 
@@ -51,25 +52,25 @@ KeyPath = tuple[str, ...]
 class OrbaxCheckpoint(Checkpoint):
     """A folder that orbax wrote."""
 
+    _types = frozenset(_TYPES.values())
+    _other_parts = OTHER_PARTS
+
     def __init__(self, folder: Path):
         self.source = folder
         self.generation_config = {}
         self._orbax, self._checkpointer = _import_orbax()
         self._kept: tuple[str, np.ndarray] | None = None
         leaves = list(_leaves(self._metadata()))
-        aside = [name for name, _, _ in leaves if name.startswith(OTHER_PARTS)]
-        log_left_aside(logger, folder, aside, "other parts than the text decoder")
-        leaves = [leaf for leaf in leaves if leaf[0] not in set(aside)]
         self._paths: dict[str, KeyPath] = {name: path for name, path, _ in leaves}
         if len(self._paths) != len(leaves):
             raise CheckpointError(f"{folder} holds two trees of weights; expected one")
-        self._shapes = {name: tuple(info.shape) for name, _, info in leaves}
-        self._dtypes = {name: np.dtype(info.dtype) for name, _, info in leaves}
+        self._tensors = {
+            name: Tensor(_TYPES.get(str(info.dtype), str(info.dtype)), tuple(info.shape))
+            for name, _, info in leaves
+        }
         self.config = self._find_config()
-        self._unused = {weight.orbax for weight in unused(self.config.text)}
-        idle = sorted(self._unused & self._shapes.keys())
-        log_left_aside(logger, folder, idle, "layers that read the K/V of another")
-        self.stored_dtype = self._dtypes[TABLE].name
+        self._set_aside()
+        self.stored_dtype = next(str(info.dtype) for name, _, info in leaves if name == TABLE)
 
     def _metadata(self) -> Mapping[str, Any]:
         try:
@@ -81,27 +82,27 @@ class OrbaxCheckpoint(Checkpoint):
         return tree
 
     def _find_config(self) -> GemmaConfig:
-        table = self._shapes.get(TABLE, ())
+        table = self._tensors[TABLE].shape if TABLE in self._tensors else ()
         if len(table) != 2:
             raise CheckpointError(
                 f"{self.source} has no [vocabulary, hidden] {TABLE}; it holds "
-                f"{', '.join(map(show, list(self._shapes)[:5])) or 'no arrays'}"
+                f"{', '.join(map(show, list(self._tensors)[:5])) or 'no arrays'}"
             )
-        if any(name.startswith(STACKED) for name in self._shapes):
+        if any(name.startswith(STACKED) for name in self._tensors):
             raise UnsupportedError(
                 f"{self.source} holds its layers stacked ({STACKED}...); only layouts with one "
                 "tree for each layer (layer_0, layer_1, ...) are read"
             )
         rows, hidden = table
-        numbers = [re.match(r"layer_(\d+)/", name) for name in self._shapes]
+        numbers = [re.match(r"layer_(\d+)/", name) for name in self._tensors]
         layers = max((int(number[1]) + 1 for number in numbers if number), default=0)
         path = self.source / "config.json"
         if path.exists():
             config = read_json(path)
             resolved = resolve_config(
-                lambda: GemmaConfig.from_hf(config),
+                lambda: from_hf(config),
                 layers=config.get("num_hidden_layers"),
-                tensors=len(self._shapes),
+                tensors=len(self._tensors),
                 source=path,
             )
             if not resolved.text.tie_word_embeddings:
@@ -123,7 +124,7 @@ class OrbaxCheckpoint(Checkpoint):
         )
 
     def _count_known(self, config: GemmaConfig) -> int:
-        return sum(weight.orbax in self._shapes for weight in resolve(config.text).values())
+        return sum(weight.orbax in self._tensors for weight in resolve(config.text).values())
 
     def tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer of the folder or, as Kaggle lays it out, of the folder above."""
@@ -134,34 +135,20 @@ class OrbaxCheckpoint(Checkpoint):
         self._kept = None
         self._checkpointer.close()
 
-    def _expected(self) -> dict[str, tuple[int, ...]]:
-        return {w.orbax: w.orbax_shape for w in self._weights.values()}
+    def _stored_name(self, weight: Weight) -> str:
+        return weight.orbax
 
-    def _found(self) -> dict[str, tuple[int, ...]]:
-        return {name: shape for name, shape in self._shapes.items() if name not in self._unused}
+    def _pieces(self, weight: Weight) -> list[Piece]:
+        return [Piece(weight.orbax, weight.orbax_shape)]
 
-    def _check_types(self) -> None:
-        wrong = [
-            f"{name} ({self._dtypes[name]})"
-            for name in self._expected()
-            if name in self._dtypes and self._dtypes[name] not in READABLE
-        ]
-        if wrong:
-            raise UnsupportedError(
-                f"{self.source} holds arrays of types that are not read: {', '.join(wrong)}"
-            )
+    def _ranges(self, piece: Piece, tensor: Tensor, weight: Weight) -> Ranges:
+        raise NotImplementedError("orbax gives whole arrays")
 
     def _fill(self, weight: Weight, out: np.ndarray) -> None:
-        name = weight.orbax
-        if self._shapes.get(name) != weight.orbax_shape:
-            raise CheckpointError(
-                f"{self.source}: {name}: expected {list(weight.orbax_shape)}, got "
-                f"{self._shapes.get(name, 'no such array')}"
-            )
-        if self._dtypes[name] not in READABLE:
-            raise UnsupportedError(f"{self.source}: {name} is {self._dtypes[name]}")
-        stored = self._restore(name, keep=weight.part == 0)
-        cast(out.reshape(weight.split_shape), from_orbax(stored, weight), name)
+        (piece,) = self._pieces(weight)
+        self._find(piece)
+        stored = self._restore(piece.tensor, keep=weight.part == 0)
+        cast(out.reshape(weight.split_shape), from_orbax(stored, weight), piece.tensor)
 
     def _restore(self, name: str, keep: bool) -> np.ndarray:
         """Read one array; the first of a stacked pair is kept, since the second comes next."""

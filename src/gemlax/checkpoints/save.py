@@ -4,7 +4,6 @@ Source: https://github.com/huggingface/safetensors, README, "Format".
 """
 
 import contextlib
-import itertools
 import json
 import os
 import secrets
@@ -15,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from gemlax.checkpoints.base import compare
-from gemlax.checkpoints.codes import Entry, Formats, entries, flatten, write_formats
-from gemlax.checkpoints.names import HEAD, text_weights
+from gemlax.checkpoints.base import Piece, compare
+from gemlax.checkpoints.codes import Formats, flatten, pieces, write_formats
 from gemlax.checkpoints.safetensors import DTYPES, INDEX, READ, main_dtype
 from gemlax.config import GemmaConfig
 from gemlax.errors import CheckpointError
 from gemlax.formats import Coded
+from gemlax.names import HEAD, text_weights
 
 __all__ = ["check_replaceable", "new_folder", "save_safetensors", "write_json", "write_tensors"]
 
@@ -119,33 +118,22 @@ def check_replaceable(folder: Path, marker: str, overwrite: bool) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write one safetensors file."""
-    shard = _Shard(path, 0)
-    ends = itertools.accumulate(array.nbytes for array in tensors.values())
-    entries = {
-        name: {
-            "dtype": WRITTEN[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [end - array.nbytes, end],
-        }
-        for (name, array), end in zip(tensors.items(), ends, strict=True)
-    }
-    shard.room = 8 + -(-len(_header(entries)) // 8) * 8
-    path.write_bytes(b" " * shard.room)
+    own = {name: Piece(name, array.shape) for name, array in tensors.items()}
+    shard = _Shard(path, _room(own))
     for name, array in tensors.items():
         shard.append(name, array)
     shard.finish()
 
 
 class _Shard:
-    """A safetensors file that grows; room for its header was left in front."""
+    """A safetensors file that grows; room for its header is left in front."""
 
     def __init__(self, path: Path, room: int):
         self.path = path
         self.room = room
         self.entries: dict[str, Any] = {}
         self.nbytes = 0
-        with path.open("wb") as file:
-            file.write(b" " * room)
+        path.write_bytes(b" " * room)
 
     def append(self, name: str, array: np.ndarray) -> None:
         with self.path.open("ab") as file:
@@ -174,11 +162,11 @@ def _name(name: str) -> str:
     return name if name.startswith(HEAD) else f"model.{name}"
 
 
-def _room(expected: Mapping[str, Entry]) -> int:
+def _room(expected: Mapping[str, Piece]) -> int:
     """Return the bytes that the header of any shard fits in, a multiple of 8."""
     widest = {
-        _name(name): {"dtype": "BF16", "shape": entry.shape, "data_offsets": [2**60, 2**60]}
-        for name, entry in expected.items()
+        _name(name): {"dtype": "BF16", "shape": piece.shape, "data_offsets": [2**60, 2**60]}
+        for name, piece in expected.items()
     }
     return 8 + -(-len(_header(widest)) // 8) * 8
 
@@ -191,25 +179,27 @@ def _write_weights(
     limit: int,
 ) -> str:
     """Write the shards and their index; return the dtype that most bytes of floats are in."""
-    expected: dict[str, Entry] = {}
-    for name, shape in text_weights(config.text).items():
-        expected |= entries(name, shape, formats.get(name))
+    expected = {
+        piece.tensor: piece
+        for name, shape in text_weights(config.text).items()
+        for piece in pieces(name, shape, formats.get(name))
+    }
     room = _room(expected)
     shards = [_Shard(part / "model.safetensors", room)]
     seen: dict[str, tuple[int, ...]] = {}
     for name, array in flatten(weights, formats):
-        if not _fits(array, expected.get(name)) or name in seen:
-            entry = expected.get(name)
+        piece = expected.get(name)
+        if not _fits(array, piece) or name in seen:
             raise CheckpointError(
                 f"cannot save {name!r}, {array.dtype} {list(array.shape)}: "
-                + ("it came twice" if name in seen else f"expected {entry and entry.shape}")
+                + ("it came twice" if name in seen else f"expected {piece and piece.shape}")
             )
         seen[name] = array.shape
         if shards[-1].entries and shards[-1].nbytes + array.nbytes > limit:
             shards.append(_Shard(part / f"{len(shards)}.safetensors", room))
         shards[-1].append(_name(name), array)
         del array  # before the next one is made
-    if problems := compare({name: entry.shape for name, entry in expected.items()}, seen):
+    if problems := compare({name: piece.shape for name, piece in expected.items()}, seen):
         raise CheckpointError("cannot save a part of a model:\n  " + "\n  ".join(problems))
     for shard in shards:
         shard.finish()
@@ -219,16 +209,16 @@ def _write_weights(
         (entry["dtype"], entry["data_offsets"][1] - entry["data_offsets"][0])
         for shard in shards
         for name, entry in shard.entries.items()
-        if expected[name.removeprefix("model.")].dtype is None
+        if expected[name.removeprefix("model.")].type is None
     )
 
 
-def _fits(array: np.ndarray, entry: Entry | None) -> bool:
+def _fits(array: np.ndarray, piece: Piece | None) -> bool:
     """Tell whether an array is what a tensor of the file shall be."""
-    if entry is None or entry.shape != array.shape or array.dtype not in WRITTEN:
+    if piece is None or piece.shape != array.shape or array.dtype not in WRITTEN:
         return False
     name = WRITTEN[array.dtype]
-    return name in DTYPES if entry.dtype is None else name == entry.dtype
+    return name in DTYPES if piece.type is None else name == piece.type
 
 
 def _write_index(part: Path, shards: list[_Shard]) -> None:

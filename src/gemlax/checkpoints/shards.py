@@ -41,11 +41,7 @@ def weight_files(names: Collection[str]) -> list[str]:
 
 
 def choose_files(folder: Path) -> list[str]:
-    """Return the files that hold the weights of a folder; what is left is said in one line.
-
-    Raises:
-        CheckpointError: the index names files that are not there, or nothing says which files.
-    """
+    """Return the files that hold the weights of a folder; what is left is said in one line."""
     names = {path.name for path in folder.iterdir() if path.exists()}
     weights = weight_files(names)
     indices = sorted(name for name in names if is_index(name))

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gemlax.config import hf
-from gemlax.config.keys import is_neutral, log_aside, refuse_keys, show_value
-from gemlax.config.spec import KINDS, GemmaConfig
-from gemlax.errors import UnsupportedError
+from gemlax.config.keys import is_neutral, log_aside, refuse_keys
+from gemlax.config.layer import KINDS
+from gemlax.config.spec import GemmaConfig
+from gemlax.errors import UnsupportedError, show_value
 
-__all__ = ["read"]
+__all__ = ["from_gguf"]
 
 _REQUIRED = {
     "context_length", "embedding_length", "block_count", "feed_forward_length",
@@ -54,6 +55,11 @@ _SAME = {
     "attention.output_scale": 1.0, "expert_weights_scale": 1.0,
 }  # fmt: skip
 
+_IDS = {
+    "bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id",
+    "pad_token_id": "padding_token_id",
+}  # fmt: skip
+
 # Sizes of a head that must be those of its keys.
 _SAME_SIZES = {
     "attention.value_length_swa": "sliding_attention",
@@ -62,8 +68,12 @@ _SAME_SIZES = {
 }
 
 
-def read(metadata: Mapping[str, Any]) -> GemmaConfig:
-    """Resolve the metadata; see `GemmaConfig.from_gguf`."""
+def from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
+    """Resolve the metadata of a GGUF file (keys as llama.cpp writes them).
+
+    Raises:
+        UnsupportedError: another architecture, or a key that is missing or unknown.
+    """
     architecture = metadata.get("general.architecture")
     if architecture not in _KEYS:
         raise UnsupportedError(
@@ -79,14 +89,9 @@ def read(metadata: Mapping[str, Any]) -> GemmaConfig:
         _gemma3 if architecture == "gemma3" else _gemma4
     )
     found = _common(own, int(vocab)) | convert(own | {"vocab_size": int(vocab)})
-    text = hf.read_text(found, "GGUF metadata")
-    return GemmaConfig(
-        text,
-        bos_token_id=int(metadata.get("tokenizer.ggml.bos_token_id", 2)),
-        eos_token_id=(int(metadata.get("tokenizer.ggml.eos_token_id", 1)),),
-        pad_token_id=int(metadata.get("tokenizer.ggml.padding_token_id", 0)),
-        placeholder_ids=hf.placeholders(text),
-    )
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in _IDS.items()}
+    said = {name: int(i) for name, i in ids.items() if i is not None and int(i) >= 0}
+    return hf.resolve(found | said, "GGUF metadata")
 
 
 def _check_keys(own: Mapping[str, Any], architecture: str) -> None:

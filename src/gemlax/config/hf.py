@@ -1,29 +1,30 @@
 """config.json of Hugging Face read into a `GemmaConfig`.
 
 Gemma 3 and Gemma 4 files become the same data. `keys` says which keys pass that nothing reads,
-`rope` reads the rope settings, `hf_write` is the inverse.
+`rope` reads the rope settings. A config keeps the keys that say it, cleaned: changes are made there
+and read again.
 Sources: transformers 5.23.0, configuration_gemma3.py, configuration_gemma4.py and
 configuration_gemma4_unified.py.
 """
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from gemlax.config.keys import is_neutral, log_aside, refuse_keys, show_value, sort_keys
-from gemlax.config.rope import read_ropes
-from gemlax.config.spec import KINDS, GemmaConfig, Kind, LayerSpec, TextConfig
-from gemlax.errors import UnsupportedError
+from gemlax.config.keys import is_neutral, log_aside, refuse_keys, sort_keys
+from gemlax.config.layer import KINDS, Kind, LayerSpec
+from gemlax.config.rope import read_ropes, write_rope
+from gemlax.config.spec import GemmaConfig, TextConfig
+from gemlax.errors import UnsupportedError, check_int, check_number, show_value
 
-__all__ = ["GEMMA3_DEFAULTS", "GEMMA4_DEFAULTS", "placeholders", "read", "read_text", "resolve"]
+__all__ = ["edit", "from_hf", "resolve"]
 
 _log = logging.getLogger(__name__)
 
 SLIDING, FULL = KINDS
 _ID_KEYS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 # What a file may leave out.
-GEMMA3_DEFAULTS: dict[str, Any] = {
+_GEMMA3_DEFAULTS: dict[str, Any] = {
     "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216,
     "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
     "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256,
@@ -31,7 +32,7 @@ GEMMA3_DEFAULTS: dict[str, Any] = {
     "final_logit_softcapping": None, "use_bidirectional_attention": False,
 }  # fmt: skip
 # Its rope settings are in rope.py, as they go by kind.
-GEMMA4_DEFAULTS: dict[str, Any] = {
+_GEMMA4_DEFAULTS: dict[str, Any] = {
     "vocab_size": 262_144, "hidden_size": 2304, "intermediate_size": 9216,
     "num_hidden_layers": 30, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
     "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6, "sliding_window": 512,
@@ -40,7 +41,7 @@ GEMMA4_DEFAULTS: dict[str, Any] = {
     "use_bidirectional_attention": None,
 }  # fmt: skip
 # The unified text tower has neither per-layer embeddings nor experts.
-_UNIFIED_DEFAULTS = GEMMA4_DEFAULTS | {
+_UNIFIED_DEFAULTS = _GEMMA4_DEFAULTS | {
     "max_position_embeddings": 262_144, "sliding_window": 1024,
     "use_bidirectional_attention": "vision",
 }  # fmt: skip
@@ -50,8 +51,8 @@ _GEMMA4_OWN: dict[str, Any] = {
     "moe_intermediate_size": None,
 }  # fmt: skip
 _DEFAULTS = {
-    "gemma3_text": GEMMA3_DEFAULTS,
-    "gemma4_text": GEMMA4_DEFAULTS | _GEMMA4_OWN,
+    "gemma3_text": _GEMMA3_DEFAULTS,
+    "gemma4_text": _GEMMA4_DEFAULTS | _GEMMA4_OWN,
     "gemma4_unified_text": _UNIFIED_DEFAULTS,
 }
 _TEXT_OF = {
@@ -59,7 +60,12 @@ _TEXT_OF = {
     "gemma4": "gemma4_text",
     "gemma4_unified": "gemma4_unified_text",
 }
-# Ids that stand for features: image; image, audio and video. They exist in large tables only.
+_ARCHITECTURES = {
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
+    "gemma4_unified_text": "Gemma4UnifiedForCausalLM",
+}
+# Ids that stand for features: image; image, audio and video.
 _PLACEHOLDERS = {
     "gemma3_text": (262_144,),
     "gemma4_text": (258_880, 258_881, 258_884),
@@ -105,21 +111,31 @@ _COUNTS = (
 _POSITIVE = _COUNTS[:8]
 
 
-def read(config: Mapping[str, Any]) -> GemmaConfig:
-    """Resolve a config.json, and say if its table is short; see `GemmaConfig.from_hf`."""
-    found = resolve(config)
-    if found.text.num_ids < found.text.vocab_size:
+def from_hf(config: Mapping[str, Any]) -> GemmaConfig:
+    """Resolve a Hugging Face `config.json` (text-only, or the text part of a multimodal one).
+
+    Raises:
+        UnsupportedError: another architecture, a key that is not known, or a known key at a
+            value that is not supported; every offending key is named.
+    """
+    resolved = resolve(config)
+    text = resolved.text
+    if text.num_ids < text.vocab_size:
         _log.warning(
             "config: vocab_size is %d, vocab_size_per_layer_input only %d: an id beyond has no "
             "per-layer embedding, so it is refused in a prompt and never generated",
-            found.text.vocab_size,
-            found.text.num_ids,
-        )
-    return found
+            text.vocab_size, text.num_ids,
+        )  # fmt: skip
+    return resolved
 
 
-def resolve(config: Mapping[str, Any]) -> GemmaConfig:
-    """Resolve a config.json; see `GemmaConfig.from_hf`."""
+def edit(config: GemmaConfig, **changes: Any) -> GemmaConfig:
+    """Return a config with other values of some keys of its config.json."""
+    return resolve(config.to_hf() | changes)
+
+
+def resolve(config: Mapping[str, Any], where: str = "config.json") -> GemmaConfig:
+    """Resolve a config.json; see `from_hf`. `where` is named in errors."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in {**_DEFAULTS, **_TEXT_OF}:
         raise UnsupportedError(
@@ -134,19 +150,9 @@ def resolve(config: Mapping[str, Any]) -> GemmaConfig:
         known = _ID_KEYS | {"model_type", "text_config"}
         more = sort_keys(config, known, _ALLOWED, _SAME | c)
         wrong, aside = wrong + more[0], aside + more[1]
-    refuse_keys("config.json", wrong)
-    log_aside("config.json", aside)
-    resolved = _resolve(c)
-    if text.get("pad_token_id") == -1:  # another way to say that there is none
-        text["pad_token_id"] = None
-    others = [key for key in sorted(_ID_KEYS) if key != "eos_token_id"]
-    ids = {key: _as_id(key, text[key]) for key in others if text.get(key) is not None}
-    return GemmaConfig(
-        resolved,
-        eos_token_id=_as_ids(text.get("eos_token_id")),
-        placeholder_ids=placeholders(resolved),
-        **ids,
-    )
+    refuse_keys(where, wrong)
+    log_aside(where, aside)
+    return _resolve(c)
 
 
 def _take_text(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,15 +186,6 @@ def _take_text(config: Mapping[str, Any]) -> dict[str, Any]:
     return text
 
 
-def read_text(text: Mapping[str, Any], where: str) -> TextConfig:
-    """Resolve the keys of a text config, of any of the model types."""
-    c = _fill(text)
-    wrong, aside = _sort_text_keys(text, c, "")
-    refuse_keys(where, wrong)
-    log_aside(where, aside)
-    return _resolve(c)
-
-
 def _fill(text: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of a text config, with defaults where there is none or null."""
     found = {key: value for key, value in text.items() if value is not None}
@@ -197,6 +194,8 @@ def _fill(text: Mapping[str, Any]) -> dict[str, Any]:
            "hidden_size_per_layer_input": 0}  # fmt: skip
     nulls = {key: none for key, none in off.items() if text.get(key, 0) is None}
     c = _DEFAULTS[text["model_type"]] | found | nulls
+    if c.get("pad_token_id") == -1:  # another way to say that there is none
+        del c["pad_token_id"]
     for key in ("attention_k_eq_v", "use_double_wide_mlp", "enable_moe_block"):
         if c.get(key, 0) not in (0, 1):  # "false" would be true
             raise UnsupportedError(f"config: {key} must be true or false, got {show_value(c[key])}")
@@ -232,15 +231,14 @@ def _sort_text_keys(
     return sort_keys(text, known, allowed, same, prefix)
 
 
-def _resolve(c: Mapping[str, Any]) -> TextConfig:
+def _resolve(c: Mapping[str, Any]) -> GemmaConfig:
     for key in _POSITIVE:
-        _check_count(c, key)
+        _count(c, key)
     if c["num_hidden_layers"] > _MAX_LAYERS:
         raise UnsupportedError(
             f"config: {c['num_hidden_layers']} layers; at most {_MAX_LAYERS} are supported"
         )
-    gemma3 = c["model_type"] == "gemma3_text"
-    layers = (_gemma3_layers if gemma3 else _gemma4_layers)(c)
+    layers = _layers(c)
     for spec in layers:
         if c["num_attention_heads"] % spec.num_key_value_heads:
             raise UnsupportedError(
@@ -249,7 +247,7 @@ def _resolve(c: Mapping[str, Any]) -> TextConfig:
             )
         if spec.head_dim % 2:
             raise UnsupportedError(f"config: head_dim must be even, got {spec.head_dim}")
-    return TextConfig(
+    text = TextConfig(
         model_type=c["model_type"],
         vocab_size=c["vocab_size"],
         hidden_size=c["hidden_size"],
@@ -259,40 +257,67 @@ def _resolve(c: Mapping[str, Any]) -> TextConfig:
         rms_norm_eps=float(_positive(c, "rms_norm_eps")),
         final_logit_softcapping=_softcap(c),
         tie_word_embeddings=bool(c.get("tie_word_embeddings", True)),
-        **(_gemma3_facts if gemma3 else _gemma4_facts)(c),
+        **({} if c["model_type"] == "gemma3_text" else _gemma4_facts(c)),
     )
-
-
-def placeholders(text: TextConfig) -> tuple[int, ...]:
-    """Return the ids that stand for features, where the table is large enough to hold them."""
-    return tuple(i for i in _PLACEHOLDERS[text.model_type] if i < text.vocab_size)
-
-
-# --- Gemma 3 -----------------------------------------------------------------------------------
-
-
-def _gemma3_facts(c: Mapping[str, Any]) -> dict[str, Any]:
-    return {"query_pre_attn_scalar": c["query_pre_attn_scalar"], "norm_offset": 1.0}
-
-
-def _gemma3_layers(c: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
-    kinds = _layer_types(c)
-    ropes = read_ropes(c, set(kinds), dict.fromkeys(KINDS, c["head_dim"]), gemma3=True)
-    return tuple(
-        LayerSpec(
-            kind=kind,
-            window=_window(c) if kind == SLIDING else None,
-            num_key_value_heads=c["num_key_value_heads"],
-            head_dim=c["head_dim"],
-            rope=ropes[kind],
-            attention_scale=_positive(c, "query_pre_attn_scalar") ** -0.5,
-            intermediate_size=c["intermediate_size"],
-        )
-        for kind in kinds
+    defaults = {"bos_token_id": 2, "pad_token_id": 0}
+    ids = {key: _as_id(key, c.get(key, default)) for key, default in defaults.items()}
+    config = GemmaConfig(
+        text,
+        eos_token_id=_as_ids(c.get("eos_token_id")),
+        # Features have ids in large tables only.
+        placeholder_ids=tuple(i for i in _PLACEHOLDERS[text.model_type] if i < text.vocab_size),
+        **ids,
     )
+    object.__setattr__(config, "_hf", _clean(c, config))
+    return config
 
 
-# --- Gemma 4 -----------------------------------------------------------------------------------
+def _clean(c: Mapping[str, Any], config: GemmaConfig) -> dict[str, Any]:
+    """Return the keys that say a config, each in the one form that transformers reads alike.
+
+    Gemma 3 has those of transformers 4 where they can say it.
+    """
+    text, eos = config.text, config.eos_token_id
+    sliding, full = text.first(SLIDING), text.first(FULL)
+    plain, whole = sliding or text.layers[0], full or text.layers[0]
+    kept = {
+        "architectures": [_ARCHITECTURES[text.model_type]],
+        "model_type": text.model_type,
+        **{key: c[key] for key in _DEFAULTS[text.model_type]},
+        "sliding_window": plain.window or _DEFAULTS[text.model_type]["sliding_window"],
+        "head_dim": plain.head_dim,
+        "num_key_value_heads": plain.num_key_value_heads,
+        "layer_types": [layer.kind for layer in text.layers],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "final_logit_softcapping": text.final_logit_softcapping,
+        "use_bidirectional_attention": text.use_bidirectional_attention,
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(eos) if len(eos) != 1 else eos[0],
+        "pad_token_id": config.pad_token_id,
+    }
+    ropes = {spec.kind: write_rope(spec.rope) for spec in (sliding, full) if spec is not None}
+    if text.model_type == "gemma3_text":
+        kept["use_bidirectional_attention"] = False
+        local, far = ropes.get(SLIDING, {}), ropes.get(FULL, {})
+        if local.get("rope_type", "default") == "default" and "partial_rotary_factor" not in far:
+            scaling = {"rope_type": "linear", "factor": far["factor"]} if "factor" in far else None
+            flat = {"rope_theta": far, "rope_local_base_freq": local}
+            own = {key: rope.get("rope_theta", c[key]) for key, rope in flat.items()}
+            return kept | own | {"rope_scaling": scaling}
+        del kept["rope_theta"], kept["rope_local_base_freq"]
+        return kept | {"rope_parameters": ropes}
+    kept |= {"rope_parameters": ropes, "global_head_dim": whole.head_dim}
+    kept["num_global_key_value_heads"] = None
+    if whole.num_key_value_heads != plain.num_key_value_heads:
+        kept["num_global_key_value_heads"] = whole.num_key_value_heads
+        if not c["attention_k_eq_v"]:  # the flat field counts with k_eq_v only
+            sizes = {key: vars(whole)[key] for key in ("head_dim", "num_key_value_heads")}
+            kinds = enumerate(spec.kind for spec in text.layers)
+            kept["per_layer_config"] = {str(i): sizes for i, kind in kinds if kind == FULL}
+    return kept
 
 
 def _gemma4_facts(c: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,10 +329,10 @@ def _gemma4_facts(c: Mapping[str, Any]) -> dict[str, Any]:
     }
     if c.get("hidden_size_per_layer_input"):
         for key in ("hidden_size_per_layer_input", "vocab_size_per_layer_input"):
-            facts[key] = _check_count(c, key)
+            facts[key] = _count(c, key)
     if c.get("enable_moe_block"):
         for key in ("num_experts", "top_k_experts", "moe_intermediate_size"):
-            _check_count(c, key)
+            _count(c, key)
         if c["top_k_experts"] > c["num_experts"]:
             raise UnsupportedError(
                 f"config: top_k_experts {c['top_k_experts']} > num_experts {c['num_experts']}"
@@ -316,12 +341,13 @@ def _gemma4_facts(c: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _gemma4_layers(c: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
-    kinds = _layer_types(c)
-    sizes = _gemma4_sizes(c, kinds)
+def _layers(c: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
+    gemma3, kinds = c["model_type"] == "gemma3_text", _layer_types(c)
+    scale = _positive(c, "query_pre_attn_scalar") ** -0.5 if gemma3 else 1.0
+    sizes = _sizes(c, kinds)
     head_dims = {kind: size["head_dim"] for kind, size in zip(kinds, sizes, strict=True)}
-    ropes = read_ropes(c, set(kinds), head_dims, gemma3=False)
-    shared = c["num_kv_shared_layers"]
+    ropes = read_ropes(c, set(kinds), head_dims, gemma3=gemma3)
+    shared = 0 if gemma3 else c["num_kv_shared_layers"]
     if not isinstance(shared, int) or not 0 <= shared < len(kinds):
         raise UnsupportedError(
             f"config: num_kv_shared_layers must be in [0, {len(kinds)}), got {show_value(shared)}"
@@ -332,16 +358,16 @@ def _gemma4_layers(c: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
     layers = []
     for i, kind in enumerate(kinds):
         owns = i < len(kinds) - shared
-        wide = 2 if c["use_double_wide_mlp"] and not owns else 1
+        wide = 1 if owns or not c["use_double_wide_mlp"] else 2
         layers.append(
             LayerSpec(
                 kind=kind,
-                window=_window(c) if kind == SLIDING else None,
+                window=_count(c, "sliding_window") if kind == SLIDING else None,
                 rope=ropes[kind],
-                attention_scale=1.0,
+                attention_scale=scale,
                 intermediate_size=c["intermediate_size"] * wide,
                 owns_kv=owns,
-                k_eq_v=bool(c["attention_k_eq_v"]) and kind == FULL and owns,
+                k_eq_v=bool(c.get("attention_k_eq_v")) and kind == FULL and owns,
                 num_experts=c["num_experts"] if c.get("enable_moe_block") else 0,
                 **sizes[i],
             )
@@ -349,17 +375,19 @@ def _gemma4_layers(c: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
     return tuple(layers)
 
 
-def _gemma4_sizes(c: Mapping[str, Any], kinds: list[Kind]) -> list[dict[str, int]]:
+def _sizes(c: Mapping[str, Any], kinds: list[Kind]) -> list[dict[str, int]]:
     """Return head_dim and K/V heads per layer: flat global fields, or a per-layer view."""
     plain = {key: c[key] for key in ("head_dim", "num_key_value_heads")}
     sizes = [dict(plain) for _ in kinds]
+    if c["model_type"] == "gemma3_text":
+        return sizes
     view = c.get("per_layer_config")
     if is_neutral(view) and view != {}:  # an empty view says that all layers are alike
         for i, kind in enumerate(kinds):
             if kind == FULL:
-                sizes[i]["head_dim"] = _check_count(c, "global_head_dim")
+                sizes[i]["head_dim"] = _count(c, "global_head_dim")
                 if c["attention_k_eq_v"] and c["num_global_key_value_heads"] is not None:
-                    sizes[i]["num_key_value_heads"] = _check_count(c, "num_global_key_value_heads")
+                    sizes[i]["num_key_value_heads"] = _count(c, "num_global_key_value_heads")
         return sizes
     if not isinstance(view, Mapping):
         raise UnsupportedError(
@@ -367,7 +395,7 @@ def _gemma4_sizes(c: Mapping[str, Any], kinds: list[Kind]) -> list[dict[str, int
         )
     for index, changes in view.items():
         own = _layer_sizes(c, str(index), changes, len(kinds))
-        sizes[int(index)] |= {key: _check_count(own, key) for key in own}
+        sizes[int(index)] |= {key: _count(own, key) for key in own}
     by_kind = {(kind, *sizes[i].values()) for i, kind in enumerate(kinds)}
     if len(by_kind) != len(set(kinds)):
         raise UnsupportedError(f"config: layers of one kind differ in per_layer_config: {by_kind}")
@@ -389,9 +417,6 @@ def _layer_sizes(c: Mapping[str, Any], index: str, changes: Any, count: int) -> 
         )
     own = {key: found[key] for key in names if key in found}
     return {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in own.items()}
-
-
-# --- both --------------------------------------------------------------------------------------
 
 
 def _layer_types(c: Mapping[str, Any]) -> list[Kind]:
@@ -436,10 +461,6 @@ def _period(c: Mapping[str, Any]) -> int:
     return read
 
 
-def _window(c: Mapping[str, Any]) -> int:
-    return _check_count(c, "sliding_window")
-
-
 def _softcap(c: Mapping[str, Any]) -> float | None:
     """Return the cap of the logits; nothing and 0 mean that there is none."""
     if is_neutral(c["final_logit_softcapping"]):
@@ -466,16 +487,9 @@ def _as_ids(value: Any) -> tuple[int, ...]:
     return tuple(_as_id("eos_token_id", i) for i in ids)
 
 
-def _check_count(c: Mapping[str, Any], key: str) -> int:
-    value = c[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise UnsupportedError(f"config: {key} must be a positive integer, got {show_value(value)}")
-    return value
+def _count(c: Mapping[str, Any], key: str, least: int = 1) -> int:
+    return check_int(f"config: {key}", c[key], least, error=UnsupportedError)
 
 
 def _positive(c: Mapping[str, Any], key: str) -> float:
-    value = c[key]
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise UnsupportedError(f"config: {key} must be a positive number, got {show_value(value)}")
-    return value
+    return check_number(f"config: {key}", c[key], error=UnsupportedError)

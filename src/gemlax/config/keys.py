@@ -6,18 +6,16 @@ by name. What passed though it is not known is said in one log line.
 """
 
 import logging
-import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from gemlax.errors import UnsupportedError
+from gemlax.errors import UnsupportedError, show_value
 
 __all__ = [
     "is_inert",
     "is_neutral",
     "log_aside",
     "refuse_keys",
-    "show_value",
     "sort_keys",
 ]
 
@@ -153,12 +151,3 @@ def log_aside(where: str, aside: Iterable[str]) -> None:
     """Say in one line which keys were passed over."""
     if names := ", ".join(aside):
         _log.info("%s: passed over, as it changes nothing here: %s", where, names)
-
-
-def show_value(value: Any) -> str:
-    """Return a value as an error shows it: not all of a long list."""
-    return _SHORT.repr(value)
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80

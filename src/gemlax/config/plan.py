@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from gemlax.config.spec import Kind, LayerSpec
+from gemlax.config.layer import Kind, LayerSpec
 
 __all__ = ["Location", "Run", "Segment", "StackPlan"]
 

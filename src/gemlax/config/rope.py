@@ -4,13 +4,12 @@ Source: transformers 5.23.0, modeling_rope_utils.py, and `convert_rope_params_to
 configuration_gemma3.py and configuration_gemma4.py.
 """
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from gemlax.config.keys import log_aside, show_value
-from gemlax.config.spec import KINDS, Kind, RopeSpec
-from gemlax.errors import UnsupportedError
+from gemlax.config.keys import log_aside
+from gemlax.config.layer import KINDS, Kind, RopeSpec
+from gemlax.errors import UnsupportedError, check_number, show_value
 
 __all__ = ["read_ropes", "write_rope"]
 
@@ -107,22 +106,17 @@ def _gemma4_settings(
 def _split(c: Settings, name: str) -> tuple[dict[Kind, dict[str, Any]], dict[str, Any]]:
     """Return the settings by kind, and those that are in no kind."""
     found = c.get(name) or {}
-    nested = [v for v in found.values() if isinstance(v, Mapping)] if _is_map(found) else []
-    known = [found.get(kind) for kind in KINDS] if _is_map(found) else []
+    known = [found.get(kind) for kind in KINDS] if isinstance(found, Mapping) else []
     for value in (found, *known):
-        if value is not None and not _is_map(value):
+        if value is not None and not isinstance(value, Mapping):
             raise UnsupportedError(
                 f"config: rope settings must be objects, got {show_value(value)} in {name}"
             )
-    unknown = sorted(key for key, v in found.items() if v in nested and key not in KINDS)
+    unknown = sorted(k for k, v in found.items() if isinstance(v, Mapping) and k not in KINDS)
     if unknown:
         raise UnsupportedError(f"config: {name} has {unknown}; expected {list(KINDS)}")
     by_kind = {kind: _drop_nulls(found[kind]) for kind in KINDS if found.get(kind) is not None}
     return by_kind, _drop_nulls({k: v for k, v in found.items() if k not in KINDS})
-
-
-def _is_map(value: Any) -> bool:
-    return isinstance(value, Mapping)
 
 
 def _drop_nulls(found: Settings) -> dict[str, Any]:
@@ -163,12 +157,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _positive(value: Any, key: str, rope_type: str) -> float:
-    if not _is_number(value) or not math.isfinite(value) or value <= 0:
-        raise UnsupportedError(
-            f"config: {key} must be a positive number for rope_type {rope_type!r}, got "
-            f"{show_value(value)}"
-        )
-    return float(value)
+    return float(
+        check_number(f"config: for rope_type {rope_type!r}, {key}", value, error=UnsupportedError)
+    )
 
 
 def write_rope(rope: RopeSpec) -> dict[str, Any]:

@@ -48,14 +48,9 @@ _log = logging.getLogger(__name__)
 _asked: contextvars.ContextVar[Implementation | None] = contextvars.ContextVar(
     "implementation", default=None
 )
-# As csrc/formats.h numbers them.
-_NUMBERS: dict[Format, int] = {
-    "float32": 0, "bfloat16": 1, "int8": 2, "int4": 3,
-    "q8_0": 4, "q4_0": 5, "q5_0": 6, "q4_k": 7, "q6_k": 8,
-}  # fmt: skip
 _TARGETS = ("multiply", "decode", "attention", "arg_max")
-# As csrc/meter.h numbers them: products by the format of their first weight, then the others.
-_METERED = (*_NUMBERS, "decoding", "attention", "arg_max")
+# As csrc/meter.h numbers them, behind the products, which go by the format of their first weight.
+_OTHER_METERS = ("decoding", "attention", "arg_max")
 # Queries of one call of attention, and rows that float weights are multiplied with by a kernel.
 MAX_ROWS = 16
 
@@ -102,7 +97,7 @@ def kernels() -> Kernels:
     if backend() != "cpu":
         return Kernels(None, (), f"the backend is {backend()}")
     name, reason = _library()
-    return Kernels(name, tuple(_NUMBERS) if name else (), reason)
+    return Kernels(name, _formats() if name else (), reason)
 
 
 def spent() -> dict[str, tuple[int, float]]:
@@ -112,11 +107,12 @@ def spent() -> dict[str, tuple[int, float]]:
     """
     if _library()[0] is None:
         return {}
-    numbers = (ctypes.c_int64 * (2 * len(_METERED)))()
+    meters = (*_formats(), *_OTHER_METERS)
+    numbers = (ctypes.c_int64 * (2 * len(meters)))()
     _open().gemlax_totals(numbers)
     return {
         name: (numbers[2 * i], numbers[2 * i + 1] / 1e9)
-        for i, name in enumerate(_METERED)
+        for i, name in enumerate(meters)
         if numbers[2 * i]
     }
 
@@ -131,16 +127,16 @@ def use(name: str | None) -> bool:
         return False
     choose = _open().gemlax_use
     choose.restype = ctypes.c_bool
-    found = choose((name or "").encode())
+    chosen: bool = choose((name or "").encode())
     _library.cache_clear()
-    return found
+    return chosen
 
 
 def _open() -> ctypes.CDLL:
-    found = importlib.util.find_spec("gemlax._native")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("gemlax._native")
+    if spec is None or spec.origin is None:
         raise FileNotFoundError("gemlax._native")
-    return ctypes.CDLL(found.origin)
+    return ctypes.CDLL(spec.origin)
 
 
 @functools.cache
@@ -158,6 +154,14 @@ def _library() -> tuple[str | None, str | None]:
         return None, f"they cannot be used: {error}"
     library.gemlax_kernels.restype = ctypes.c_char_p
     return library.gemlax_kernels().decode(), None
+
+
+@functools.cache
+def _formats() -> tuple[Format, ...]:
+    """Return the formats that the kernels read, in the order of their numbers (csrc/formats.h)."""
+    library = _open()
+    library.gemlax_formats.restype = ctypes.c_char_p
+    return tuple(library.gemlax_formats().decode().split())
 
 
 @functools.cache
@@ -237,7 +241,7 @@ def _arguments(weight: Weight) -> tuple[Array, list[Array], list[int]]:
     leaves = []
     for held in _parts(layer):
         leaves += [held.codes, none if held.scales is None else held.scales]
-    return jnp.stack([part, row]), leaves, [_NUMBERS[held.format] for held in _parts(layer)]
+    return jnp.stack([part, row]), leaves, [_formats().index(held.format) for held in _parts(layer)]
 
 
 def arg_max(x: Float[Array, "B V"]) -> Int[Array, " B"]:
@@ -259,7 +263,9 @@ def prefers(weight: Weight, rows: int) -> bool:
 
 def serves(weight: Weight) -> bool:
     """Return whether a kernel reads this weight."""
-    known = all(isinstance(p, QTensor) and p.format in _NUMBERS for p in _parts(weight))
+    if _library()[0] is None:
+        return False
+    known = all(isinstance(p, QTensor) and p.format in _formats() for p in _parts(weight))
     return known and len(shape_of(weight)) == 2
 
 

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import resource
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import jax
 
-from gemlax.errors import Error
+from gemlax.errors import Error, write_whole, written_whole
 
 __all__ = ["Log", "can_plot", "memory_bytes", "plot", "read_settings", "write_settings"]
 
@@ -22,9 +21,7 @@ class Log:
         """Go on after step `after`: lines of later steps, or cut off, are dropped."""
         self.path = path
         kept = [line for line in self.lines() if line["step"] <= after] if after else []
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        part.replace(path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Write a line; `step` is one of its keys."""
@@ -72,9 +69,8 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend()
-    part = path.with_suffix(".part")
-    figure.savefig(part, format="png", dpi=120)
-    part.replace(path)
+    with written_whole(path) as part:
+        figure.savefig(part, format="png", dpi=120)
 
 
 def memory_bytes() -> int:
@@ -87,12 +83,7 @@ def memory_bytes() -> int:
 
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Write what a run is made with, whole or not at all."""
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(settings, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_whole(path, (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def read_settings(path: Path) -> dict[str, Any]:
