@@ -1,5 +1,6 @@
 """How every test runs: eight CPU devices, strict promotion, checked shapes, the real model once."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax._src import compiler
 from jaxtyping import install_import_hook
 
 # Annotations are checked on each call in the rooms of arrays, before any of them is imported. The
@@ -25,10 +27,24 @@ ROOMS = (
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook([f"gemlax.{room}" for room in ROOMS], CHECKER)
 
-# Tests run in two processes: a compiler that splits a program among threads takes longer in all.
-# XLA reads this when it starts; what tests run as commands inherits it.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_parallel_codegen_split_count=1"
+# Most of the time of the tests was compilation, and most of that LLVM's optimisations. Without them
+# a program has the same HLO, buffers and aliases (test_cache_programs.py).
+USERS_CODE = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+FAST_CODE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+USERS_PROGRAMS = {}
+if jax.__version_info__ < (0, 11):
+    # XLA's emitters of before 2025 take half the time; their fusions are others. jax 0.12 has none.
+    USERS_PROGRAMS["xla_cpu_use_fusion_emitters"] = True
+    FAST_CODE += " --xla_cpu_use_fusion_emitters=false"
+
+# XLA reads this when it starts; what tests run as commands inherits it. Tests run in two processes:
+# a compiler that splits a program among threads takes longer in all.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_parallel_codegen_split_count=1",
+        FAST_CODE if os.environ.get("GEMLAX_TEST_OPTIMISED") != "1" else "",
+    ]
 )
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -48,6 +64,10 @@ for setting, value in {
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
 
+# A process of tests holds a million objects that live on: collecting them often took a twentieth.
+gc.set_threshold(100_000, 20, 100)
+
+
 def pytest_unconfigure():
     shutil.rmtree(PROGRAMS, ignore_errors=True)
 
@@ -57,25 +77,31 @@ def pytest_collection_modifyitems(items):
         if "gguf_path" in item.fixturenames:
             item.add_marker("weights")
     # Longest files first, so that two processes end at about the same time.
-    items.sort(key=lambda item: item.get_closest_marker("optimised") is None)
+    longest = ("optimised", "programs")
+    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in longest))
 
 
 @pytest.fixture(autouse=True, scope="module")
-def plain_code(request):
-    """Compile without LLVM's optimisations, which takes about 0.6 of the time.
+def code(request):
+    """Compile to code that is made fast, not code that runs fast: a third of the time.
 
-    Modules marked `optimised` look at programs, or compare with what others made, and get them; so
-    does every module with GEMLAX_TEST_OPTIMISED=1, and on jax 0.12, which has no such setting.
+    Modules marked `programs` get the HLO of users' programs, those marked `optimised` the code too;
+    so does every module with GEMLAX_TEST_OPTIMISED=1.
     """
-    name = "jax_disable_most_optimizations"
-    wanted = os.environ.get("GEMLAX_TEST_OPTIMISED") == "1"
-    wanted = wanted or request.node.get_closest_marker("optimised") is not None
-    if wanted or name not in jax.config.values:
+    flags = {}
+    if request.node.get_closest_marker("programs"):
+        flags = USERS_PROGRAMS
+    if request.node.get_closest_marker("optimised"):
+        flags = USERS_PROGRAMS | USERS_CODE
+    make = compiler.get_compile_options
+
+    def make_with_flags(*args, env_options_overrides=None, **settings):
+        flags_and_own = flags | (env_options_overrides or {})
+        return make(*args, env_options_overrides=flags_and_own, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", make_with_flags)
         yield
-        return
-    jax.config.update(name, True)
-    yield
-    jax.config.update(name, False)
 
 
 def pytest_runtest_setup(item):

@@ -14,7 +14,7 @@ from vocabularies import CHAT_MARKERS, chat_tokenizer
 
 from gemlax.chat import ChatFormat, Template
 from gemlax.chat.marked import INPUT, OWN, Marked, join, marks_of, own, runs
-from gemlax.chat.worker import compile_template, write_twice
+from gemlax.chat.render import compile_template, render_twice
 
 TOKENIZER = chat_tokenizer("gemma4")
 HOSTILE = [
@@ -105,7 +105,7 @@ def followed(source, variables):
     """The worker's answer, in this process; the special tokens are given as a format gives them."""
     marks = [["bos_token", OWN], ["eos_token", OWN]]
     request = {"template": source, "variables": dict(variables), "marks": marks, "max_chars": 10**6}
-    return write_twice(request)
+    return render_twice(request)
 
 
 @functools.cache

@@ -172,11 +172,18 @@ def test_later_system_messages_get_turns_of_their_own_in_gemma4():
 
 
 @pytest.mark.parametrize("thinking", [False, True])
-def test_a_turn_that_was_closed_after_a_call_is_followed_by_one_of_the_model(thinking):
+def test_after_the_result_of_a_tool_no_turn_is_opened_as_in_googles_template(thinking):
+    """Also where the message with the call said something, and its turn was closed after that."""
     said = {"role": "assistant", "content": "I look", "tool_calls": [{"name": "f"}]}
     prompt = rendered("gemma4", [HI, said, {"role": "tool", "content": "1"}], thinking=thinking)
-    opened = "" if thinking else "<|channel>thought\n<channel|>"
-    assert prompt.endswith("<tool_response|>I look<turn|>\n<|turn>model\n" + opened)
+    opened = "<|channel>thought\n" if thinking else ""
+    assert prompt.endswith("<tool_response|>I look<turn|>\n" + opened)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_an_answer_that_says_nothing_may_be_all_there_is(family):
+    prompt = rendered(family, [{"role": "assistant", "content": ""}], empty_thought=False)
+    assert prompt.endswith("turn>model\n")
 
 
 def test_leading_system_messages_are_put_together_in_gemma3():

@@ -10,8 +10,7 @@ from vocabularies import FIRST_CHAT_WORD, chat_tokenizer
 
 from gemlax import RequestError
 from gemlax.chat import ChatFormat, Delta, OutputParser
-from gemlax.chat.calls import read_calls
-from gemlax.chat.tools import MAX_DEPTH, declaration, write_call
+from gemlax.chat.calls import MAX_DEPTH, read_calls
 
 TOKENIZER = chat_tokenizer("gemma4")
 # U+2581 is a space to the tokenizer, a lone surrogate has no UTF-8.
@@ -44,6 +43,22 @@ def parsed(tokens, stop=(), sizes=(), **options):
         deltas += parser.push(tokens[at : at + size])
         at += size
     return parser, [*deltas, *parser.push(tokens[at:]), *parser.flush()]
+
+
+def written(start, end, calls=(), tools=None):
+    """What the built-in template writes between the first `start` and `end`."""
+    messages = [{"role": "user", "content": "x"}]
+    if calls:
+        answer = {"role": "tool", "content": "y"}
+        messages += [{"role": "assistant", "tool_calls": calls}, answer]
+    prompt = ChatFormat(TOKENIZER).encode(messages, tools)
+    text = TOKENIZER.decode(prompt, skip_special=False)
+    return text.partition(start)[2].partition(end)[0]
+
+
+def write_call(name, arguments):
+    call = {"name": name, "arguments": arguments}
+    return written("<|tool_call>", "<tool_call|>", [call])
 
 
 def result(parser):
@@ -231,6 +246,18 @@ def test_nesting_is_bounded_where_it_is_written_and_where_it_is_read():
     assert read_calls([text.replace("{}", "{a:{}}")]) is None
 
 
+def test_nesting_of_parameters_is_bounded():
+    def declared(levels):
+        schema = {"type": "string"}
+        for _ in range(levels):
+            schema = {"type": "object", "properties": {"a": schema}}
+        return written("<|tool>", "<tool|>", tools=[{"name": "f", "parameters": schema}])
+
+    assert declared(MAX_DEPTH).count("properties:{") == MAX_DEPTH
+    with pytest.raises(RequestError, match="parameters are nested more than 64"):
+        declared(MAX_DEPTH + 1)
+
+
 def test_declarations_keep_what_the_template_keeps():
     schema = {
         "type": "object",
@@ -242,7 +269,8 @@ def test_declarations_keep_what_the_template_keeps():
             "o": {"type": "object", "properties": {"z": {"type": "boolean"}}, "required": ["z"]},
         },
     }  # fmt: skip
-    text = declaration({"name": "f", "parameters": schema}).replace('<|"|>', "'")
+    tool = {"name": "f", "parameters": schema}
+    text = written("<|tool>", "<tool|>", tools=[tool]).replace('<|"|>', "'")
     assert text == (
         "declaration:f{description:'',parameters:{properties:{"
         "list:{items:{properties:{a:{type:'NUMBER'}},required:['a'],type:'OBJECT'},type:'ARRAY'},"

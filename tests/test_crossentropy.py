@@ -16,7 +16,7 @@ from gemlax.ops import Head, chunked_logprobs, crossentropy
 from gemlax.presets import preset, tiny
 from gemlax.qtensor import from_numpy, pack_bfloat16
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.programs
 
 # float32 sums of 512 exponentials in another order.
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}

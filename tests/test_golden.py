@@ -13,8 +13,6 @@ from gemlax.config import from_hf
 from gemlax.decoder import Decoder
 from gemlax.presets import PRESETS, preset, tiny
 
-pytestmark = pytest.mark.optimised
-
 FOLDER = Path(__file__).resolve().parent / "golden"
 
 

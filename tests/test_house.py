@@ -30,14 +30,11 @@ ATTRIBUTE_LOOKUPS: dict[tuple[str, str], str] = {}
 
 # What still stands against a rule, by file below src/gemlax. Take names out; put none in.
 USES_VARS = {
-    "chat/template.py", "cli.py", "config/hf_write.py", "model.py", "tune/command.py",
+    "chat/template.py", "cli.py", "model.py", "tune/command.py",
 }  # fmt: skip
-HAS_BANNERS = {
-    "bench.py", "checkpoints/base.py", "checkpoints/gguf.py", "checkpoints/safetensors.py",
-    "config/hf.py",
-}  # fmt: skip
+HAS_BANNERS = {"bench.py"}
 # Names `Any` in src: the number may only fall.
-MAX_ANY = 1016
+MAX_ANY = 974
 
 # Import contract of pyproject.toml -> the rooms it holds for, built or not.
 CONTRACTS = {

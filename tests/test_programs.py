@@ -27,7 +27,7 @@ from gemlax.qtensor import QTensor
 from gemlax.sampling import make_sampling
 from gemlax.weights import build_decoder
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.programs
 
 # (5 sliding, 1 full) twice, so that there is a scan in a scan, and 2 sliding.
 TINY = tiny(preset("gemma-3-4b"), num_hidden_layers=14).text

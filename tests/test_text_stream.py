@@ -165,7 +165,7 @@ def test_each_token_costs_the_same_however_long_the_text_is():
     ids = [TOY.id_of(random.choice("aé")) for _ in range(3000)]
     for id in ids:
         stream.push([id])
-        assert len(stream._held) <= 3
+        assert len(stream._tail) <= 3
     assert read == ids
 
 

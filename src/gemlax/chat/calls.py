@@ -4,7 +4,7 @@ The notation is call:NAME{key:value,...} with strings between two <|"|> tokens (
 drift from it to JSON and Python, and then a call is read as a person would: strings in " or ',
 keys in quotes, True and None, bare words, = for :, parentheses for braces, a comma too many, a
 quote token too many or too few, and {"name": ..., "arguments": ...}. What can be meant in two ways
-is no call. Text and quote tokens come apart, so no text can end a string that a token began.
+is not a call. Text and quote tokens come apart, so no text can end a string that a token began.
 Nothing is evaluated, no step goes back, and depth is bounded.
 Source: reports of what models write, among them vllm #48678, #51284 and #51307, ollama #15306,
 #15315, #17882 and #18390, omlx #1854 and #1886, yzma #243.
@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from gemlax.chat.messages import CALL_NAME
-from gemlax.chat.tools import MAX_DEPTH
 
 __all__ = ["read_calls"]
 
 ARGUMENTS = ("arguments", "parameters")
 NAMED = {"name", "type", "id", *ARGUMENTS}
+MAX_DEPTH = 64  # of objects and lists in each other; gemma4.jinja writes no deeper either
 NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(\.[0-9]*)?|(\.[0-9]+))([eE][+-]?[0-9]+)?")
 MAX_DIGITS = 4000  # int() refuses more than 4300
 MAX_SIGNED = 7  # a longer one that begins with + may be a telephone number
@@ -70,14 +70,14 @@ def read_calls(parts: Sequence[str | None], *, closed: bool = True) -> list[dict
 
 
 class _Malformed(ValueError):
-    """The text is no call."""
+    """The text is not a call."""
 
 
 class _Reader:
     """Recursive descent, at most MAX_DEPTH deep, never back."""
 
     def __init__(self, text: str, quote: str, closed: bool = False):
-        self.text, self.quote, self.closed, self.at = text, quote, closed, 0
+        self.text, self.quote, self.closed, self.pos = text, quote, closed, 0
         self.ends: list[str] = []  # of the objects and lists that are open
 
     def calls(self) -> list[dict[str, Any]]:
@@ -86,32 +86,31 @@ class _Reader:
             calls = [self.said(one) for one in (read if isinstance(read, list) else [read])]
         else:
             calls = [self.call()]
-            while self.at < len(self.text):
+            while self.pos < len(self.text):
                 self.takes(",")
                 calls.append(self.call())
-        if self.at != len(self.text) or not calls:
+        if self.pos != len(self.text) or not calls:
             raise _Malformed
         return calls
 
     def call(self) -> dict[str, Any]:
         self.expect("call:")
-        found = OPENING.search(self.text, self.at)
-        if found is None:
+        opening = OPENING.search(self.text, self.pos)
+        if opening is None:
             raise _Malformed
-        name, self.at = self.text[self.at : found.start()].strip(), found.start()
+        name, self.pos = self.text[self.pos : opening.start()].strip(), opening.start()
         if not name:
-            return self.ended(self.said(self.object(1)))
+            call = self.said(self.object(1))
+            self.skip()
+            return call
         if name[0] in "\"'" and name[-1] == name[0]:
             name = name[1:-1]
         name = name.removesuffix(":").rstrip()  # call:f: {...}
         if not CALL_NAME.fullmatch(name):
             raise _Malformed
         arguments = self.object(1) if self.next() == "{" else self.in_parentheses()
-        return self.ended({"name": name, "arguments": arguments})
-
-    def ended(self, call: dict[str, Any]) -> dict[str, Any]:
         self.skip()
-        return call
+        return {"name": name, "arguments": arguments}
 
     def said(self, value: Any) -> dict[str, Any]:
         """Return the call that {"name", "arguments"} says, also inside {"function": ...}."""
@@ -128,7 +127,7 @@ class _Reader:
         if isinstance(arguments, str):
             inner = _Reader(arguments.strip(), self.quote)
             arguments = inner.object(1)
-            if inner.at != len(inner.text):
+            if inner.pos != len(inner.text):
                 raise _Malformed
         if not isinstance(arguments, dict):
             raise _Malformed
@@ -139,16 +138,16 @@ class _Reader:
         self.expect("(")
         if self.next() != "{":
             return self.pairs(")", 1)
-        found = self.object(1)
+        arguments = self.object(1)
         self.expect(")")
-        return found
+        return arguments
 
     def object(self, depth: int) -> dict[str, Any]:
         self.expect("{")
         return self.pairs("}", depth)
 
     def pairs(self, end: str, depth: int) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        pairs: dict[str, Any] = {}
         comma = True
         self.ends.append(end)
         while not self.takes(end):
@@ -157,28 +156,28 @@ class _Reader:
             key = self.key()
             if not self.takes(":"):
                 self.expect("=")
-            if key in found:
+            if key in pairs:
                 raise _Malformed
             closes = self.next() in (self.quote, "{", "[")
-            found[key] = self.value(depth)
+            pairs[key] = self.value(depth)
             # After what closes itself, and on a new line, the next key needs no comma.
-            ended = self.at
-            comma = self.takes(",") or closes or "\n" in self.text[ended : self.at]
+            ended = self.pos
+            comma = self.takes(",") or closes or "\n" in self.text[ended : self.pos]
         self.ends.pop()
-        return found
+        return pairs
 
     def list(self, depth: int) -> list[Any]:
-        found: list[Any] = []
+        items: list[Any] = []
         comma = True
         self.expect("[")
         self.ends.append("]")
         while not self.takes("]"):
             if not comma:
                 raise _Malformed
-            found.append(self.value(depth))
+            items.append(self.value(depth))
             comma = self.takes(",")
         self.ends.pop()
-        return found
+        return items
 
     def value(self, depth: int) -> Any:
         char = self.next()
@@ -205,15 +204,15 @@ class _Reader:
 
     def marked_string(self, ends: str) -> str:
         """Read to a quote token that one of `ends` or a key follows; there are no escapes."""
-        start = at = self.at + 1
+        start = end = self.pos + 1
         while True:
-            at = self.text.find(self.quote, at) + 1
-            if not at:
+            end = self.text.find(self.quote, end) + 1
+            if not end:
                 return self.unended_string(start)
-            follows = self.after(at)
+            follows = self.after(end)
             if self.text[follows : follows + 1] in ends or NEXT_KEY.match(self.text, follows):
                 break
-        self.at, inside = at, self.text[start : at - 1]
+        self.pos, inside = end, self.text[start : end - 1]
         if self.quote in inside and not re.fullmatch(INNER.replace("q", self.quote), inside):
             raise _Malformed
         return inside.replace(self.quote, '"')
@@ -225,23 +224,23 @@ class _Reader:
         whole = self.closed and self.text.endswith(end)
         if not whole or self.quote in inside or NEXT.search(inside):
             raise _Malformed
-        self.at = start + len(inside)
+        self.pos = start + len(inside)
         return inside
 
     def string(self, mark: str) -> str:
-        """Read a string of JSON or Python; a quote that nothing ends at is a part of it."""
-        start = at = self.at + 1
+        """Read a string of JSON or Python; a quote that ends nothing is a part of it."""
+        start = close = self.pos + 1
         inner = False
         while True:
-            at = self.text.find(mark, at)
-            if at < 0:
+            close = self.text.find(mark, close)
+            if close < 0:
                 raise _Malformed
-            before = at
-            while before > start and self.text[before - 1] == "\\":
-                before -= 1
-            at += 1
-            escaped = (at - 1 - before) % 2
-            end, follows = at, self.after(at)
+            slashes = close
+            while slashes > start and self.text[slashes - 1] == "\\":
+                slashes -= 1
+            escaped = (close - slashes) % 2
+            close += 1
+            end, follows = close, self.after(close)
             if self.text.startswith(self.quote, follows):  # a quote token too many
                 end, follows = follows + 1, self.after(follows + 1)
             rest = self.text[follows : follows + 1]
@@ -250,8 +249,8 @@ class _Reader:
             if not escaped and rest == mark:  # two strings, or three quotes
                 raise _Malformed
             inner = inner or not escaped
-        self.at = end
-        inside = self.text[start : at - 1]
+        self.pos = end
+        inside = self.text[start : close - 1]
         if self.quote in inside or (inner and _holds_pair(inside)):
             raise _Malformed
         return _unescaped(inside)
@@ -273,37 +272,37 @@ class _Reader:
         return value
 
     def bare(self, pattern: re.Pattern[str]) -> str:
-        found = pattern.match(self.text, self.at)
-        if found is None or self.quote in found[0]:
+        match = pattern.match(self.text, self.pos)
+        if match is None or self.quote in match[0]:
             raise _Malformed
-        self.at = found.end()
-        return found[0].strip()
+        self.pos = match.end()
+        return match[0].strip()
 
     def takes(self, char: str) -> bool:
         """Step over a character if it comes next."""
         if self.next() != char:
             return False
-        self.at += 1
+        self.pos += 1
         return True
 
     def expect(self, text: str) -> None:
         self.skip()
-        if not self.text.startswith(text, self.at):
+        if not self.text.startswith(text, self.pos):
             raise _Malformed
-        self.at += len(text)
+        self.pos += len(text)
 
     def next(self) -> str:
-        """Return the next character that is no space, "" at the end."""
+        """Return the next character that is not a space, "" at the end."""
         self.skip()
-        return self.text[self.at : self.at + 1]
+        return self.text[self.pos : self.pos + 1]
 
     def skip(self) -> None:
-        self.at = self.after(self.at)
+        self.pos = self.after(self.pos)
 
-    def after(self, at: int) -> int:
-        """Return where the next character that is no space is."""
-        found = SPACE.match(self.text, at)
-        return found.end() if found else at
+    def after(self, pos: int) -> int:
+        """Return where the next character is that is not a space."""
+        match = SPACE.match(self.text, pos)
+        return match.end() if match else pos
 
 
 def _holds_pair(text: str) -> bool:
@@ -318,12 +317,12 @@ def _holds_pair(text: str) -> bool:
 def _unescaped(text: str) -> str:
     """Return what a string of JSON or Python means; an escape that neither has stays as it is."""
 
-    def one(found: re.Match[str]) -> str:
-        if found[1]:
-            return bytes.fromhex(found[1] + found[2]).decode("utf-16-be")
-        if found[3]:
-            half = found[3].lower().startswith(("d8", "d9", "da", "db", "dc", "dd", "de", "df"))
-            return found[0] if half else chr(int(found[3], 16))
-        return ESCAPES.get(found[4], found[0])
+    def one(escape: re.Match[str]) -> str:
+        if escape[1]:
+            return bytes.fromhex(escape[1] + escape[2]).decode("utf-16-be")
+        if escape[3]:
+            code = int(escape[3], 16)
+            return escape[0] if 0xD800 <= code < 0xE000 else chr(code)
+        return ESCAPES.get(escape[4], escape[0])
 
     return ESCAPE.sub(one, text)

@@ -10,7 +10,7 @@ It knows nothing of gemlax: the worker that renders templates uses it as well.
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, SupportsIndex
 
 __all__ = ["INPUT", "OWN", "Marked", "join", "marks_of", "own", "runs"]
@@ -20,7 +20,7 @@ __all__ = ["INPUT", "OWN", "Marked", "join", "marks_of", "own", "runs"]
 INPUT, OWN = "\0", "\1"
 
 # One conversion of the % operator. Source: docs.python.org, "printf-style String Formatting".
-CONVERSION = re.compile(r"%(?:\((?P<key>[^()]*)\))?(?P<how>[-#0 +]*[*\d.]*[hlL]?)(?P<kind>.)", re.S)
+CONVERSION = re.compile(r"%(?:\(([^()]*)\))?([-#0 +]*[*\d.]*[hlL]?)(.)", re.S)
 
 
 class Marked(str):
@@ -31,9 +31,9 @@ class Marked(str):
 
     def __new__(cls, text: str = "", marks: str | None = None) -> "Marked":
         """`marks`: one character each."""
-        made = super().__new__(cls, text)
-        made._marks = marks_of(text) if marks is None else marks
-        return made
+        marked = super().__new__(cls, text)
+        marked._marks = marks_of(text) if marks is None else marks
+        return marked
 
     def __str__(self) -> str:
         return self
@@ -77,11 +77,11 @@ class Marked(str):
     def replace(self, old: str, new: str, /, count: SupportsIndex = -1) -> str:
         """Replace; what comes in keeps its own marks."""
         text = str.replace(self, old, new, count)
-        parts, at = [], 0
+        marks, end = [], 0
         for start in _matches(self, old, count.__index__()):
-            parts += [self._marks[at:start], marks_of(new)]
-            at = start + len(old)
-        return Marked(text, "".join([*parts, self._marks[at:]]))
+            marks += [self._marks[end:start], marks_of(new)]
+            end = start + len(old)
+        return Marked(text, "".join([*marks, self._marks[end:]]))
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """Split as str does."""
@@ -93,30 +93,24 @@ class Marked(str):
 
     def splitlines(self, keepends: bool = False) -> list[str]:
         """Split as str does."""
-        at, lines = 0, []
-        for whole, line in zip(
-            str.splitlines(self, True), str.splitlines(self, keepends), strict=True
-        ):
-            lines.append(self[at : at + len(line)])
-            at += len(whole)
-        return lines
+        lines = self._neighbours(str.splitlines(self, True))
+        if keepends:
+            return lines
+        return [line[: len(text)] for line, text in zip(lines, str.splitlines(self), strict=True)]
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
         """Split at the first."""
-        before, middle, _ = str.partition(self, sep)
-        end = len(before) + len(middle)
-        return self[: len(before)], self[len(before) : end], self[end:]
+        left, middle, right = self._neighbours(str.partition(self, sep))
+        return left, middle, right
 
     def rpartition(self, sep: str, /) -> tuple[str, str, str]:
         """Split at the last."""
-        before, middle, _ = str.rpartition(self, sep)
-        end = len(before) + len(middle)
-        return self[: len(before)], self[len(before) : end], self[end:]
+        left, middle, right = self._neighbours(str.rpartition(self, sep))
+        return left, middle, right
 
     def strip(self, chars: str | None = None, /) -> str:
         """Strip both ends."""
-        start = len(self) - len(str.lstrip(self, chars))
-        return self[start : start + len(str.strip(self, chars))]
+        return self.lstrip(chars).rstrip(chars)
 
     def lstrip(self, chars: str | None = None, /) -> str:
         """Strip the beginning."""
@@ -134,45 +128,32 @@ class Marked(str):
         """Leave an end out."""
         return self[: len(str.removesuffix(self, suffix))]
 
-    def upper(self) -> str:
-        """Change the case."""
-        return self._changed(str.upper(self))
+    def _case(change: Callable[[str], str]) -> Callable[["Marked"], str]:  # type: ignore[misc]
+        def changed(self: "Marked") -> str:
+            text = change(self)
+            if len(text) == len(self):  # no case mapping removes a character: this is one to one
+                return Marked(text, self._marks)
+            alike = set(self._marks)
+            return Marked(text, alike.pop() * len(text)) if len(alike) == 1 else text
 
-    def lower(self) -> str:
-        """Change the case."""
-        return self._changed(str.lower(self))
+        return changed
 
-    def capitalize(self) -> str:
-        """Change the case."""
-        return self._changed(str.capitalize(self))
-
-    def title(self) -> str:
-        """Change the case."""
-        return self._changed(str.title(self))
-
-    def swapcase(self) -> str:
-        """Change the case."""
-        return self._changed(str.swapcase(self))
-
-    def casefold(self) -> str:
-        """Change the case."""
-        return self._changed(str.casefold(self))
-
-    def _changed(self, text: str) -> str:
-        """Mark a text that was made character by character."""
-        if len(text) == len(self):  # no case mapping removes a character, so this is one to one
-            return Marked(text, self._marks)
-        alike = set(self._marks)
-        return Marked(text, alike.pop() * len(text)) if len(alike) == 1 else text
+    upper, lower, title = _case(str.upper), _case(str.lower), _case(str.title)
+    capitalize, swapcase = _case(str.capitalize), _case(str.swapcase)
+    casefold = _case(str.casefold)
 
     def _pieces(self, parts: list[str], sep: str | None) -> list[str]:
-        """Return the same parts with their marks; in their order, nothing but sep between."""
-        at, pieces = 0, []
+        """Return the same parts with their marks; in their order, only sep between them."""
+        end, pieces = 0, []
         for part in parts:
-            start = str.find(self, part, at) if sep is None else at
+            start = str.find(self, part, end) if sep is None else end
             pieces.append(self[start : start + len(part)])
-            at = start + len(part) + len(sep or "")
+            end = start + len(part) + len(sep or "")
         return pieces
+
+    def _neighbours(self, parts: Iterable[str]) -> list[str]:
+        """Return the same parts with their marks; nothing between them."""
+        return self._pieces(list(parts), "")
 
 
 def marks_of(text: str) -> str:
@@ -188,11 +169,11 @@ def own(text: str) -> Marked:
 
 def join(parts: Iterable[str]) -> str:
     """Put texts together; plain if all of them are."""
-    listed = list(parts)
-    text = "".join(listed)
-    if not any(isinstance(part, Marked) for part in listed):
+    texts = list(parts)
+    text = "".join(texts)
+    if not any(isinstance(part, Marked) for part in texts):
         return text
-    return Marked(text, "".join(map(marks_of, listed)))
+    return Marked(text, "".join(map(marks_of, texts)))
 
 
 def runs(text: str) -> Iterator[tuple[str, str]]:
@@ -202,16 +183,16 @@ def runs(text: str) -> Iterator[tuple[str, str]]:
         yield run[1], plain[run.start() : run.end()]
 
 
-def _matches(text: str, old: str, most: int) -> Iterator[int]:
-    """Yield where `replace` replaces."""
-    at = 0
-    while most != 0:
-        at = str.find(text, old, at)
-        if at < 0:
+def _matches(text: str, old: str, count: int) -> Iterator[int]:
+    """Yield where `replace` replaces, at most `count` times if that is not negative."""
+    start = 0
+    while count != 0:
+        start = str.find(text, old, start)
+        if start < 0:
             return
-        yield at
-        at += len(old) or 1
-        most -= 1
+        yield start
+        start += len(old) or 1
+        count -= 1
 
 
 def _percent(form: Marked, values: Any) -> str:
@@ -220,26 +201,26 @@ def _percent(form: Marked, values: Any) -> str:
     alike = set(form._marks)
     if len(alike) != 1:
         return text
-    mark, at = alike.pop(), 0
+    mark, end = alike.pop(), 0
     parts: list[str] = []
-    left = list(values) if isinstance(values, tuple) else [values]
-    for found in CONVERSION.finditer(form):
-        parts.append(Marked(form[at : found.start()], mark * (found.start() - at)))
-        at = found.end()
-        if found["kind"] == "%":
+    unused = list(values) if isinstance(values, tuple) else [values]
+    for conversion in CONVERSION.finditer(form):
+        parts.append(Marked(form[end : conversion.start()], mark * (conversion.start() - end)))
+        end = conversion.end()
+        key, flags, kind = conversion.groups()
+        if kind == "%":
             parts.append(Marked("%", mark))
             continue
-        if "*" in found["how"]:
+        if "*" in flags:
             return text
-        if found["key"] is not None and isinstance(values, Mapping):
-            value = values[found["key"]]
-        elif left:
-            value = left.pop(0)
+        if key is not None and isinstance(values, Mapping):
+            value = values[key]
+        elif unused:
+            value = unused.pop(0)
         else:
             return text
-        kept = isinstance(value, Marked) and found["kind"] == "s" and not found["how"]
-        one = f"%{found['how']}{found['kind']}"
-        parts.append(value if kept else str.__mod__(one, (value,)))
-    parts.append(Marked(form[at:], mark * (len(form) - at)))
+        kept = isinstance(value, Marked) and kind == "s" and not flags
+        parts.append(value if kept else str.__mod__(f"%{flags}{kind}", (value,)))
+    parts.append(Marked(form[end:], mark * (len(form) - end)))
     followed = join(parts)
     return followed if followed == text else text

@@ -1,17 +1,19 @@
-"""Messages and tools as users write them, made ready for a built-in format or for a template.
+"""Messages and tools as users write them, made ready for a chat template.
 
-Dicts follow OpenAI and transformers. The built-in formats get one checked form (`normalise`); a
-checkpoint's template gets what was given (`as_given`). Nothing here knows a tokenizer or a prompt
-format: which roles may follow each other is for the format to say.
+Dicts follow OpenAI and transformers. The built-in templates get one checked form (`normalise`,
+`check_tools`); a checkpoint's template gets what was given (`as_given`, `tools_as_given`). Nothing
+here knows a tokenizer or a prompt format: which roles may follow each other is for a template to
+say.
 """
 
+import contextlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gemlax.chat.marked import join
 from gemlax.errors import RequestError
 
 __all__ = [
@@ -36,6 +38,8 @@ MEDIA_PART = re.compile(r"(input_)?(image|audio|video|file)(_url)?")
 GEMINI_PART = re.compile(r"(inline|file)_?data|function_?(call|response)|thought", re.I)
 # What a JSON schema of parameters is called: by OpenAI, Anthropic, MCP and Gemini.
 SCHEMAS = ("parameters", "input_schema", "inputSchema", "parametersJsonSchema")
+# A template that reads this of a tool, or of a call, knows OpenAI's form.
+READS_FUNCTION = re.compile(r"""\.\s*function\b|["']function["']""")
 # The names of what was thought. Source: transformers, utils/chat_template_utils.py.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -61,73 +65,68 @@ class Message:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the message as OpenAI and transformers write it."""
-        found: dict[str, Any] = {"role": "assistant", "content": self.content}
+        message: dict[str, Any] = {"role": "assistant", "content": self.content}
         if self.reasoning is not None:
-            found["reasoning"] = self.reasoning
+            message["reasoning"] = self.reasoning
         if self.tool_calls:
-            found["tool_calls"] = [{"type": "function", "function": c} for c in self.tool_calls]
-        return found
+            message["tool_calls"] = [{"type": "function", "function": c} for c in self.tool_calls]
+        return message
 
 
 def normalise(
     messages: Iterable[Mapping[str, Any] | Message], *, answered: bool = False
 ) -> list[dict[str, Any]]:
-    """Return messages for a built-in format: roles system, developer, user, assistant and tool.
+    """Return messages for a built-in template: roles system, developer, user, assistant and tool.
 
     Tool calls become {"type": "function", "function": {"name", "arguments"}}, arguments a dict:
     JSON text is read, and "" or None means no arguments. A tool's message gets the name of the
-    call it answers; its content is a text or what JSON can write. `answered`: the last message is
-    an answer, not what is to be answered or gone on with.
-
-    Raises:
-        RequestError: a message is malformed or out of order; says which one.
+    call that it answers, and is also listed in the `results` of the message with the call; its
+    content is a text or what JSON can write. `answered`: the last message is an answer, not what
+    is to be answered or continued.
     """
-    found: list[dict[str, Any]] = []
-    calls: list[dict[str, Any]] | None = None
-    answers = 0
+    checked: list[dict[str, Any]] = []
+    caller: dict[str, Any] = {}  # the last message that is not a tool's
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         one = _normalise_one(_modern(_mapping(message, i), where), where)
         if one["role"] == "tool":
-            if not calls:
-                raise RequestError(f"messages[{i}]: a tool message answers no tool call")
-            one["name"] = _answered(one, calls, answers, f"messages[{i}]")
-            answers += 1
+            if not caller.get("tool_calls"):
+                raise RequestError(f"{where}: a tool message answers no tool call")
+            results = caller.setdefault("results", [])
+            one["name"] = _answered_name(one, caller["tool_calls"], len(results), where)
+            results.append(one)
         else:
-            calls, answers = one.get("tool_calls"), 0
-        found.append(one)
-    if not found:
+            caller = one
+        checked.append(one)
+    if not checked:
         raise RequestError("no messages: got an empty list")
-    last = found[-1]["role"]
+    last = checked[-1]["role"]
     if answered and last != "assistant":
         raise RequestError(f"the last message must be of role assistant, got {last}")
-    if all(one["role"] in ("system", "developer") for one in found):
+    if all(one["role"] in ("system", "developer") for one in checked):
         raise RequestError(f"the last message must be of role user or tool, got {last}")
-    return found
+    return checked
 
 
 def as_given(
-    messages: Iterable[Mapping[str, Any] | Message], *, legacy: bool = False
+    messages: Iterable[Mapping[str, Any] | Message], source: str = ""
 ) -> list[dict[str, Any]]:
     """Return messages for a checkpoint's template: what transformers would hand it.
 
     Every role, field and part stays. As in transformers, fields that are None are left out and
     reasoning is there under each of its names. `function_call` becomes a tool call, unless the
-    template reads it (`legacy`); text parts get their type, and Gemini's are the content. As in
-    vLLM, arguments that are JSON text of an
-    object become that object, and "" or None becomes {}; other text stays. A call in the short
-    form of `Message.tool_calls` is put into the long one, and a tool's message with neither a name
-    nor an id gets the name of the call that it answers by its place.
-
-    Raises:
-        RequestError: what JSON cannot write, or an image, sound or video.
+    source of the template reads it; text parts get their type, and Gemini's are the content. As in
+    vLLM, arguments that are JSON text of an object become that object, and "" or None becomes {};
+    other text stays. A call in the short form of `Message.tool_calls` is put into the long one,
+    and a tool's message with neither a name nor an id gets the name of the call that it answers by
+    its place. Images, sound and video are refused.
     """
-    found: list[dict[str, Any]] = []
+    listed: list[dict[str, Any]] = []
     calls: list[Any] = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         given = check_json(dict(_mapping(message, i)), where)
-        given = _modern(given, where, legacy)
+        given = _modern(given, where, legacy="function_call" in source)
         one = {key: value for key, value in given.items() if value is not None}
         _refuse_media(one.get("content"), where)
         reasoning = next((one[key] for key in REASONING if key in one), None)
@@ -141,10 +140,39 @@ def as_given(
             function = calls.pop(0).get("function")
             if isinstance(function, dict) and not {"name", "tool_call_id"} & set(one):
                 one["name"] = function.get("name")
-        found.append(one)
-    if not found:
+        listed.append(one)
+    if not listed:
         raise RequestError("no messages: got an empty list")
-    return found
+    if "tool_responses" in source:
+        _add_tool_responses(listed)
+    return listed
+
+
+def _add_tool_responses(messages: list[dict[str, Any]]) -> None:
+    """Put results of tools that are neither text nor parts where Google's template reads them.
+
+    It takes a dict in a tool's message for a list of parts, and reads `tool_responses` of the
+    message with the calls instead.
+    """
+    for i, message in enumerate(messages):
+        if not message.get("tool_calls") or "tool_responses" in message:
+            continue
+        results = list(itertools.takewhile(lambda m: m.get("role") == "tool", messages[i + 1 :]))
+        if not any(_is_data(result.get("content")) for result in results):
+            continue
+        names = {call.get("id"): call["function"]["name"] for call in message["tool_calls"]}
+        message["tool_responses"] = [
+            {
+                "name": result.get("name") or names.get(result.get("tool_call_id")),
+                "response": result.get("content"),
+            }
+            for result in results
+        ]
+
+
+def _is_data(content: Any) -> bool:
+    parts = content if isinstance(content, list) else []
+    return isinstance(content, dict) or any(not isinstance(part, dict) for part in parts)
 
 
 def _mapping(message: Any, index: int) -> Mapping[str, Any]:
@@ -158,23 +186,25 @@ def _mapping(message: Any, index: int) -> Mapping[str, Any]:
 
 def _modern(message: Mapping[str, Any], where: str, legacy: bool = False) -> dict[str, Any]:
     """Return a message without OpenAI's older `function_call` and without Gemini's `parts`."""
-    told = dict(message)
-    if told.get("content") is None and told.get("parts") is not None:
-        told["content"] = told.pop("parts")
-    if isinstance(told.get("content"), list) and told.get("role") not in ("tool", "function"):
-        told["content"] = [_typed(part, where) for part in told["content"]]
+    modern = dict(message)
+    if modern.get("content") is None and modern.get("parts") is not None:
+        modern["content"] = modern.pop("parts")
+    if isinstance(modern.get("content"), list) and modern.get("role") not in ("tool", "function"):
+        modern["content"] = [_typed(part, where) for part in modern["content"]]
     if legacy:
-        return told
-    if told.get("role") == "function":
-        told["role"] = "tool"
-    call = told.pop("function_call", None)
-    if call is not None and told.get("tool_calls"):
-        raise RequestError(f"{where}: function_call and tool_calls say the same; leave one")
-    return told if call is None else told | {"tool_calls": [{"type": "function", "function": call}]}
+        return modern
+    if modern.get("role") == "function":
+        modern["role"] = "tool"
+    call = modern.pop("function_call", None)
+    if call is not None:
+        if modern.get("tool_calls"):
+            raise RequestError(f"{where}: function_call and tool_calls say the same; leave one")
+        modern["tool_calls"] = [{"type": "function", "function": call}]
+    return modern
 
 
 def _typed(part: Any, where: str) -> Any:
-    """Return a part with its type, where it is one of text that does not say so."""
+    """Return a part with its type, if it is one of text that does not say so."""
     if not isinstance(part, Mapping) or part.get("type") is not None:
         return part
     keys = [key for key, value in part.items() if value not in (None, False)]
@@ -198,28 +228,24 @@ def _given_call(call: Any) -> Any:
     if not isinstance(call, dict):
         return call
     if "function" not in call and "name" in call:
-        kept = {key: call[key] for key in ("id",) if key in call}
-        call = kept | {
-            "type": "function",
-            "function": {key: value for key, value in call.items() if key not in ("id", "type")},
-        }
+        function = {key: value for key, value in call.items() if key not in ("id", "type")}
+        call = {key: call[key] for key in ("id",) if key in call}
+        call |= {"type": "function", "function": function}
     function = call["function"] if isinstance(call.get("function"), dict) else {}
-    if "arguments" in function:
-        call = call | {"function": function | {"arguments": _object(function["arguments"])}}
+    if "arguments" not in function:
+        return call
+    with contextlib.suppress(ValueError, RecursionError):  # text that is not JSON stays
+        arguments = _read_arguments(function["arguments"])
+        if isinstance(arguments, dict):
+            call = call | {"function": function | {"arguments": arguments}}
     return call
 
 
-def _object(arguments: Any) -> Any:
-    """Return the arguments that a client wrote as text; what is no object stays."""
+def _read_arguments(arguments: Any) -> Any:
+    """Return the arguments of a call, which clients also write as JSON text, or leave out."""
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         return {}
-    if isinstance(arguments, str):
-        try:
-            read = json.loads(arguments)
-        except (ValueError, RecursionError):
-            return arguments
-        return read if isinstance(read, dict) else arguments
-    return arguments
+    return json.loads(arguments) if isinstance(arguments, str) else arguments
 
 
 def _normalise_one(given: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -244,41 +270,36 @@ def _normalise_one(given: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _content(content: Any, role: str, where: str) -> Any:
-    """Check content: text, a list of text parts, or for a tool what JSON can write."""
+    """Check content: text, a list of text parts, or for a tool text or what JSON can write."""
     if isinstance(content, str):
         return content
     if content is None and role == "assistant":
         return ""
-    texts = _texts(content)
-    if texts is not None:
-        return texts
+    listed = isinstance(content, Sequence)
+    wrong = [part for part in content if not _is_text_part(part)] if listed else [content]
+    if not wrong:
+        texts = [{"type": "text", "text": part["text"]} for part in content]
+        return text_of(texts) if role == "tool" else texts
     if role == "tool":
         _refuse_media(content, where)
         return check_json(content, f"{where}.content")
-    if not isinstance(content, Sequence):
+    if not listed:
         raise RequestError(
             f"{where}: content must be a str or a list of text parts, got {content!r}"
         )
-    wrong = next(part for part in content if _texts([part]) is None)
-    kind = wrong.get("type") if isinstance(wrong, Mapping) else None
+    kind = wrong[0].get("type") if isinstance(wrong[0], Mapping) else None
     raise RequestError(
         f'{where}: a part must be {{"type": "text", "text": ...}}; '
-        f"{kind or type(wrong).__name__} is not supported"
+        f"{kind or type(wrong[0]).__name__} is not supported"
     )
 
 
-def _texts(content: Any) -> list[dict[str, str]] | None:
-    """Return the text parts that a content consists of, None if there are others."""
-    if not isinstance(content, Sequence):
-        return None
-    texts = []
-    for part in content:
-        if not isinstance(part, Mapping) or part.get("type") not in TEXT_PARTS:
-            return None
-        if not isinstance(part.get("text"), str):
-            return None
-        texts.append({"type": "text", "text": part["text"]})
-    return texts
+def _is_text_part(part: Any) -> bool:
+    return (
+        isinstance(part, Mapping)
+        and part.get("type") in TEXT_PARTS
+        and isinstance(part.get("text"), str)
+    )
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
@@ -286,23 +307,19 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
         raise RequestError(f"{where} must be a dict with name and arguments, got {call!r}")
-    name, arguments = function.get("name"), function.get("arguments")
+    name = function.get("name")
     if not isinstance(name, str) or not CALL_NAME.fullmatch(name):
         raise RequestError(f"{where}: {name!r} is not a function name")
-    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
-        arguments = {}
-    elif isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"{where}: the arguments of {name} are not JSON: {error}") from error
+    try:
+        arguments = _read_arguments(function.get("arguments"))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{where}: the arguments of {name} are not JSON: {error}") from error
     if not isinstance(arguments, Mapping):
         kind = type(arguments).__name__
         raise RequestError(f"{where}: the arguments of {name} must be a JSON object, got {kind}")
-    found = {"name": name, "arguments": check_json(arguments, f"{where}: the arguments of {name}")}
-    return {"type": "function", "function": found} | (
-        {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    )
+    arguments = check_json(arguments, f"{where}: the arguments of {name}")
+    checked = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return checked | ({"id": call["id"]} if isinstance(call.get("id"), str) else {})
 
 
 def check_json(value: Any, where: str) -> Any:
@@ -313,7 +330,7 @@ def check_json(value: Any, where: str) -> Any:
         raise RequestError(f"{where} cannot be written as JSON: {error}") from error
 
 
-def _answered(
+def _answered_name(
     message: Mapping[str, Any], calls: Sequence[Mapping[str, Any]], index: int, where: str
 ) -> str:
     """Return the name of the call that a tool's message answers: by id, by name, or in order."""
@@ -331,16 +348,16 @@ def _answered(
     raise RequestError(f"{where}: no tool call {name or call_id!r} to answer; called were {names}")
 
 
-def check_tools(tools: Iterable[Any] | None) -> list[dict[str, Any]]:
-    """Return tools in OpenAI's form; a plain {"name", "description", "parameters"} is wrapped.
-
-    Raises:
-        RequestError: a tool is malformed.
-    """
-    found = []
+def _as_list(tools: Iterable[Any] | None) -> list[Any]:
     if isinstance(tools, (str, Mapping)):
         raise RequestError("tools must be a list of function declarations")
-    for i, tool in enumerate(tools or ()):
+    return list(tools or ())
+
+
+def check_tools(tools: Iterable[Any] | None) -> list[dict[str, Any]]:
+    """Return tools in OpenAI's form; a plain {"name", "description", "parameters"} is wrapped."""
+    checked = []
+    for i, tool in enumerate(_as_list(tools)):
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping):
             raise RequestError(f"tools[{i}] must be a dict, got {type(tool).__name__}")
@@ -348,8 +365,26 @@ def check_tools(tools: Iterable[Any] | None) -> list[dict[str, Any]]:
         if not isinstance(name, str) or not CALL_NAME.fullmatch(name):
             raise RequestError(f"tools[{i}]: {name!r} is not a function name")
         function = _with_parameters(check_json(dict(function), f"tools[{i}]"), f"tools[{i}]")
-        found.append({"type": "function", "function": function})
-    return found
+        checked.append({"type": "function", "function": function})
+    return checked
+
+
+def tools_as_given(tools: Iterable[Any] | None, source: str = "") -> list[Any]:
+    """Return tools for a checkpoint's template: as they are, as transformers hands them on.
+
+    Only a plain {"name", ...} becomes OpenAI's form, if the source of the template reads that.
+    """
+    wraps = READS_FUNCTION.search(source) is not None
+    listed = []
+    for i, tool in enumerate(_as_list(tools)):
+        if not isinstance(tool, Mapping):
+            raise RequestError(f"tools[{i}] must be a dict, got {type(tool).__name__}")
+        plain = check_json(dict(tool), f"tools[{i}]")
+        if wraps and "function" not in plain and isinstance(plain.get("name"), str):
+            plain.pop("type", None)
+            plain = {"type": "function", "function": _with_parameters(plain, f"tools[{i}]")}
+        listed.append(plain)
+    return listed
 
 
 def _with_parameters(function: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -357,38 +392,14 @@ def _with_parameters(function: Mapping[str, Any], where: str) -> dict[str, Any]:
     given = [name for name in SCHEMAS if function.get(name)]
     if len(given) > 1:
         raise RequestError(f"{where}: {' and '.join(given)} are one thing; leave one")
-    told = {key: value for key, value in function.items() if key not in SCHEMAS[1:]}
+    renamed = {key: value for key, value in function.items() if key not in SCHEMAS[1:]}
     if given:
-        told["parameters"] = function[given[0]]
-        if not isinstance(told["parameters"], Mapping):
+        renamed["parameters"] = function[given[0]]
+        if not isinstance(renamed["parameters"], Mapping):
             raise RequestError(f"{where}: {given[0]} must be a JSON schema (an object)")
-    return told
-
-
-def tools_as_given(tools: Iterable[Any] | None, *, wrap: bool = True) -> list[Any]:
-    """Return tools for a checkpoint's template: as they are, as transformers hands them on.
-
-    Args:
-        tools: OpenAI's, or others.
-        wrap: a plain {"name", ...} becomes OpenAI's, which the template reads.
-
-    Raises:
-        RequestError: a tool is not a dict, or JSON cannot write it.
-    """
-    if isinstance(tools, (str, Mapping)):
-        raise RequestError("tools must be a list of function declarations")
-    found = []
-    for i, tool in enumerate(tools or ()):
-        if not isinstance(tool, Mapping):
-            raise RequestError(f"tools[{i}] must be a dict, got {type(tool).__name__}")
-        plain = check_json(dict(tool), f"tools[{i}]")
-        if wrap and "function" not in plain and isinstance(plain.get("name"), str):
-            plain.pop("type", None)
-            plain = {"type": "function", "function": _with_parameters(plain, f"tools[{i}]")}
-        found.append(plain)
-    return found
+    return renamed
 
 
 def text_of(content: Any) -> str:
     """Return the text of a content, parts put together."""
-    return content if isinstance(content, str) else join(part["text"] for part in content)
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from gemlax.chat.calls import read_calls
-from gemlax.chat.tools import QUOTE
 from gemlax.tokenizer import TextStream, Tokenizer
 
 __all__ = ["Delta", "OutputParser"]
 
+QUOTE = '<|"|>'
 THOUGHT = "thought\n"
 OPEN_CALL, CLOSE_CALL = "<|tool_call>", "<tool_call|>"
 OPEN_CHANNEL, CLOSE_CHANNEL = "<|channel>", "<channel|>"
@@ -49,11 +49,11 @@ class OutputParser:
         self._text = TextStream(tokenizer, stop)
         self._inner = TextStream(tokenizer)  # of reasoning and calls
         self._state: Literal["content", "thought", "call"] = "content"
-        self._parts: list[str | None] = []  # of a call
-        self._held = ""  # of a thought
-        self._named, self._begun = True, False
         if in_thought:
             self._state = "thought"
+        self._parts: list[str | None] = []  # of a call
+        self._pending = ""  # of a thought
+        self._named, self._begun = True, False
 
     @property
     def stopped(self) -> bool:
@@ -66,13 +66,13 @@ class OutputParser:
 
     def push(self, ids: Iterable[int]) -> list[Delta]:
         """Take ids; return what is now certain."""
-        found: list[Delta] = []
+        deltas: list[Delta] = []
         for id in ids:
             if self.stopped:
                 break
             self.num_tokens += 1
-            found += self._push(id)
-        return _joined(found)
+            deltas += self._push(id)
+        return _joined(deltas)
 
     def flush(self) -> list[Delta]:
         """Return what was held back: there are no more ids."""
@@ -124,45 +124,41 @@ class OutputParser:
         self._parts.append(self._inner.flush())
         calls = read_calls(self._parts, closed=closed)
         self._state = "content"
-        if calls is None:
-            yield from self._raw(OPEN_CALL, CLOSE_CALL if closed else "")
+        parts, self._parts = self._parts, []
+        if calls is None:  # then it is the text it is
+            text = "".join(QUOTE if part is None else part for part in parts)
+            self.content_ids = None
+            yield from self._say("content", OPEN_CALL + text + (CLOSE_CALL if closed else ""))
             return
-        self._parts = []
         self.content_ids = None if self.content_ids else self.content_ids
         self.tool_calls += calls
         for call in calls:
             yield Delta("tool_calls", json.dumps(call, ensure_ascii=False))
 
-    def _raw(self, before: str, after: str) -> Iterator[Delta]:
-        """Give a call that cannot be read as the text it is."""
-        text = "".join(QUOTE if part is None else part for part in self._parts)
-        self._parts, self.content_ids = [], None
-        yield from self._say("content", before + text + after)
-
     def _think(self, text: str) -> Iterator[Delta]:
         """Take text of a thought; its name and the white space around it are left out."""
-        self._held += text
+        self._pending += text
         if not self._named:
-            if len(self._held) < len(THOUGHT) and THOUGHT.startswith(self._held):
+            if len(self._pending) < len(THOUGHT) and THOUGHT.startswith(self._pending):
                 return
-            self._held, self._named = self._held.removeprefix(THOUGHT), True
+            self._pending, self._named = self._pending.removeprefix(THOUGHT), True
         if not self._begun:
-            self._held = self._held.lstrip()
-            if self._held and self.reasoning:
-                self._held = "\n\n" + self._held
-        certain = self._held.rstrip()
+            self._pending = self._pending.lstrip()
+            if self._pending and self.reasoning:
+                self._pending = "\n\n" + self._pending
+        certain = self._pending.rstrip()
         if certain:
             self._begun = True
-            self._held = self._held[len(certain) :]
+            self._pending = self._pending[len(certain) :]
             yield from self._say("reasoning", certain)
 
     def _end_thought(self) -> Iterator[Delta]:
         rest = self._inner.flush()
-        if not self._named and (self._held + rest).strip() == THOUGHT.strip():
-            self._held, rest = "", ""
+        if not self._named and (self._pending + rest).strip() == THOUGHT.strip():
+            self._pending, rest = "", ""
         self._named = True
         yield from self._think(rest)
-        self._held = ""
+        self._pending = ""
 
     def _say(self, kind: Literal["content", "reasoning"], text: str) -> Iterator[Delta]:
         if not text:
@@ -176,10 +172,10 @@ class OutputParser:
 
 def _joined(deltas: Iterable[Delta]) -> list[Delta]:
     """Put neighbours of one kind together; calls stay apart."""
-    found: list[Delta] = []
+    joined: list[Delta] = []
     for delta in deltas:
-        if found and found[-1].kind == delta.kind != "tool_calls":
-            found[-1] = Delta(delta.kind, found[-1].text + delta.text)
+        if joined and joined[-1].kind == delta.kind != "tool_calls":
+            joined[-1] = Delta(delta.kind, joined[-1].text + delta.text)
         else:
-            found.append(delta)
-    return found
+            joined.append(delta)
+    return joined

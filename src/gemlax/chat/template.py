@@ -1,9 +1,10 @@
-"""A checkpoint's own chat template, rendered in a worker process with bounds on time and size.
+"""Chat templates: a checkpoint's own in a worker process, and the two of gemlax in this one.
 
 What comes back is `Marked` text: it knows what the template itself wrote.
 
-jinja2's sandbox bounds `range` but neither nested loops nor memory, so the worker is what can be
-killed. It starts at the first render (about 0.1 s) and is used again until something goes wrong.
+A checkpoint's template is bounded in time and size. jinja2's sandbox bounds `range` but neither
+nested loops nor memory, so the worker is what can be killed. It starts at the first render (about
+0.1 s) and is used again until something goes wrong.
 """
 
 import contextlib
@@ -22,18 +23,18 @@ from typing import Any
 from gemlax.chat.marked import INPUT, Marked, marks_of
 from gemlax.errors import RequestError
 
-__all__ = ["Template"]
+__all__ = ["BuiltIn", "Template"]
 
 logger = logging.getLogger(__name__)
 
+CHAT = Path(__file__).parent
 TIMEOUT_S = 5.0
 START_S = 60.0  # a busy machine may take long to start Python
 MAX_CHARS = 4_000_000
 MEMORY_BYTES = 2**29
 # JSON writes a character as at most 12 bytes, and the span of one in up to 32.
 MAX_REPLY_BYTES = 44 * MAX_CHARS + 2000
-# What `strftime_now` reads, and what Windows cannot start without.
-ENVIRONMENT = ("TZ", "SYSTEMROOT")
+ENVIRONMENT = ("TZ",)  # what `strftime_now` reads
 # The worker runs isolated (-I), where jinja2 may lie in a folder that only this process knows, and
 # the packages that the worker's modules lie in are empty there: nothing else of them is imported.
 START = """
@@ -47,6 +48,26 @@ runpy.run_module("gemlax.chat.worker", run_name="__main__")
 """
 
 
+class BuiltIn:
+    """One of gemlax's own templates, gemma3.jinja or gemma4.jinja. It is trusted: no worker."""
+
+    def __init__(self, family: str):
+        self.source = (CHAT / f"{family}.jinja").read_text("utf-8")
+
+    def render(self, variables: dict[str, Any]) -> str:
+        """Render with marks; what the template says is wrong is a RequestError."""
+        import jinja2  # takes 0.05 s, and only a chat needs it
+
+        from gemlax.chat.render import render
+
+        try:
+            return render(self.source, variables)
+        except jinja2.TemplateError as error:
+            raise RequestError(str(error)) from error
+        except RecursionError as error:
+            raise RequestError("messages or tools are nested too deeply to be written") from error
+
+
 class Template:
     """Renders one Jinja source. Safe to use from several threads: one render at a time."""
 
@@ -57,11 +78,7 @@ class Template:
         self._stop: Any = None
 
     def render(self, variables: dict[str, Any]) -> Marked:
-        """Render with variables that JSON can write; the marks of `Marked` ones are followed.
-
-        Raises:
-            RequestError: the template raises, loops, or writes or needs too much.
-        """
+        """Render with variables that JSON can write; the marks of `Marked` ones are followed."""
         try:
             line = json.dumps(
                 {
@@ -87,11 +104,11 @@ class Template:
                 "control token of this prompt is recognised; please report this",
                 answer["fault"],
             )
-        text, marks, at = answer["text"], [], 0
+        text, marks, done = answer["text"], [], 0
         for start, end, mark in answer["spans"]:
-            marks += [INPUT * (start - at), mark * (end - start)]
-            at = end
-        return Marked(text, "".join([*marks, INPUT * (len(text) - at)]))
+            marks += [INPUT * (start - done), mark * (end - start)]
+            done = end
+        return Marked(text, "".join([*marks, INPUT * (len(text) - done)]))
 
     def _ask(self, line: bytes) -> dict[str, Any]:
         if self._process is None or self._process.poll() is not None:
@@ -106,13 +123,12 @@ class Template:
         return answer
 
     def _start(self) -> None:
-        found = [find_spec(name) for name in ("jinja2", "markupsafe")]
-        folders = [str(Path(s.origin).parents[1]) for s in found if s is not None and s.origin]
+        specs = [find_spec(name) for name in ("jinja2", "markupsafe")]
+        folders = [str(Path(s.origin).parents[1]) for s in specs if s is not None and s.origin]
         limits = [str(MEMORY_BYTES), str(self.timeout_s + 1)]
-        chat = str(Path(__file__).parent)
         try:
             process = subprocess.Popen(
-                [_interpreter(), "-I", "-c", START, *limits, *folders, chat],
+                [_interpreter(), "-I", "-c", START, *limits, *folders, str(CHAT)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -150,11 +166,7 @@ class Template:
 
 
 def _interpreter() -> str:
-    """Return the path of Python. An embedded or frozen one says none, or that of another program.
-
-    Raises:
-        RequestError: there is none.
-    """
+    """Return the path of Python; an embedded or frozen one does not say it, or says another."""
     if not sys.executable or vars(sys).get("frozen"):
         raise RequestError(
             "a chat template is rendered in a Python process of its own, and this program does not "

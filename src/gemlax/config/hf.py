@@ -314,7 +314,8 @@ def _clean(c: Mapping[str, Any], config: GemmaConfig) -> dict[str, Any]:
     if whole.num_key_value_heads != plain.num_key_value_heads:
         kept["num_global_key_value_heads"] = whole.num_key_value_heads
         if not c["attention_k_eq_v"]:  # the flat field counts with k_eq_v only
-            sizes = {key: vars(whole)[key] for key in ("head_dim", "num_key_value_heads")}
+            heads = whole.num_key_value_heads
+            sizes = {"head_dim": whole.head_dim, "num_key_value_heads": heads}
             kinds = enumerate(spec.kind for spec in text.layers)
             kept["per_layer_config"] = {str(i): sizes for i, kind in kinds if kind == FULL}
     return kept

@@ -48,11 +48,7 @@ class Beside(NamedTuple):
     named_pieces: Mapping[str, str] = {}
 
     def extend(self, ids: Mapping[str, int]) -> tuple[list[Added], set[int]]:
-        """Return the tokens that are new to a vocabulary, and which of its ids are special.
-
-        Raises:
-            CheckpointError: a token has the id of another piece, or does not follow the last one.
-        """
+        """Return the tokens that are new to a vocabulary, and which of its ids are special."""
         size, special = len(ids), set[int]()
         new: list[Added] = []
         moved: list[Added] = []
@@ -84,42 +80,37 @@ class Beside(NamedTuple):
 
 
 def read_beside(files: Mapping[str, Path]) -> Beside:
-    """Read what lies beside a vocabulary, of files by name.
-
-    Raises:
-        CheckpointError: a file is damaged, or two disagree.
-        UnsupportedError: a special token that is one as a whole word only.
-    """
+    """Read what lies beside a vocabulary, of files by name."""
     settings = read_settings(files[SETTINGS]) if SETTINGS in files else {}
     mapped = read_settings(files[MAP]) if MAP in files else {}
     names = {name: settings.get(f"{name}_token") or mapped.get(f"{name}_token") for name in NAMES}
-    special = {content_of(told) for told in names.values()}
-    for said in (settings, mapped):
+    special = {content_of(token) for token in names.values()}
+    for file in (settings, mapped):
         for key in LISTS:
-            listed = said.get(key) or ()
+            listed = file.get(key) or ()
             listed = listed.values() if isinstance(listed, dict) else listed
-            special |= {content_of(told) for told in listed}
-    found: dict[int, Added] = {}
+            special |= {content_of(token) for token in listed}
+    added: dict[int, Added] = {}
     for token in (*read_decoder(settings, files), *read_added(files, special)):
-        if found.setdefault(token.id, token).content != token.content:
+        if added.setdefault(token.id, token).content != token.content:
             raise CheckpointError(
                 f"{token.source}: id {token.id} is {token.content!r}, "
-                f"in {found[token.id].source.name} it is {found[token.id].content!r}"
+                f"in {added[token.id].source.name} it is {added[token.id].content!r}"
             )
-    contents = [token.content for token in found.values()]
+    contents = [token.content for token in added.values()]
     if len(set(contents)) != len(contents):
         twice = next(content for content in contents if contents.count(content) > 1)
-        raise CheckpointError(f"{next(iter(found.values())).source}: {twice!r} is added twice")
+        raise CheckpointError(f"{next(iter(added.values())).source}: {twice!r} is added twice")
     pieces = read_named(mapped) | read_named(settings)
-    return Beside(settings, names, tuple(found[id] for id in sorted(found)), pieces)
+    return Beside(settings, names, tuple(added[id] for id in sorted(added)), pieces)
 
 
 def read_named(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the tokens that settings give a name, which chat templates may use."""
-    named = {key: told for key, told in settings.items() if key.endswith("_token")}
+    named = {key: token for key, token in settings.items() if key.endswith("_token")}
     for key in ("extra_special_tokens", "model_specific_special_tokens"):
         named |= settings[key] if isinstance(settings.get(key), dict) else {}
-    return {key: content for key, told in named.items() if (content := content_of(told))}
+    return {key: content for key, token in named.items() if (content := content_of(token))}
 
 
 def read_decoder(settings: Mapping[str, Any], files: Mapping[str, Path]) -> Iterator[Added]:
@@ -149,9 +140,9 @@ def read_added(files: Mapping[str, Path], special: set[str | None]) -> Iterator[
         yield Added(id, content, content in special, files[ADDED])
 
 
-def content_of(told: Any) -> str | None:
+def content_of(token: Any) -> str | None:
     """Return the text of a token, which files write as it is or as {"content": text}."""
-    content = told.get("content") if isinstance(told, dict) else told
+    content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 
 

@@ -26,8 +26,8 @@ class Tokenizer:
     back as one. Every other text, NUL included, comes back unchanged.
 
     Attributes:
-        add_bos: Whether the checkpoint wants BOS before plain text. Only told: `encode` does what
-            its own argument says.
+        add_bos: Whether the checkpoint wants BOS before plain text. `encode` ignores it: its own
+            argument says what it does.
     """
 
     def __init__(
@@ -90,9 +90,6 @@ class Tokenizer:
                 scores that say nothing. None or empty: the scores rank.
             strips: See `Vocabulary`.
             files: See `__init__`.
-
-        Raises:
-            CheckpointError: The lists do not fit each other.
         """
         ids = {"bos_id": bos_id, "eos_id": eos_id, "pad_id": pad_id, "unk_id": unk_id}
         vocabulary = Vocabulary.create(pieces, token_types, add_bos=add_bos, strips=strips, **ids)
@@ -114,15 +111,12 @@ class Tokenizer:
             add_bos: Put BOS first, unless it is there already (`parse_special`).
             parse_special: Read markers such as <bos> and <end_of_turn> in the text as what they
                 name. Never for text that a user wrote: without it no text makes a special id.
-
-        Raises:
-            RequestError: The text holds a lone surrogate.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            at = f"{text[error.start]!r} at {error.start}"
-            raise RequestError(f"the text holds a lone surrogate, {at}") from error
+            where = f"{text[error.start]!r} at {error.start}"
+            raise RequestError(f"the text holds a lone surrogate, {where}") from error
         ids: list[int] = []
         for part in self.split_special(text) if parse_special else (text,):
             if isinstance(part, int):
@@ -225,12 +219,13 @@ class Tokenizer:
         starts, lengths, ids = self._markers
         text, done = text.replace(SPACE, " "), 0
         for match in starts.finditer(text):
-            at = match.start()
-            if at < done:
+            start = match.start()
+            if start < done:
                 continue
-            size = next((n for n in lengths if text[at : at + n] in ids), None)
+            size = next((n for n in lengths if text[start : start + n] in ids), None)
             if size is not None:
-                id, between, done = ids[text[at : at + size]], text[done:at], at + size
+                end = start + size
+                id, between, done = ids[text[start:end]], text[done:start], end
                 left, right = self._vocabulary.strips.get(id, (False, False))
                 yield between.rstrip() if left else between
                 yield id

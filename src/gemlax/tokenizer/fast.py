@@ -9,12 +9,19 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.tokenizer.added import Beside
-from gemlax.tokenizer.vocabulary import BYTE, NAMES, SPACE, Kind, Vocabulary, find_named
+from gemlax.tokenizer.vocabulary import (
+    BYTE,
+    NAMES,
+    SPACE,
+    Kind,
+    Vocabulary,
+    find_named,
+    import_package,
+)
 
 __all__ = ["implied_merges", "make_encoder", "read_json", "scored_json", "to_json"]
 
@@ -22,13 +29,8 @@ NO_MERGES = re.compile(r'"merges"\s*:\s*\[\s*\]')
 
 
 def read_json(path: Path, beside: Beside) -> tuple[Vocabulary, "Encoder"]:
-    """Read a `tokenizer.json`; return its vocabulary and the function from text to ids.
-
-    Args:
-        path: The file.
-        beside: What the files beside it say: names of bos, eos, ..., and more tokens.
-    """
-    tokenizers = import_tokenizers()
+    """Read a `tokenizer.json`; return its vocabulary and the function from text to ids."""
+    tokenizers = import_package("tokenizers", "tokenizer.json")
     try:
         text = path.read_text("utf-8-sig")
         tokenizer = tokenizers.Tokenizer.from_str(text)
@@ -59,13 +61,11 @@ def add_tokens(tokenizer: Any, beside: Beside) -> set[int]:
     if not beside.added:
         return set()
     new, special = beside.extend(tokenizer.get_vocab())
-    tokenizers = import_tokenizers()
+    make = import_package("tokenizers", "tokenizer.json").AddedToken
     for token in new:
+        how = {"special": token.special, "normalized": False}
         left, right = token.strips
-        added = tokenizers.AddedToken(
-            token.content, special=token.special, normalized=False, lstrip=left, rstrip=right
-        )
-        tokenizer.add_tokens([added])
+        tokenizer.add_tokens([make(token.content, lstrip=left, rstrip=right, **how)])
     return special
 
 
@@ -122,7 +122,7 @@ class Encoder:
 
 def from_json(vocabulary: Vocabulary, text: str) -> "Encoder":
     """Return the function from text to ids of a `tokenizer.json` that `to_json` wrote."""
-    tokenizers = import_tokenizers()
+    tokenizers = import_package("tokenizers", "tokenizer.json")
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the package raises no narrower class
@@ -214,20 +214,11 @@ def implied_merges(vocabulary: Vocabulary, scores: Sequence[float]) -> list[tupl
         for piece, score, kind in zip(vocabulary.pieces, scores, vocabulary.kinds, strict=True)
         if kind == Kind.NORMAL
     }
-    found = [
+    merges = [
         (-score, size, piece)
         for piece, score in normal.items()
         for size in range(1, len(piece))
         if piece[:size] in normal and piece[size:] in normal
     ]
-    found.sort(key=lambda merge: merge[:2])
-    return [(piece[:size], piece[size:]) for _, size, piece in found]
-
-
-def import_tokenizers() -> ModuleType:
-    """Import the package on first use."""
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError("tokenizer.json needs: pip install tokenizers") from error
-    return tokenizers
+    merges.sort(key=lambda merge: merge[:2])
+    return [(piece[:size], piece[size:]) for _, size, piece in merges]

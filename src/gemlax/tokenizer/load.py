@@ -26,11 +26,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     In a folder, `tokenizer.json` is preferred to `tokenizer.model`, and the files beside it say
     which pieces are bos, eos, pad and unk, and what is added. A file is taken alone.
-
-    Raises:
-        FileNotFoundError: There is none.
-        CheckpointError: It is damaged.
-        UnsupportedError: It is not a Gemma tokenizer.
     """
     path = Path(path)
     if path.is_dir():
@@ -40,10 +35,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return tokenizer
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.suffix == ".json":
-        return read_tokenizer({"tokenizer.json": path})
-    if path.suffix == ".model":
-        return read_tokenizer({"tokenizer.model": path})
+    if path.suffix in (".json", ".model"):
+        return read_tokenizer({f"tokenizer{path.suffix}": path})
     if path.suffix == ".gguf":
         raise UnsupportedError(f"{path}: gemlax.load_tokenizer reads GGUF files, this one does not")
     raise UnsupportedError(f"{path}: expected a folder, a tokenizer.json or a *.model file")
@@ -105,32 +98,25 @@ def find_chat_template(folder: str | Path) -> str | dict[str, str] | None:
     Where one is in several places, the first counts: `chat_template.jinja` and
     `additional_chat_templates/`, then `tokenizer_config.json`, `chat_template.json` and
     `processor_config.json`. An empty one is passed over.
-
-    Raises:
-        CheckpointError: it is damaged.
     """
     folder = Path(folder)
-    found: dict[str, str] = {}
+    templates: dict[str, str] = {}
     for path, named in _templates_in(folder):
         for name, source in named.items():
-            if not source.strip():
-                logger.warning("%s: the chat template %s is empty and not used", path, name)
+            if source.strip():
+                templates.setdefault(name, source)
             else:
-                found.setdefault(name, source)
-    if len(found) != 1:
-        return found or None
-    ((name, source),) = found.items()
+                logger.warning("%s: the chat template %s is empty and not used", path, name)
+    if len(templates) != 1:
+        return templates or None
+    ((name, source),) = templates.items()
     if name != "default":
         logger.info("%s: the only chat template, %s, is used", folder, name)
     return source
 
 
 def write_chat_template(template: str | Mapping[str, str], folder: Path) -> None:
-    """Write what `find_chat_template` reads, as transformers does.
-
-    Raises:
-        CheckpointError: a name of a template cannot be the name of a file.
-    """
+    """Write what `find_chat_template` reads, as transformers does."""
     named = {"default": template} if isinstance(template, str) else template
     for name, source in named.items():
         if not re.fullmatch(r"\w[\w.-]*", name):

@@ -10,11 +10,10 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from operator import index
-from types import ModuleType
 from typing import Any
 
 from gemlax.errors import CheckpointError, UnsupportedError
-from gemlax.tokenizer.vocabulary import Kind, Vocabulary
+from gemlax.tokenizer.vocabulary import Kind, Vocabulary, import_package
 
 __all__ = ["make_encoder", "read_model"]
 
@@ -24,16 +23,7 @@ NAMED_IDS = {"unk_id": (40, 0), "bos_id": (41, 1), "eos_id": (42, 2), "pad_id": 
 
 
 def read_model(data: bytes, name: str) -> tuple[list[str], list[float], list[int], dict[str, int]]:
-    """Read the pieces, scores, types and named ids of a `tokenizer.model`.
-
-    Args:
-        data: The file.
-        name: What errors call it.
-
-    Raises:
-        CheckpointError: The file is not a whole SentencePiece model.
-        UnsupportedError: It is one, but not of Gemma's kind.
-    """
+    """Read the pieces, scores, types and named ids of a `tokenizer.model`, called `name`."""
     pieces, scores, types = [], [], []
     try:
         (message,) = fields([data])
@@ -51,19 +41,15 @@ def read_model(data: bytes, name: str) -> tuple[list[str], list[float], list[int
     if trainer.get(3, 1) != BPE:
         raise UnsupportedError(f"{name} is not a BPE model")
     # A character map, a space in front, runs of spaces made one, spaces kept as they are.
-    if (
-        normalizer.get(2, b"")
-        or normalizer.get(3, 1)
-        or normalizer.get(4, 1)
-        or not normalizer.get(5, 1)
-    ):
+    changes = normalizer.get(2) or normalizer.get(3, 1) or normalizer.get(4, 1)
+    if changes or not normalizer.get(5, 1):
         raise UnsupportedError(f"{name} changes text before it splits it; Gemma's models do not")
     return pieces, scores, types, ids
 
 
 def make_encoder(vocabulary: Vocabulary, scores: Sequence[float]) -> Callable[[str], list[int]]:
     """Return the function from text to ids that parses no marker. Safe to call from threads."""
-    sentencepiece = import_sentencepiece()
+    sentencepiece = import_package("sentencepiece", "a vocabulary with scores")
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=write_model(vocabulary, scores))
     except RuntimeError as error:
@@ -110,16 +96,6 @@ def write_model(vocabulary: Vocabulary, scores: Sequence[float]) -> bytes:
     return bytes(message) + block(2, trainer) + block(3, normalizer)
 
 
-def import_sentencepiece() -> ModuleType:
-    """Import the package on first use."""
-    try:
-        import sentencepiece
-    except ImportError as error:
-        need = "tokenizer.model and GGUF vocabularies need: pip install sentencepiece"
-        raise ImportError(need) from error
-    return sentencepiece
-
-
 def fields(messages: Iterable[bytes]) -> Iterator[list[tuple[int, Any]]]:
     """Yield the (field number, value) list of each protobuf message.
 
@@ -127,36 +103,36 @@ def fields(messages: Iterable[bytes]) -> Iterator[list[tuple[int, Any]]]:
     nothing is called.
     """
     for data in messages:
-        at, end = 0, len(data)
-        found: list[tuple[int, Any]] = []
-        while at < end:
-            tag, at = (data[at], at + 1) if data[at] < 128 else varint(data, at)
+        pos, end = 0, len(data)
+        pairs: list[tuple[int, Any]] = []
+        while pos < end:
+            tag, pos = (data[pos], pos + 1) if data[pos] < 128 else varint(data, pos)
             wire = tag & 7
             if wire in (0, 2):
-                value, at = (data[at], at + 1) if data[at] < 128 else varint(data, at)
+                value, pos = (data[pos], pos + 1) if data[pos] < 128 else varint(data, pos)
             elif wire in (1, 5):
                 value = 8 if wire == 1 else 4
             else:
                 raise ValueError(f"wire type {wire}")
             if wire == 0:
-                found.append((tag >> 3, value))
+                pairs.append((tag >> 3, value))
                 continue
-            at += value
-            if at > end:
+            pos += value
+            if pos > end:
                 raise ValueError("a field runs past the end")
-            found.append((tag >> 3, data[at - value : at]))
-        yield found
+            pairs.append((tag >> 3, data[pos - value : pos]))
+        yield pairs
 
 
-def varint(data: bytes, at: int) -> tuple[int, int]:
-    """Read a base-128 number at `at`; return it and where it ends."""
+def varint(data: bytes, pos: int) -> tuple[int, int]:
+    """Read a base-128 number at `pos`; return it and where it ends."""
     value = shift = 0
     while True:
-        byte = data[at]
-        at += 1
+        byte = data[pos]
+        pos += 1
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, at
+            return value, pos
         shift += 7
 
 

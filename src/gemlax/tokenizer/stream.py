@@ -1,8 +1,4 @@
-"""Text from token ids as they come: whole characters only, and an end at stop strings.
-
-Each new token costs the same however long the text is: its bytes go through an incremental UTF-8
-decoder, the characters through one small automaton per stop string.
-"""
+"""Text from token ids as they come: whole characters only, and an end at stop strings."""
 
 import codecs
 from collections.abc import Iterable, Sequence
@@ -40,8 +36,8 @@ class TextStream:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._matchers = [_Matcher(text) for text in dict.fromkeys(stop)]
-        self._held = ""
+        self._stops = tuple(stop)
+        self._tail = ""  # what may be the start of a stop string
 
     def push(self, ids: Iterable[SupportsIndex]) -> str:
         """Take ids; return the text that is now certain. Raises RequestError for an unknown id."""
@@ -56,45 +52,26 @@ class TextStream:
 
     def flush(self) -> str:
         """Return what was held back: there are no more ids."""
-        text = self._take(self._decoder.decode(b"", final=True)) + self._held
-        self._held = ""
-        for matcher in self._matchers:
-            matcher.length = 0
+        text = self._take(self._decoder.decode(b"", final=True)) + self._tail
+        self._tail = ""
         return text
 
     def _take(self, text: str) -> str:
-        for end, char in enumerate(text, 1):
-            found = 0
-            for matcher in self._matchers:
-                if matcher.advance(char):
-                    found = max(found, len(matcher.text))
-            if found:
-                self.stopped = True
-                known, self._held = self._held + text[:end], ""
-                return known[:-found]
-        known = self._held + text
-        held = max((matcher.length for matcher in self._matchers), default=0)
-        self._held = known[len(known) - held :]
-        return known[: len(known) - held]
+        text, self._tail = self._tail + text, ""
+        starts = [(text.find(stop), len(stop)) for stop in self._stops]
+        if ends := [(start + size, start) for start, size in starts if start >= 0]:
+            self.stopped = True
+            return text[: min(ends)[1]]
+        certain = min((_begin(text, stop) for stop in self._stops), default=len(text))
+        self._tail = text[certain:]
+        return text[:certain]
 
 
-class _Matcher:
-    """How much of one stop string the text ends with (Knuth, Morris and Pratt, 1977)."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.length = 0
-        # _borders[i]: the longest proper prefix of text[:i + 1] that is also its suffix.
-        self._borders = [0]
-        for char in text[1:]:
-            self._borders.append(self._next(self._borders[-1], char))
-
-    def advance(self, char: str) -> bool:
-        """Take the next character of the text; return whether the stop string is complete."""
-        self.length = self._next(self.length, char)
-        return self.length == len(self.text)
-
-    def _next(self, length: int, char: str) -> int:
-        while length and self.text[length] != char:
-            length = self._borders[length - 1]
-        return length + (self.text[length] == char)
+def _begin(text: str, stop: str) -> int:
+    """Return where the end of a text begins that a stop string may begin with."""
+    start = max(0, len(text) - len(stop) + 1)
+    while (start := text.find(stop[0], start)) >= 0:
+        if stop.startswith(text[start:]):
+            return start
+        start += 1
+    return len(text)

@@ -5,6 +5,7 @@ them as control, converters some as normal text. Here a marker is control whatev
 that untrusted text can never produce one.
 """
 
+import importlib
 import itertools
 import logging
 import re
@@ -12,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from types import ModuleType
 from typing import Any
 
 from gemlax.errors import CheckpointError, UnsupportedError
 
-__all__ = ["NAMES", "SPACE", "Kind", "Vocabulary", "find_named"]
+__all__ = ["NAMES", "SPACE", "Kind", "Vocabulary", "find_named", "import_package"]
 
 logger = logging.getLogger(__name__)
 
@@ -157,8 +159,8 @@ def settle(pieces: Sequence[str], kinds: Sequence[int]) -> list[Kind]:
     has_bytes = len(bytes_named) > 128
     for id, (piece, kind) in enumerate(zip(pieces, kinds, strict=True)):
         if kind not in BY_VALUE:
-            known = "expected 1 to 6"
-            raise UnsupportedError(f"the piece {piece!r} of id {id} is of type {kind}, {known}")
+            where = f"the piece {piece!r} of id {id}"
+            raise UnsupportedError(f"{where} is of type {kind}, expected 1 to 6")
         if kind == Kind.BYTE and not BYTE.fullmatch(piece):
             raise CheckpointError(f"the piece {piece!r} of id {id} is typed as a byte, not <0xNN>")
         # A vocabulary has one unknown piece, which its caller names.
@@ -184,19 +186,23 @@ def settle(pieces: Sequence[str], kinds: Sequence[int]) -> list[Kind]:
     return settled
 
 
-def find_named(name: str, ids: Mapping[str, int], told: Any, default: int, source: object) -> int:
+def import_package(name: str, user: str) -> ModuleType:
+    """Import a package on first use."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{user} needs: pip install {name}") from error
+
+
+def find_named(name: str, ids: Mapping[str, int], said: Any, default: int, source: object) -> int:
     """Return the id of the bos, eos, pad or unk piece.
 
-    Args:
-        name: "bos", "eos", "pad" or "unk".
-        ids: By piece.
-        told: What a settings file calls it: a piece, {"content": piece}, or None.
-        default: Its id if the settings are silent; outside the vocabulary: none is known.
-        source: What errors call the vocabulary.
+    A settings file says it as a piece, as {"content": piece}, or not at all: then it is `default`,
+    if that lies in the vocabulary. `source` is what errors call the vocabulary.
     """
-    if not told and 0 <= default < len(ids):
+    if not said and 0 <= default < len(ids):
         return default
-    piece = told.get("content") if isinstance(told, Mapping) else told or NAMES[name]
+    piece = said.get("content") if isinstance(said, Mapping) else said or NAMES[name]
     if not isinstance(piece, str) or piece not in ids:
         raise CheckpointError(f"{source} has no piece {piece!r}, which should be its {name} token")
     return ids[piece]
