@@ -104,11 +104,11 @@ def run_gemlax(capacity: int, implementation: str) -> Measured:
 
     from gemlax import ops
     from gemlax.cache import new_caches
-    from gemlax.config import GemmaConfig
+    from gemlax.config import from_hf
     from gemlax.presets import PRESETS
     from gemlax.weights import build_decoder
 
-    config = GemmaConfig.from_hf({
+    config = from_hf({
         **PRESETS["gemma-3-4b"], "hidden_size": HIDDEN, "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "query_pre_attn_scalar": HEAD_DIM,
         "intermediate_size": MLP, "vocab_size": VOCABULARY, "sliding_window": WINDOW,
