@@ -399,7 +399,7 @@ def test_info_of_a_checkpoint_is_what_it_costs(outcomes, model):
 
 
 def test_info_says_why_no_kernel_is_live(monkeypatch, capsys):
-    monkeypatch.setattr(cpu, "_library", lambda: (None, "they were not built"))
+    monkeypatch.setattr(ops.cpu, "library", lambda: (None, "they were not built"))
     assert cli.main(["info", "gemma-3-270m", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["native_kernels"] == "none: they were not built"
