@@ -376,12 +376,12 @@ def _describe_model(args: argparse.Namespace) -> dict[str, Any]:
 
 def _describe_kernels() -> dict[str, str]:
     """Say which native kernels run here, or why none does."""
-    from gemlax.ops import cpu
+    from gemlax import ops
 
-    found = cpu.kernels()
+    kernels = ops.kernels()
     return {
-        "native_kernels": found.instructions or f"none: {found.reason}",
-        "native_formats": ", ".join(found.formats) or "none",
+        "native_kernels": kernels.instructions or f"none: {kernels.reason}",
+        "native_formats": ", ".join(kernels.formats) or "none",
     }
 
 
