@@ -20,6 +20,7 @@ from vocabularies import chat_tokenizer
 
 import gemlax
 from gemlax import adapters
+from gemlax.config import edit
 from gemlax.errors import CheckpointError, Error, RequestError
 from gemlax.sharding import make_mesh
 from gemlax.tune import TuneSettings, run, state, train
@@ -282,7 +283,11 @@ def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(tmp_path):
 
 
 def test_all_weights_are_written_where_the_base_is_gone(tmp_path, data, monkeypatch, caplog):
-    gemlax.save(model(), tmp_path / "base")
+    tokenizer = chat_tokenizer("gemma3")
+    toy = gemlax.tiny(gemlax.preset("gemma-3-270m"), num_hidden_layers=1)
+    config = edit(toy, vocab_size=tokenizer.num_tokens)
+    base = gemlax.Model(config, decoder_of(config.text), tokenizer)
+    gemlax.save(base, tmp_path / "base")
     given = gemlax.load(tmp_path / "base", quantize="dense")
     shutil.rmtree(tmp_path / "base")
     monkeypatch.setattr(Trainer, "step", lambda *_: Measured(1.0, 1, 1.0, None))
