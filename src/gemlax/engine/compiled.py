@@ -29,7 +29,10 @@ def bucket(size: int, smallest: int = 1) -> int:
 
 @dataclass
 class Counters:
-    """What was done, for tests and reports: counts, and seconds by the wall clock."""
+    """What was done, for tests and reports: counts, and seconds by the wall clock.
+
+    `compile_times` has the seconds of tracing and of compiling each program.
+    """
 
     prefill_tokens: int = 0
     prefill_calls: int = 0
@@ -40,6 +43,7 @@ class Counters:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     keys: list[tuple] = field(default_factory=list)
+    compile_times: dict[tuple, tuple[float, float]] = field(default_factory=dict)
 
 
 class Programs:
@@ -48,6 +52,7 @@ class Programs:
     Attributes:
         num_tokens: ids from here on are never sampled (rows of the table without a token).
         adapters: names of those in the decoder's tables, in order.
+        compiled: programs by key: name, shape of the state, bucket.
     """
 
     def __init__(
@@ -76,7 +81,7 @@ class Programs:
         if mesh is not None and implementation is None:
             implementation = "xla"  # a kernel would gather what the mesh cuts
         self._bind = functools.partial(ops.cpu.bind, implementation)
-        self._compiled: dict[tuple, Any] = {}
+        self.compiled: dict[tuple, Any] = {}
 
     def put(self, tree: Any) -> Any:
         """Bring arrays of the host, which every process has alike, to all devices."""
@@ -207,7 +212,7 @@ class Programs:
         needed = min(bucket(rows), len(state.lengths))
         sizes = [
             key[2]
-            for key in self._compiled
+            for key in self.compiled
             if key[:2] == (name, _shape_of(state)) and key[3:] == rest
         ]
         return min((size for size in sizes if rows <= size <= slack * needed), default=needed)
@@ -223,7 +228,7 @@ class Programs:
         """Return the compiled program of a bucket; compile it at first use."""
         ops.check_compiles("generating")
         key = (name, _shape_of(args[donated]), *shape)
-        if key not in self._compiled:
+        if key not in self.compiled:
             begin = time.perf_counter()
             options: dict[str, Any] = {}
             if self.mesh is not None:  # the state stays where it lies, the output is everywhere
@@ -232,11 +237,15 @@ class Programs:
                 alone = name in ("join", "prefill")
                 options["out_shardings"] = placed if alone else (placed, everywhere)
             jitted = jax.jit(self._bind(make()), donate_argnums=donated, **options)
-            self._compiled[key] = jitted.lower(*args).compile()
-            self.counters.compile_s += time.perf_counter() - begin
+            lowered = jitted.lower(*args)
+            traced = time.perf_counter()
+            self.compiled[key] = lowered.compile()
+            end = time.perf_counter()
+            self.counters.compile_times[key] = traced - begin, end - traced
+            self.counters.compile_s += end - begin
             self.counters.programs += 1
             self.counters.keys.append(key)
-        return self._compiled[key]
+        return self.compiled[key]
 
 
 def _shape_of(state: State) -> tuple[int, ...]:
