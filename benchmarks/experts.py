@@ -46,7 +46,7 @@ def main() -> None:
         for round_ in range(args.rounds + 1):
             for way in ways:
                 begin = time.perf_counter()
-                out = run(x, weights, ids, gate_up, down, implementation=way)
+                out = run(x, weights, ids, gate_up, down, algorithm=way)
                 jax.block_until_ready(out)
                 if round_:  # the first compiles
                     times[way].append((time.perf_counter() - begin) * 1e3)

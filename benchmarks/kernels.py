@@ -16,7 +16,6 @@ import report
 
 from gemlax import bench, ops
 from gemlax.formats import FORMATS, encode
-from gemlax.ops import cpu
 from gemlax.qtensor import At, QTensor
 
 LAYERS, WIDTH, FEATURES = 8, 2048, 8192
@@ -51,7 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--write", action="store_true", help="into docs/performance.md")
     args = parser.parse_args()
-    kernels = cpu.live()
+    kernels = ops.kernels_in_use()
     if kernels is None:
         raise SystemExit("no native kernels here: see CONTRIBUTING.md")
     limit = bench.streaming_read()

@@ -121,25 +121,36 @@ def write(medians: dict[str, dict[str, float]], limit: float) -> None:
 
 
 def draw(medians: dict[str, dict[str, float]], limit: float) -> None:
-    """Plot what the table has, and the most that memory allows, as docs/peers.png."""
+    """Plot the table, and the most that memory allows, as docs/peers.png."""
     import matplotlib
 
     matplotlib.use("agg")
     import report
     from matplotlib import pyplot
 
-    figure, both = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    figure, both = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    colors = dict(zip(WORKERS, ("#1a73e8", "#9aa0a6", "#dadce0"), strict=True))
     for axes, what in zip(both, ("decode", "prefill"), strict=True):
-        width = 0.8 / len(medians)
-        for place, (name, found) in enumerate(medians.items()):
-            heights = [found.get(f"{what}_{depth}", 0.0) for depth in DEPTHS]
-            at = [i + (place - (len(medians) - 1) / 2) * width for i in range(len(DEPTHS))]
-            axes.bar(at, heights, width, label=name)
-        axes.set_xticks(range(len(DEPTHS)), [str(depth) for depth in DEPTHS])
-        axes.set(xlabel="tokens before", ylabel="tok/s", title=what)
+        width = 0.84 / len(medians)
+        for i, depth in enumerate(DEPTHS):
+            speeds = {name: row.get(f"{what}_{depth}") for name, row in medians.items()}
+            measured = {name: speed for name, speed in speeds.items() if speed}
+            for place, (name, speed) in enumerate(measured.items()):
+                x = i + (place - (len(measured) - 1) / 2) * width
+                bar = axes.bar(
+                    x, speed, width * 0.94, color=colors[name], label=name if not i else ""
+                )
+                axes.bar_label(bar, fmt="{:.0f}", fontsize=8, padding=2)
+        axes.set_xticks(range(len(DEPTHS)), [f"{depth:,}" for depth in DEPTHS])
+        axes.set_title(
+            {"decode": "Decoding, tokens/s", "prefill": "Reading a prompt, tokens/s"}[what]
+        )
+        axes.set_xlabel({"decode": "tokens in the cache", "prefill": "tokens of the prompt"}[what])
+        axes.spines[["top", "right"]].set_visible(False)
     most = limit * 1e3 / medians["gemlax"]["weights_mb"]
-    both[0].axhline(most, color="black", linestyle=":", label="weights at read bandwidth")
-    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    both[0].axhline(most, color="black", linestyle=":", label="limit: read bandwidth / weights")
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+                  frameon=False)  # fmt: skip
     figure.savefig(report.PAGE.parent / "peers.png", dpi=120)
 
 

@@ -1,4 +1,4 @@
-"""Writes generated sections of docs/performance.md; the other scripts of this folder use it."""
+"""Writes generated sections of pages; the other scripts of this folder use it."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,8 @@ from cases import Case
 
 from gemlax import bench
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = README.parent / "docs" / "performance.md"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -34,11 +35,11 @@ def step(case: Case, times: bench.Times, steps: int) -> dict[str, float]:
     return {key: round(value, 1) for key, value in found.items()}
 
 
-def write_section(name: str, text: str) -> None:
-    """Replace what stands between the markers of section `name`."""
+def write_section(name: str, text: str, path: Path = PAGE) -> None:
+    """Replace the text between the markers of section `name` of a page."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    page = PAGE.read_text("utf-8")
+    page = path.read_text("utf-8")
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(page):
-        raise SystemExit(f"{PAGE.name} has no section {name!r} (markers {begin} ... {end})")
-    PAGE.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", page), "utf-8")
+        raise SystemExit(f"{path.name} has no section {name!r} (markers {begin} ... {end})")
+    path.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", page), "utf-8")

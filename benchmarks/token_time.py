@@ -15,7 +15,7 @@ import jax
 import report
 
 import gemlax
-from gemlax import bench
+from gemlax import bench, ops
 from gemlax.ops import cpu
 
 # Prompt tokens, rows, and whether the steps are measured or the prompt.
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--write", action="store_true", help="into docs/performance.md")
     args = parser.parse_args()
-    if cpu.live() is None:
+    if ops.kernels_in_use() is None:
         raise SystemExit("no native kernels here: see CONTRIBUTING.md")
     run, cases = Run(args.path), []
     for depth, rows, decoding in CASES:
@@ -106,9 +106,13 @@ def main() -> None:
                 for case in cases
             ],
         )
-        line = f"{report.machine()}, kernels {cpu.live()}; read bandwidth {limit:.1f} GB/s."
+        line = (
+            f"{report.machine()}, kernels {ops.kernels_in_use()}; read bandwidth {limit:.1f} GB/s."
+        )
         report.write_section("token-time", f"{line}\n\n{table}")
-    print(json.dumps({"kernels": cpu.live(), "limit_gb_s": round(limit, 1), "cases": cases}))
+    print(
+        json.dumps({"kernels": ops.kernels_in_use(), "limit_gb_s": round(limit, 1), "cases": cases})
+    )
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def build(
 
 def read_caches_in_blocks_of(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a toy's cache several blocks long, as a real one is."""
-    monkeypatch.setattr(cache.stacked, "BLOCK", tokens)
+    monkeypatch.setattr(cache.slots, "BLOCK", tokens)
 
 
 def logits(decoder: Decoder, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ def model():
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(
-    "touch", [lambda: gemlax.load("demo"), lambda: make_mesh("tensor=8"), ops.cpu.kernels]
+    "touch", [lambda: gemlax.load("demo"), lambda: make_mesh("tensor=8"), ops.kernels]
 )
 def test_a_platform_that_is_not_there_is_one_line(monkeypatch, error, said, touch):
     def fail():

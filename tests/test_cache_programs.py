@@ -1,6 +1,7 @@
 """The gates of test_programs.py on Linen, rings, pools and lists, with bad twins."""
 
 import functools
+import re
 import time
 
 import jax
@@ -77,7 +78,7 @@ def stacked(capacity, dtype, **options):
 @pytest.mark.parametrize(("front", "dtype", "implementation"), FORMS)
 def test_scanned_steps_write_dense_and_ring_caches_in_place(front, dtype, implementation):
     caches = [stacked(capacity, dtype) for capacity in CAPACITIES]
-    assert isinstance(caches[0]["sliding_attention"], cache.RingCache)
+    assert caches[0]["sliding_attention"].is_ring
     programs = [compile_step(front, dtype, c, implementation=implementation) for c in caches]
     growth = num_bytes(caches[1]) - num_bytes(caches[0])
     assert growth_faults(*programs, growth) == []
@@ -125,10 +126,16 @@ def test_twin_of_linen_without_donation_fails():
     assert copy_faults(compile_step("Linen", "float32", caches, donate=False), caches)
 
 
+def operations(program) -> list[str]:
+    """Return the lines of the program's operations, without where in the source they are from."""
+    lines = program.as_text().splitlines()
+    return [re.sub(r", metadata=\{[^}]*\}", "", line) for line in lines if " = " in line]
+
+
 def test_optimisations_of_llvm_change_no_program_that_a_gate_looks_at():
     lowered = lower_step("NNX", "float32", stacked(2048, "float32"))
     plain, users = lowered.compile(), lowered.compile(OPTIMISED)
-    assert plain.as_text() == users.as_text()
+    assert operations(plain) == operations(users)
     for figure in ("temp_size_in_bytes", "alias_size_in_bytes"):
         found = [getattr(one.memory_analysis(), figure) for one in (plain, users)]
         assert found[0] == found[1] > 0

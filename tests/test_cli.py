@@ -20,11 +20,10 @@ from golden.conditioned import conditioned_weights
 from vocabularies import SPECIAL, toy
 
 import gemlax
-from gemlax import cli, cost
+from gemlax import cli, cost, ops
 from gemlax.checkpoints import Checkpoint
 from gemlax.cli.parser import make_parser
 from gemlax.names import text_weights
-from gemlax.ops import cpu
 
 COMMAND = [sys.executable, "-m", "gemlax.cli"]
 MAIN = "import sys; from gemlax.cli import main; sys.exit(main())"
@@ -389,9 +388,9 @@ def test_info_of_a_checkpoint_is_what_it_costs(outcomes, model):
     text = CONFIG.text
     check_info(outcomes["info"].report, text, text.max_position_embeddings)
     check_info(outcomes["info context"].report, text, 7)
-    live = cpu.kernels()
-    assert outcomes["info"].report["native_kernels"] == live.instructions
-    assert outcomes["info"].report["native_formats"] == ", ".join(live.formats)
+    kernels = ops.kernels()
+    assert outcomes["info"].report["native_kernels"] == kernels.instructions
+    assert outcomes["info"].report["native_formats"] == ", ".join(kernels.formats)
     assert outcomes["info"].report["pattern"] == "(5 sliding, 1 full) x 1"
     shown = outcomes["info plain"].out
     for key, value in outcomes["info"].report.items():
@@ -400,7 +399,7 @@ def test_info_of_a_checkpoint_is_what_it_costs(outcomes, model):
 
 
 def test_info_says_why_no_kernel_is_live(monkeypatch, capsys):
-    monkeypatch.setattr(cpu, "_library", lambda: (None, "they were not built"))
+    monkeypatch.setattr(ops.cpu, "library", lambda: (None, "they were not built"))
     assert cli.main(["info", "gemma-3-270m", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["native_kernels"] == "none: they were not built"

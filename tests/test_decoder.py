@@ -165,7 +165,7 @@ def test_bfloat16_cache_stored_as_bits_equals_the_full_forward(weights, tokens, 
     [(jnp.float32, "xla", "unroll"), (jnp.float32, "cpu", "scan"), (jnp.bfloat16, "xla", "scan")],
 )
 def test_the_default_is_the_faster_layout_of_the_cpu(weights, dtype, implementation, layers):
-    if implementation == "cpu" and ops.cpu.kernels().instructions is None:
+    if implementation == "cpu" and ops.kernels().instructions is None:
         pytest.skip("no native kernels")
 
     def fill(name, out):

@@ -235,9 +235,9 @@ def test_a_list_keeps_the_scan_over_blocks(front):
 
 
 def test_a_window_layers_short_entry_is_a_ring_and_a_long_one_is_not():
-    short = cache.KVList(TEXT, listed(), 2).by_kind()
-    assert isinstance(short["sliding_attention"], cache.RingCache)
-    assert isinstance(short["full_attention"], cache.DenseCache)
-    long = cache.KVList(TEXT, listed(chunk=120), 2).by_kind()
-    assert isinstance(long["sliding_attention"], cache.DenseCache)
+    short = cache.LayerListCache(TEXT, listed(), 2).by_kind()
+    assert short["sliding_attention"].is_ring
+    assert not short["full_attention"].is_ring
+    long = cache.LayerListCache(TEXT, listed(chunk=120), 2).by_kind()
+    assert not long["sliding_attention"].is_ring
     assert ops.EMPTY in np.asarray(long["sliding_attention"].positions)

@@ -50,8 +50,8 @@ def exact(x, weights, ids, gate_up, down):
 @pytest.mark.parametrize("way", ["dense", *WAYS, None])
 def test_every_way_gives_each_row_the_sum_of_its_experts(weights, way, rows):
     x, share, ids = routed(rows)
-    run = jax.jit(ops.experts, static_argnames="implementation")
-    out = run(x, share, ids, *weights, implementation=way)
+    run = jax.jit(ops.experts, static_argnames="algorithm")
+    out = run(x, share, ids, *weights, algorithm=way)
     np.testing.assert_allclose(out, exact(x, share, ids, *weights), atol=SAME)
 
 
@@ -67,9 +67,9 @@ def test_experts_of_a_layer_of_a_stack_are_read_by_index(weights, way):
     x, share, ids = routed(20)
     stacks = [jnp.stack([jnp.zeros_like(w), w, jnp.ones_like(w)]) for w in weights]
     held = [At(stack, jnp.int32(1)) for stack in stacks]
-    out = jax.jit(lambda a, b: ops.experts(x, share, ids, a, b, implementation=way))(*held)
+    out = jax.jit(lambda a, b: ops.experts(x, share, ids, a, b, algorithm=way))(*held)
     np.testing.assert_allclose(
-        out, ops.experts(x, share, ids, *weights, implementation="dense"), atol=SAME
+        out, ops.experts(x, share, ids, *weights, algorithm="dense"), atol=SAME
     )
 
 
@@ -79,7 +79,7 @@ def test_experts_held_as_bfloat16_bits_equal_the_array(weights, way):
     narrow = [w.astype(jnp.bfloat16) for w in weights]
     wide = ops.experts(x, share, ids, *(w.astype(jnp.float32) for w in narrow))
     packed = [pack_bfloat16(w) for w in narrow]
-    out = ops.experts(x.astype(jnp.bfloat16), share, ids, *packed, implementation=way)
+    out = ops.experts(x.astype(jnp.bfloat16), share, ids, *packed, algorithm=way)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), wide, atol=0.05)
 
@@ -88,8 +88,8 @@ def test_experts_held_as_bfloat16_bits_equal_the_array(weights, way):
 def test_gradients_equal_the_reference(weights, way):
     x, share, ids = routed(12)
 
-    def loss(x, share, gate_up, down, implementation):
-        out = ops.experts(x, share, ids, gate_up, down, implementation=implementation)
+    def loss(x, share, gate_up, down, algorithm):
+        out = ops.experts(x, share, ids, gate_up, down, algorithm=algorithm)
         return (out * jnp.arange(HIDDEN, dtype=jnp.float32)[None]).sum()
 
     both = [
@@ -105,7 +105,7 @@ def test_gradients_beside_frozen_experts_equal_the_reference(weights):
     slope = draw(12, HIDDEN)
 
     def loss(x, share, way, held):
-        return (ops.experts(x, share, ids, *held, implementation=way) * slope).sum()
+        return (ops.experts(x, share, ids, *held, algorithm=way) * slope).sum()
 
     expected = jax.grad(loss, argnums=(0, 1))(x, share, "dense", weights)
     held = [At(stack, jnp.int32(1)) for stack in stacks]
@@ -121,8 +121,8 @@ def test_gathering_takes_memory_for_one_expert_however_many_there_are():
         x, share = draw(1, HIDDEN), jnp.ones((1, TOP_K), jnp.float32)
         ids = jnp.arange(TOP_K, dtype=jnp.int32)[None]
         for way in ("gather", "ragged"):
-            lowered = jax.jit(ops.experts, static_argnames="implementation").lower(
-                x, share, ids, gate_up, down, implementation=way
+            lowered = jax.jit(ops.experts, static_argnames="algorithm").lower(
+                x, share, ids, gate_up, down, algorithm=way
             )
             temporaries[way, count] = lowered.compile().memory_analysis().temp_size_in_bytes
     assert temporaries["gather", 128] <= 1.1 * temporaries["gather", 16]
@@ -148,7 +148,7 @@ def test_the_number_of_blocks_that_run_is_that_of_the_pairs_not_of_the_experts()
 
     ops.moe._expert = counted
     try:
-        jax.block_until_ready(ops.experts(x, share, ids, gate_up, down, implementation="sorted"))
+        jax.block_until_ready(ops.experts(x, share, ids, gate_up, down, algorithm="sorted"))
         jax.effects_barrier()
     finally:
         ops.moe._expert = original

@@ -19,10 +19,11 @@ import pytest
 from codes import FORMATS, stored
 
 from gemlax import ops
-from gemlax.cache.stacked import LayerView, RingCache
+from gemlax.cache.slots import LayerView, SlotCache
 from gemlax.ops import cpu
 from gemlax.ops.storage import decode, encode
 from gemlax.qtensor import At, Mixed, QTensor, dense
+from gemlax.sharding import Layout, make_mesh
 
 KERNELS = [format for format in FORMATS if format != "nf4"]
 # Activations are rounded to 16 bits of the row's largest: 1.5e-4 of the result's size was measured.
@@ -59,13 +60,13 @@ def draw(*shape, seed=0):
 
 
 def test_the_library_numbers_every_format_but_those_of_plain_jax():
-    assert set(cpu.kernels().formats) == set(FORMATS) - {"nf4"}
+    assert set(ops.kernels().formats) == set(FORMATS) - {"nf4"}
 
 
 def test_this_machine_has_the_kernels(instructions):
-    assert cpu.live() == instructions
+    assert ops.kernels_in_use() == instructions
     assert not cpu.use("altivec")
-    assert cpu.live() == instructions
+    assert ops.kernels_in_use() == instructions
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 16, 43])
@@ -209,9 +210,12 @@ def test_a_layer_that_is_not_there_is_an_error(index):
 
 def test_what_no_kernel_serves_says_so():
     weight = stored("int8", 0, 4, 256)
-    for other in (stored("nf4", 0, 4, 256), jnp.ones((4, 256)), stored("int8", 2, 4, 256)):
-        with pytest.raises(NotImplementedError, match="matrices"):
-            cpu.decode(other)
+    for other, reason in (
+        (stored("nf4", 0, 4, 256), "no kernel reads nf4"),
+        (jnp.ones((4, 256)), "the weight is not held as codes"),
+        (stored("int8", 2, 4, 256), "a weight of 3 axes is not a matrix"),
+    ):
+        assert ops.fault("decode", "cpu", other) == ops.fault("multiply", "cpu", other, 1) == reason
     with pytest.raises(ValueError, match="scales"):
         cpu.decode(QTensor(weight.codes, "int8", weight.scales[:, :-1]))
 
@@ -238,7 +242,7 @@ def test_attention_over_a_cache_equals_the_reference(length, kv_heads, window, d
     held = np.zeros((), np.uint16 if dtype == "bfloat16" else np.float32)
     k, v = (encode((draw(rows, batch, slots, kv_heads, size, seed=s)), held) for s in (1, 2))
     ring = window is not None
-    if length > cpu.MAX_ROWS and cpu.live() != "avx512":
+    if length > cpu.MAX_ROWS and ops.kernels_in_use() != "avx512":
         return  # XLA attends
     last = np.array([7 + length, 90, 190])
     at = np.full((batch, slots), ops.EMPTY, np.int32)
@@ -293,22 +297,46 @@ def test_the_place_of_the_largest_equals_the_reference(shape):
 
 def test_other_caches_are_left_to_the_reference():
     caches = jnp.zeros((1, 1, 16, 1, 8), jnp.int8)
-    with pytest.raises(NotImplementedError):
-        cpu.attend(jnp.ones((1, 1, 1, 8)), caches, caches, jnp.zeros((1, 16), jnp.int32), 0,
-                   jnp.zeros((1, 1), jnp.int32), ring=False, window=None, scale=1.0)  # fmt: skip
-    many = cpu.attends(jnp.ones((1, 17, 1, 8)), jnp.zeros((1, 1, 16, 1, 8)))
-    assert many == (cpu.live() == "avx512")
+    assert "float32 or bfloat16" in ops.fault("attend", "cpu", jnp.ones((1, 1, 1, 8)), caches)
+    assert ops.choose("attend", jnp.ones((1, 1, 1, 8)), caches) == "xla"
+    many = jnp.ones((1, 17, 1, 8)), jnp.zeros((1, 1, 16, 1, 8))
+    expected = None if ops.kernels_in_use() == "avx512" else "16 tokens of a row, not 17"
+    assert (expected or "None") in str(ops.fault("attend", "cpu", *many))
+
+
+def test_a_backend_without_a_kernel_says_so_and_xla_does_everything():
+    assert ops.fault("arg_max", "tpu") == "it has no kernel for arg_max"
+    assert ops.fault("arg_max", "cpu") is ops.fault("arg_max", "xla") is None
+    floats = stored("float32", 0, 4, 256)
+    assert ops.fault("decode", "cpu", floats) is None
+    assert ops.fault("multiply", "cpu", floats, 17) == "XLA multiplies 17 rows of floats faster"
 
 
 # Choosing.
 
 
-def test_what_is_bound_to_no_choice_follows_the_one_around_it():
-    assert cpu.bind("xla", cpu.live)() is None
-    assert cpu.bind(None, cpu.live)() is not None
+def test_no_choice_follows_the_one_around_it():
+    def in_use(name):
+        with ops.implementation(name):
+            return ops.kernels_in_use()
+
+    assert in_use("xla") is None
+    assert in_use(None) is not None
     with ops.implementation("xla"):
-        assert cpu.bind(None, cpu.live)() is None
-        assert cpu.bind("cpu", cpu.live)() is not None
+        assert in_use(None) is None
+        assert in_use("cpu") is not None
+
+
+def test_a_layout_traces_for_its_own_implementation():
+    chosen = []
+
+    def note(x):
+        chosen.append(ops.choose("arg_max"))
+        return x
+
+    for layout in (Layout(), Layout(None, "xla"), Layout(make_mesh("data=8"), "cpu")):
+        layout.jit(note)(jnp.zeros(8))
+    assert chosen == ["cpu", "xla", "xla"]
 
 
 def test_without_the_library_everything_runs_on_xla_and_one_line_says_so(monkeypatch, caplog):
@@ -316,22 +344,22 @@ def test_without_the_library_everything_runs_on_xla_and_one_line_says_so(monkeyp
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "gemlax._native" else real(name)
     )
-    cpu._library.cache_clear()
-    cpu._warn.cache_clear()
+    cpu.library.cache_clear()
+    ops.backend._warn.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
-            assert cpu.live() is None
+            assert ops.kernels_in_use() is None
             x, weight = draw(2, 256), stored("q8_0", 0, 5, 256)
             np.testing.assert_allclose(ops.linear(x, weight), x @ np.asarray(dense(weight)).T, 1e-4)
         assert [record.message for record in caplog.records] == [
             "no native CPU kernels, stored weights run on XLA, more slowly: they were not built "
             "when gemlax was installed"
         ]
-        assert cpu.kernels() == (None, (), "they were not built when gemlax was installed")
+        assert ops.kernels() == (None, (), "they were not built when gemlax was installed")
         with ops.implementation("cpu"), pytest.raises(NotImplementedError, match="when gemlax is"):
-            cpu.live()
+            ops.kernels_in_use()
     finally:
-        cpu._library.cache_clear()
+        cpu.library.cache_clear()
 
 
 def test_a_library_that_does_not_load_is_not_used(monkeypatch, tmp_path, caplog):
@@ -340,20 +368,20 @@ def test_a_library_that_does_not_load_is_not_used(monkeypatch, tmp_path, caplog)
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(broken))
     )
-    cpu._library.cache_clear()
+    cpu.library.cache_clear()
     try:
-        assert cpu.live() is None
+        assert ops.kernels_in_use() is None
         assert "cannot be used" in caplog.text
-        assert str(broken) in cpu.kernels().reason
+        assert str(broken) in ops.kernels().reason
     finally:
-        cpu._library.cache_clear()
+        cpu.library.cache_clear()
 
 
 def test_the_environment_asks_for_an_instruction_set(instructions):
     if instructions != SETS[0]:
         pytest.skip("one is enough")
     done = subprocess.run(
-        [sys.executable, "-c", "from gemlax.ops import cpu; print(cpu.live())"],
+        [sys.executable, "-c", "from gemlax import ops; print(ops.kernels_in_use())"],
         env=os.environ | {"GEMLAX_KERNELS": "portable"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout.strip() == "portable", done.stderr
@@ -378,9 +406,9 @@ def test_the_same_holds_with(environment, instructions):
 
 
 def test_a_view_of_a_cache_uses_the_kernel():
-    caches = RingCache(
+    caches = SlotCache(
         (draw(2, 1, 64, 1, 16)), (draw(2, 1, 64, 1, 16, seed=3)),
-        jnp.arange(64, dtype=jnp.int32)[None],
+        jnp.arange(64, dtype=jnp.int32)[None], is_ring=True,
     )  # fmt: skip
     view = LayerView(caches, jnp.int32(1), jnp.array([[63]], jnp.int32))
     q = draw(1, 1, 2, 16)

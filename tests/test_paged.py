@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu import ragged_paged_attention as tpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from gemlax import ops
-from gemlax.ops import AttentionMetadata, paged
+from gemlax.ops import AttentionMetadata, backend, paged
 
 K, N, H = 2, 4, 8
 TOKENS, ROWS, LENGTH = 16, 5, 32  # a flat batch, sequences in it, tokens a table has pages for
@@ -514,7 +514,7 @@ def test_the_kernels_own_reference_gives_the_same(monkeypatch, window, lanes):
         rest = jnp.full((q.shape[0] - out.shape[0], *q.shape[1:]), jnp.nan, q.dtype)
         return jnp.concatenate([out, rest])
 
-    monkeypatch.setattr(paged, "_tpu_kernel", lambda: kernel)
+    monkeypatch.setattr(backend, "tpu_paged_attention", lambda: kernel)
     traffic = make_traffic(4, flat=True)
     # Zeros, as the reference does not hide unwritten memory.
     pool, first, lengths = jnp.zeros_like(make_pool(4, lanes=lanes)), jnp.int32(40), {}

@@ -61,7 +61,7 @@ PLACES = make_sampling(512, [0]).places()
 def compiled(of: Programs, function, slots: int, capacity: int, rest, donate=True):
     """Compile a device program for abstract arguments: weights, state, `rest`."""
     args = (abstract(of._weights), state_of(of, slots, capacity), *rest)
-    return jax.jit(of._bind(function), donate_argnums=1 if donate else ()).lower(*args).compile()
+    return of.layout.jit(function, donate_argnums=1 if donate else ()).lower(*args).compile()
 
 
 def array(*shape, dtype=jnp.int32):
@@ -70,19 +70,19 @@ def array(*shape, dtype=jnp.int32):
 
 def compile_decode(of: Programs, slots: int, capacity: int, rows: int | None = None, donate=True):
     """The decode program of all slots, or of `rows` of them."""
-    function = functools.partial(programs.decode, of._graphdef, of.num_tokens, None, False)
+    function = functools.partial(programs.decode, of._graphdef, of.num_tokens, of.layout, False)
     chosen = None if rows is None else array(rows)
     rest = (chosen, array(rows or slots, dtype=bool), array(), array(dtype=bool))
     return compiled(of, function, slots, capacity, rest, donate)
 
 
 def compile_prefill(of: Programs, width: int, capacity: int):
-    function = functools.partial(programs.prefill, of._graphdef, None)
+    function = functools.partial(programs.prefill, of._graphdef)
     return compiled(of, function, 1, capacity, (array(1, width), array(1, width), None))
 
 
 def compile_verify(of: Programs, slots: int, capacity: int, drafts: int = 3):
-    function = functools.partial(programs.verify, of._graphdef, of.num_tokens, None, False)
+    function = functools.partial(programs.verify, of._graphdef, of.num_tokens, of.layout, False)
     rest = (None, array(slots, dtype=bool), array(slots, drafts), array(slots))
     return compiled(of, function, slots, capacity, rest)
 
@@ -188,8 +188,8 @@ def test_small_caches_are_written_in_place_too(name, capacity, implementation):
 
 
 def test_twin_with_one_block_per_row_copies_the_caches(monkeypatch):
-    monkeypatch.setattr(cache.stacked, "min", lambda block, _: block, raising=False)
-    engine, block = programs_of(TINY, implementation="xla"), cache.stacked.BLOCK
+    monkeypatch.setattr(cache.slots, "min", lambda block, _: block, raising=False)
+    engine, block = programs_of(TINY, implementation="xla"), cache.slots.BLOCK
     assert copy_faults(compile_decode(engine, 1, block), caches_of(engine, block))
 
 
@@ -244,7 +244,8 @@ def test_twin_that_empties_the_row_of_a_request_that_joins_copies_the_caches():
     def emptying(state, new):
         def empty(cache):
             row = jnp.arange(cache.k.shape[1], dtype=jnp.int32)[None, :, None, None, None]
-            return cache._replace(k=jnp.where(row == new.slot, 0, cache.k) + jnp.flip(cache.k, 1))
+            k = jnp.where(row == new.slot, 0, cache.k) + jnp.flip(cache.k, 1)
+            return dataclasses.replace(cache, k=k)
 
         joined = join(state, new)
         return joined._replace(caches={kind: empty(c) for kind, c in joined.caches.items()})
@@ -376,7 +377,7 @@ def twin_program(write, capacity: int, dtype=jnp.float32):
     stack = jax.ShapeDtypeStruct(shape, dtype)
     new = jax.ShapeDtypeStruct((1, 1, 2, 32), dtype)
     return jax.jit(run, donate_argnums=0).lower(stack, new).compile(), {
-        "full_attention": cache.DenseCache(stack, stack, jax.ShapeDtypeStruct((), jnp.int32))
+        "full_attention": cache.SlotCache(stack, stack, jax.ShapeDtypeStruct((), jnp.int32))
     }
 
 

@@ -19,17 +19,17 @@ from flax import nnx
 from golden.conditioned import conditioned_weights
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gemlax import model, sharding
+from gemlax import cache, model, sharding
 from gemlax.config import GemmaConfig
 from gemlax.decoder import Decoder
-from gemlax.engine import Engine, Programs, Request, programs
+from gemlax.engine import Engine, Programs, Request
 from gemlax.errors import RequestError
 from gemlax.names import text_weights
 from gemlax.ops import moe
 from gemlax.presets import PRESETS, preset, tiny
 from gemlax.qtensor import Split
 from gemlax.sampling import make_sampling
-from gemlax.sharding import make_mesh
+from gemlax.sharding import Layout, make_mesh
 from gemlax.weights import build_decoder, default_layers, named_weights, place
 
 # (5 sliding, 1 full) twice, so that there is a scan in a scan, and 2 sliding.
@@ -239,8 +239,8 @@ def device_bytes(tree) -> int:
 @pytest.mark.parametrize("axes", MESHES)
 def test_a_device_holds_its_share_of_the_weights_and_what_is_named(engines, weights, axes):
     engine = engines(axes)
-    cuts = engine.mesh.size // engine.mesh.shape["data"]
-    repeated = place(TINY, "scan", engine.mesh).repeated
+    cuts = engine.layout.mesh.size // engine.layout.mesh.shape["data"]
+    repeated = place(TINY, "scan", engine.layout.mesh).repeated
     kept = sum(weights[name].nbytes for name in repeated)
     total = sum(w.nbytes for w in weights.values())
     assert kept < 0.6 * total
@@ -249,9 +249,9 @@ def test_a_device_holds_its_share_of_the_weights_and_what_is_named(engines, weig
 
 def test_a_device_holds_its_share_of_the_experts_and_what_is_named(moe_engines, moe_weights):
     engine = moe_engines("expert=8")
-    kept = sum(moe_weights[name].nbytes for name in place(MOE, "scan", engine.mesh).repeated)
+    kept = sum(moe_weights[name].nbytes for name in place(MOE, "scan", engine.layout.mesh).repeated)
     total = sum(w.nbytes for w in moe_weights.values())
-    assert not any("experts" in name for name in place(MOE, "scan", engine.mesh).repeated)
+    assert not any("experts" in name for name in place(MOE, "scan", engine.layout.mesh).repeated)
     assert device_bytes(engine._weights) <= 1.15 / 8 * total + kept
 
 
@@ -259,7 +259,7 @@ def test_a_device_holds_its_share_of_the_caches(weights):
     engine = programs_on(TINY, weights, make_mesh("data=4,tensor=2"))
     caches = started(engine)[0]._state.caches
     whole = sum(a.nbytes for c in caches.values() for a in (c.k, c.v))
-    assert {type(cache).__name__ for cache in caches.values()} == {"RingCache", "DenseCache"}
+    assert {cache.is_ring for cache in caches.values()} == {True, False}
     held = device_bytes([(c.k, c.v) for c in caches.values()])
     assert held <= 1.05 / 8 * whole
 
@@ -272,10 +272,10 @@ def test_a_bucket_of_rows_is_a_multiple_of_what_cuts_them(engines, alone):
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_repeated():
-    mesh, spec = make_mesh("data=4,tensor=2"), TINY.layers[0]
-    rows = [sharding.cache_sharding(mesh, TINY, spec, batch).spec[1] for batch in (8, 6)]
+    layout, spec = Layout(make_mesh("data=4,tensor=2")), TINY.layers[0]
+    rows = [layout.cache(TINY, spec, batch).spec[1] for batch in (8, 6)]
     assert rows == [("data", "fsdp"), None]
-    assert sharding.rows_sharding(mesh, 6).spec == PartitionSpec(None)
+    assert layout.rows(6).spec == PartitionSpec(None)
 
 
 def numpy_bytes() -> int:
@@ -487,7 +487,7 @@ def test_decoding_gathers_neither_a_cache_nor_a_weight(engines, axes):
     moved = [found[1] for found in COLLECTIVE.finditer(program.as_text())]
     assert not any("s32[8,2048]" in result or "s32[4,2048]" in result for result in moved)
     # And works on its share of the rows alone: eight, or four of them.
-    rows = 8 // engine.mesh.shape["data"]
+    rows = 8 // engine.layout.mesh.shape["data"]
     hidden = {result.partition("{")[0] for result in moved if ",80]" in result}
     assert hidden == {f"f32[{rows},80]", f"f32[{rows},1,80]"}
 
@@ -501,10 +501,7 @@ def test_decoding_on_a_mesh_writes_the_caches_in_place(engines, axes):
 
 
 def test_twin_without_held_caches_gathers_them(weights, monkeypatch):
-    def run(decoder, mesh, tokens, positions, caches, *rest, **options):
-        return decoder(tokens, positions, caches)
-
-    monkeypatch.setattr(programs, "run_decoder", run)
+    monkeypatch.setattr(cache.slots, "constrain", lambda blocks, sharding: blocks)
     assert decode_faults(programs_on(TINY, weights, make_mesh("data=2,tensor=4")))
 
 
@@ -568,5 +565,5 @@ def test_the_real_model_gives_the_same_text_on_a_mesh(gguf_path, axes):
     for mesh in (None, axes):
         one = model.load(gguf_path, layers="scan", mesh=mesh)
         texts.append([c.text for c in one.generate(prompt, max_new_tokens=12)])
-    assert default_layers(jnp.dtype(jnp.float32), on_mesh=True) == "unroll"
+    assert default_layers(jnp.dtype(jnp.float32), Layout(make_mesh(axes))) == "unroll"
     assert texts[0] == texts[1]

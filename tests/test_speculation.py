@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapters import build
+from caches import can_resume
 from golden.conditioned import conditioned_weights
 from scipy import stats
 from test_generate import CONFIG, assert_greedy, prompts, toy_tokenizer
@@ -18,6 +19,7 @@ from gemlax.engine.drafts import Proposer
 from gemlax.engine.state import State
 from gemlax.names import text_weights
 from gemlax.sampling import make_sampling
+from gemlax.sharding import Layout
 
 VOCAB = 512
 D = 3
@@ -192,10 +194,10 @@ def test_after_each_step_caches_hold_all_but_the_last_token_and_no_draft(oracle)
         seen.add(len(events[0].tokens))
         length += len(events[0].tokens)
         caches, kept = engine._state.caches, np.array([length - 1])
-        assert {type(held) for held in caches.values()} == {cache.DenseCache, cache.RingCache}
+        assert {stack.is_ring for stack in caches.values()} == {False, True}
         for held in caches.values():
             assert int(held.positions.max()) == kept[0] - 1
-        assert cache.holds(model.config.text, caches, kept).tolist() == [True]
+        assert can_resume(model.config.text, caches, kept).tolist() == [True]
     assert length == len(prompt) + len(plain.tokens)
     assert seen == {1, 2, 3, 4, 5}
 
@@ -232,17 +234,17 @@ def test_a_ring_too_short_for_the_drafts_is_refused_and_the_shortest_loses_nothi
     caches = cache.new_caches(config, 1, 1024, "float32", chunk=chunk)
     at = jnp.arange(200, dtype=jnp.int32)[None]
     for begin in range(0, 192, 8):
-        caches = cache.mark(caches, at[:, begin : begin + 8])
+        caches = cache.record_positions(caches, at[:, begin : begin + 8])
     for begin in range(192, 200):  # a step from `begin` whose drafts are all rejected
         steps = begin + jnp.arange(chunk, dtype=jnp.int32)[None]
-        after = cache.rollback(cache.mark(caches, steps), np.array([begin + 1]))
-        assert cache.holds(config, after, np.array([begin + 1])).tolist() == [True]
+        after = cache.rollback(cache.record_positions(caches, steps), np.array([begin + 1]))
+        assert can_resume(config, after, np.array([begin + 1])).tolist() == [True]
         longer = begin + jnp.arange(chunk + 1, dtype=jnp.int32)[None]
-        lost = cache.rollback(cache.mark(caches, longer), np.array([begin + 1]))
-        assert cache.holds(config, lost, np.array([begin])).tolist() == [False]
+        lost = cache.rollback(cache.record_positions(caches, longer), np.array([begin + 1]))
+        assert can_resume(config, lost, np.array([begin])).tolist() == [False]
         with pytest.raises(ValueError, match="tokens at a time"):
             caches["sliding_attention"].layer(0, longer, sliding, None)
-        caches = cache.mark(caches, at[:, begin : begin + 1])
+        caches = cache.record_positions(caches, at[:, begin : begin + 1])
 
 
 class Fixed:
@@ -281,7 +283,13 @@ def test_two_sampled_tokens_have_the_distribution_of_the_model(monkeypatch):
     assert Proposer(row).propose(2) == [2, 4]
     proposed = jnp.tile(jnp.asarray([[2, 4]], jnp.int32), (batch, 1))
     counts = jnp.where(jnp.arange(batch) % 2 == 0, 2, 0)
-    fixed_args = (None, vocab, None, False, None)  # graphdef, ids, mesh, log-probabilities, weights
+    fixed_args = (
+        None,
+        vocab,
+        Layout(),
+        False,
+        None,
+    )  # graphdef, ids, layout, log-probabilities, weights
     step = jax.jit(
         lambda s: programs.decode(
             *fixed_args, s, None, s.lengths < 9, jnp.int32(3), jnp.bool_(False)

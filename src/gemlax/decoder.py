@@ -166,15 +166,15 @@ class Decoder(nnx.Module):
                     f"kv_caches by kind needs the keys {', '.join(sorted(kinds))}; "
                     f"got {', '.join(map(str, kv_caches)) or 'none'}"
                 )
-            return run(x, step, kv.mark(kv_caches, step.positions, step.cache_rows))
+            return run(x, step, kv.record_positions(kv_caches, step.positions, step.cache_rows))
         if not isinstance(kv_caches, list):
             raise TypeError(
                 "kv_caches must be a list with one entry per layer that owns keys and values, a "
                 f"dict of stacked caches by kind, or None; got {type(kv_caches).__name__}"
             )
-        listed = kv.KVList(self.config, kv_caches, x.shape[0])
+        listed = kv.LayerListCache(self.config, kv_caches, x.shape[0])
         kvs = listed.by_kind() if self.layout == "scan" else listed.by_layer()
-        x, kvs = run(x, step, kv.mark(kvs, step.positions))
+        x, kvs = run(x, step, kv.record_positions(kvs, step.positions))
         return x, listed.write_back(kvs)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from gemlax import adapters as lora
-from gemlax import checkpoints, ops, sharding
+from gemlax import checkpoints, ops
 from gemlax import tokenizer as tokenizers
 from gemlax.adapters import DEFAULT, Choice
 from gemlax.chat import ChatFormat, Message
@@ -44,7 +44,7 @@ from gemlax.generation.answers import Answer, drive
 from gemlax.generation.defaults import read_defaults, tell
 from gemlax.generation.settings import describe
 from gemlax.ops.storage import Storage
-from gemlax.options import check_options, choose_mesh, read_dtype
+from gemlax.options import check_options, choose_layout, read_dtype
 from gemlax.quantization import (
     Rules,
     Texts,
@@ -55,6 +55,7 @@ from gemlax.quantization import (
 )
 from gemlax.sampling import check_integer
 from gemlax.scoring import Score, label_logprobs, windows
+from gemlax.sharding import Layout
 from gemlax.tokenizer import TextStream, Tokenizer
 from gemlax.tokenizer.load import FILES as TOKENIZER_FILES
 from gemlax.weights import build_decoder, held_formats, held_weights, named_weights, weight_reader
@@ -93,14 +94,13 @@ class Model:
         *,
         mesh: Mesh | None = None,
         kv_cache: Storage = None,
-        implementation: ops.Implementation | None = None,
+        implementation: ops.Backend | None = None,
         adapters: Mapping[str, lora.Stored] | None = None,
     ):
         self.adapters = dict(adapters or {})
         self._told = False  # that markers in a prompt are plain text
-        if mesh is not None and implementation is None:
-            implementation = "xla"  # a kernel would gather what the mesh cuts
-        self.implementation = implementation
+        self.layout = Layout(mesh, implementation)
+        self.implementation = self.layout.implementation
         self.config, self.decoder, self.tokenizer = config, decoder, tokenizer
         self.chat_template = chat_template
         self.generation_config = dict(generation_config or {})
@@ -115,21 +115,21 @@ class Model:
         )  # fmt: skip
         graphdef, self._state = nnx.split(decoder)
 
-        def jit(function: Callable[..., Array], **options: Any) -> Callable[..., Array]:
+        def jit(function: Callable[..., Array], shardings: Any = None) -> Callable[..., Array]:
             def whole(state: Any, tokens: Array, positions: Array, rows: Array | None) -> Array:
                 decoder = nnx.merge(graphdef, state)
                 hidden = decoder(tokens, positions, adapter_rows=rows)[0]
                 return function(decoder, hidden, tokens)
 
-            return jax.jit(ops.cpu.bind(implementation, whole), **options)
+            return self.layout.jit(whole, shardings)
 
         self._hidden = jit(lambda decoder, hidden, tokens: hidden)
         self._logits = jit(lambda decoder, hidden, tokens: decoder.logits(hidden))
         self._score = jit(
             lambda decoder, hidden, tokens: label_logprobs(
-                decoder, hidden[:, :-1], tokens[:, 1:], tokens[:, 1:] >= 0, mesh=mesh
+                decoder, hidden[:, :-1], tokens[:, 1:], tokens[:, 1:] >= 0, layout=self.layout
             ),
-            out_shardings=None if mesh is None else sharding.replicated(mesh),
+            self.layout.replicated,
         )
 
     def __reduce__(self) -> Any:
@@ -392,7 +392,7 @@ def load(
     kv_cache: Storage = None,
     quantize: Rules | None = None,
     calibration: Texts | None = None,
-    implementation: ops.Implementation | None = None,
+    implementation: ops.Backend | None = None,
     adapters: str | Path | Mapping[str, str | Path] | None = None,
 ) -> Model:
     """Load a model from a folder, a GGUF file, or a name; nothing is downloaded.
@@ -422,25 +422,25 @@ def load(
     """
     dtype = read_dtype(dtype)
     check_options(layers, kv_cache, implementation, quantize)
-    placed, implementation = choose_mesh(mesh, quantize, implementation)
-    with ops.implementation(implementation):
-        native = ops.cpu.live() is not None
+    layout = choose_layout(mesh, quantize, implementation)
+    with ops.implementation(layout.implementation):
+        native = ops.kernels_in_use() is not None
     with checkpoints.open_checkpoint(checkpoints.find(path_or_name)) as source:
         source.check()
         tokenizer = _tokenizer(source)
         stored = lora.read_folders(adapters, source.config.text, source.source)
         template = lora.template_of(stored, source.chat_template, source.source)
-        keeps = placed is None and (native or source.keeps_codes)
+        keeps = layout.mesh is None and (native or source.keeps_codes)
         rules = quantize or ("stored" if keeps else "dense")
         decoder = build_decoder(
             source.config.text, source.read, dtype=dtype, layers=layers, progress=progress,
-            mesh=placed, codes=codes_of(source, rules, calibration),
+            mesh=layout.mesh, codes=codes_of(source, rules, calibration),
         )  # fmt: skip
         decoder.base = lora.base_of(path_or_name, source.source, source.config)
         lora.put_folders(decoder, stored)
         return Model(
-            source.config, decoder, tokenizer, source.generation_config, template, mesh=placed,
-            kv_cache=kv_cache, implementation=implementation, adapters=stored,
+            source.config, decoder, tokenizer, source.generation_config, template, mesh=layout.mesh,
+            kv_cache=kv_cache, implementation=layout.implementation, adapters=stored,
         )  # fmt: skip
 
 

@@ -3,30 +3,30 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from gemlax import ops, sharding
+from gemlax import ops
 from gemlax.errors import RequestError
 from gemlax.quantization import Rules, check_rules
+from gemlax.sharding import Layout, make_mesh
 
-__all__ = ["check_options", "choose_mesh", "read_dtype"]
+__all__ = ["check_options", "choose_layout", "read_dtype"]
 
 
-def choose_mesh(mesh: Any, quantize: Rules | None, implementation: Any) -> tuple[Mesh | None, Any]:
-    """Return the mesh, and the implementation: no kernel reads codes that are cut over devices."""
+def choose_layout(mesh: Any, quantize: Rules | None, implementation: Any) -> Layout:
+    """Return where the model lies: no kernel reads what is cut over devices."""
     if mesh is None:
-        return None, implementation
-    if quantize == "stored" or (quantize not in (None, "dense") and implementation == "cpu"):
+        return Layout(None, implementation)
+    if quantize == "stored" or implementation == "cpu":
         raise RequestError(
             "a file's own codes and native kernels need one device; on a mesh quantize= takes "
             "'int8', 'int4', 'nf4' or rules, and XLA decodes them"
         )
-    return sharding.make_mesh(mesh), implementation if quantize in (None, "dense") else "xla"
+    return Layout(make_mesh(mesh))
 
 
 def check_options(layers: Any, kv_cache: Any, implementation: Any, quantize: Any) -> None:
     """Check options of `load` before anything is read."""
-    ops.backend()  # says what is wrong with jax, if anything
+    ops.platform()  # says what is wrong with jax, if anything
     if layers not in (None, "scan", "unroll"):
         raise RequestError(f"layers must be 'scan', 'unroll' or None, got {layers!r}")
     if kv_cache not in (None, "int8"):
@@ -40,12 +40,9 @@ def read_dtype(given: Any) -> jnp.dtype:
     """Return a dtype given by any of its names, of NumPy, jax or torch; None and "auto": ours.
 
     Ours is float32 on CPU and bfloat16 elsewhere.
-
-    Raises:
-        RequestError: another one.
     """
     if given is None or (isinstance(given, str) and given == "auto"):
-        return jnp.dtype(jnp.float32 if ops.backend() == "cpu" else jnp.bfloat16)
+        return jnp.dtype(jnp.float32 if ops.platform() == "cpu" else jnp.bfloat16)
     name = str(given)
     short = name.removeprefix("torch.")
     short = {"fp32": "float32", "bf16": "bfloat16"}.get(short, short)

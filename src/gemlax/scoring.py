@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from gemlax import ops, sharding
+from gemlax import ops
 from gemlax.decoder import Decoder
 from gemlax.qtensor import shape_of
+from gemlax.sharding import ONE_DEVICE, Layout
 
 __all__ = ["Score", "label_logprobs", "windows"]
 
@@ -52,16 +52,16 @@ def label_logprobs(
     wanted: Bool[Array, "B T"],
     *,
     frozen: bool = True,
-    mesh: Mesh | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> Float[Array, "B T"]:
     """Return the log-probability of each label where `wanted`, elsewhere 0.
 
     Args:
         frozen: what makes the logits gets no gradient.
-        mesh: over which the decoder's weights lie.
+        layout: of the decoder's weights.
     """
     table = decoder.head.weight.get_value()
-    shards, groups = sharding.parts(mesh, "vocab"), sharding.parts(mesh, "batch")
+    shards, groups = layout.parts("vocab"), layout.parts("batch")
     shards = shards if shape_of(table)[0] % shards == 0 else 1
     groups = groups if len(labels) % groups == 0 else 1
     head = ops.Head(table, decoder.config.final_logit_softcapping, frozen, shards)

@@ -1,17 +1,17 @@
-"""Meshes: over which devices each axis of a weight or a cache is cut.
+"""Where arrays lie: over which devices of a mesh each axis of a weight or a cache is cut.
 
 Layers name logical axes ("heads", "mlp"); one table maps them to the axes of a mesh, and no other
 file names those. Heads are never cut inside a head: where the devices do not divide a layer's
-heads, the layer's attention is held whole on each of them.
+heads, the layer's attention is held whole on each of them. On one device a sharding is None.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -21,15 +21,16 @@ from gemlax.errors import RequestError
 
 __all__ = [
     "AXES",
+    "ONE_DEVICE",
     "RULES",
-    "Placed",
-    "cache_sharding",
+    "Layout",
+    "constrain",
     "make_mesh",
     "parts",
     "put",
     "replicated",
-    "rows_sharding",
     "weight_sharding",
+    "without_layers",
 ]
 
 # Neighbours in the last axis are nearest to each other: it has the most to say.
@@ -52,7 +53,7 @@ def make_mesh(axes: str | Mapping[str, int] | Mesh) -> Mesh:
     A `Mesh` is checked and returned: its axes are some of `AXES`, of type Auto.
 
     Raises:
-        RequestError: an axis that is unknown or named twice, a size that is no positive integer,
+        RequestError: an axis that is unknown or named twice, a size that is not a positive integer,
             or sizes whose product is not the number of devices.
     """
     if isinstance(axes, Mesh):
@@ -68,7 +69,7 @@ def make_mesh(axes: str | Mapping[str, int] | Mesh) -> Mesh:
             raise RequestError(f"mesh axis {name!r} is unknown; there are {', '.join(AXES)}")
         if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
             raise RequestError(f"mesh axis {name!r} must be a positive integer, got {size!r}")
-    ops.backend()  # says what is wrong, if anything
+    ops.platform()  # says what is wrong, if anything
     count = jax.device_count()
     if math.prod(sizes.values()) != count:
         named = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
@@ -91,9 +92,9 @@ def _parse(text: str) -> dict[str, Any]:
     return sizes
 
 
-def parts(mesh: Mesh | AbstractMesh | None, axis: str) -> int:
+def parts(mesh: Mesh | AbstractMesh, axis: str) -> int:
     """Return into how many parts a mesh cuts a logical axis that it can divide."""
-    return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in RULES[axis])
+    return math.prod(mesh.shape.get(name, 1) for name in RULES[axis])
 
 
 def weight_sharding(
@@ -109,9 +110,6 @@ def weight_sharding(
 
     Args:
         name: canonical; the `LayerSpec` of its layer says how many heads there are.
-
-    Raises:
-        RequestError: an axis that the mesh does not divide and that is no axis of heads.
     """
     layer = name.split(".")[1]
     spec = config.layers[int(layer)] if name.startswith("layers.") else None
@@ -140,76 +138,92 @@ def _cuts_heads(mesh: Mesh, config: TextConfig, spec: LayerSpec) -> dict[str, bo
     return {"heads": heads, "kv_heads": heads and kv_heads}
 
 
-def cache_sharding(mesh: Mesh, config: TextConfig, spec: LayerSpec, batch: int) -> NamedSharding:
-    """Return how keys and values [n, B, S, K, ...] are cut: by rows and, if that goes, by heads."""
-    heads = RULES["kv_heads"] if _cuts_heads(mesh, config, spec)["kv_heads"] else None
-    return NamedSharding(mesh, PartitionSpec(None, _rows(mesh, batch), None, heads))
-
-
-def rows_sharding(mesh: Mesh, batch: int) -> NamedSharding:
-    """Return how an array [B, ...] is cut by rows: not at all where the mesh does not divide B."""
-    return NamedSharding(mesh, PartitionSpec(_rows(mesh, batch)))
-
-
-def _rows(mesh: Mesh, batch: int) -> tuple[str, ...] | None:
-    return RULES["batch"] if batch % parts(mesh, "batch") == 0 else None
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put(tree: Any, sharding: NamedSharding) -> Any:
-    """Lay out arrays of the host, which every process has alike, over the devices of a mesh."""
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where a model's arrays lie and what computes with them: one device, or all those of a mesh.
+
+    On a mesh that is XLA, whatever was asked for: a native kernel would gather what the mesh cuts.
+    """
+
+    mesh: Mesh | None = None
+    implementation: ops.Backend | None = None
+
+    def __post_init__(self) -> None:
+        """Choose XLA on a mesh."""
+        if self.mesh is not None:
+            object.__setattr__(self, "implementation", "xla")
+
+    def parts(self, axis: str) -> int:
+        """Return into how many parts a logical axis is cut that can be divided."""
+        return 1 if self.mesh is None else parts(self.mesh, axis)
+
+    @property
+    def replicated(self) -> NamedSharding | None:
+        """The sharding of what every device holds whole."""
+        return self._sharding()
+
+    def rows(self, batch: int, axis: int = 0) -> NamedSharding | None:
+        """Return how an array is cut whose `axis` is a batch: not at all where that does not go."""
+        return self._sharding(*(None,) * axis, self._rows(batch))
+
+    def cache(self, config: TextConfig, spec: LayerSpec, batch: int) -> NamedSharding | None:
+        """Return how keys and values [n, B, S, K, ...] are cut: by rows and heads, if that goes."""
+        if self.mesh is None:
+            return None
+        heads = RULES["kv_heads"] if _cuts_heads(self.mesh, config, spec)["kv_heads"] else None
+        return self._sharding(None, self._rows(batch), None, heads)
+
+    def jit(self, function: Callable[..., Any], shardings: Any = None, **options: Any) -> Any:
+        """Return `jax.jit` of a function, traced for the implementation of this layout.
+
+        `shardings`: of its results on a mesh; None: XLA chooses.
+        """
+        if self.mesh is not None:
+            options["out_shardings"] = shardings
+        return jax.jit(ops.implementation(self.implementation)(function), **options)
+
+    def make(
+        self, function: Callable[..., Any], shardings_of: Callable[[Any], Any], *args: Any
+    ) -> Any:
+        """Run what makes arrays; on a mesh each device makes its own part.
+
+        `shardings_of` gives the shardings of its results, by their shapes.
+        """
+        if self.mesh is None:
+            return function(*args)
+        shardings = shardings_of(jax.eval_shape(function, *args))
+        return jax.jit(function, out_shardings=shardings)(*args)
+
+    def _rows(self, batch: int) -> tuple[str, ...] | None:
+        return RULES["batch"] if batch % self.parts("batch") == 0 else None
+
+    def _sharding(self, *spec: tuple[str, ...] | None) -> NamedSharding | None:
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(*spec))
+
+
+ONE_DEVICE = Layout()
+
+
+def without_layers(sharding: NamedSharding | None) -> NamedSharding | None:
+    """Return the sharding of one layer of a stack."""
+    return sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+
+def put(tree: Any, sharding: NamedSharding | None) -> Any:
+    """Lay out arrays of the host, which every process has alike, over the devices."""
+    if sharding is None:
+        return jax.tree.map(jnp.asarray, tree)
     return jax.tree.map(
         lambda x: jax.make_array_from_callback(np.shape(x), sharding, np.asarray(x).__getitem__),
         tree,
     )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Placed:
-    """A stacked cache whose K/V heads stay cut as they are while layers attend to it.
-
-    Left alone, XLA cuts heads that are repeated the way it cuts the queries: all of the cache, for
-    each block that is read, and it gathers the cache when the layers are done.
-    """
-
-    cache: Any
-    sharding: NamedSharding = dataclasses.field(metadata={"static": True})
-
-    def layer(self, *args: Any) -> "PlacedView":
-        """Return the view of one layer, as the cache itself does."""
-        spec = PartitionSpec(*self.sharding.spec[1:])  # of a block: without the axis of layers
-        hold = functools.partial(
-            jax.lax.with_sharding_constraint, shardings=NamedSharding(self.sharding.mesh, spec)
-        )
-        return PlacedView(self.cache.layer(*args)._replace(hold=hold), self.sharding)
-
-
-@dataclasses.dataclass(frozen=True)
-class PlacedView:
-    """The view of one layer of a `Placed` cache."""
-
-    view: Any
-    sharding: NamedSharding
-
-    @property
-    def positions(self) -> Any:
-        """The positions of this step's tokens, [B, T]."""
-        return self.view.positions
-
-    @property
-    def cache(self) -> Placed:
-        """The cache with what was written."""
-        return Placed(self.view.cache, self.sharding)
-
-    def update(self, k: Any, v: Any) -> "PlacedView":
-        """Take in this step's keys and values, [B, T, K, H]."""
-        return PlacedView(self.view.update(k, v), self.sharding)
-
-    def attend(self, q: Any, *, window: int | None, scale: float) -> Any:
-        """Attend to all that was taken in, up to now."""
-        return self.view.attend(q, window=window, scale=scale)
+def constrain(tree: Any, sharding: NamedSharding | None) -> Any:
+    """Hold traced arrays to a sharding."""
+    return tree if sharding is None else jax.lax.with_sharding_constraint(tree, sharding)

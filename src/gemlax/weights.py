@@ -23,6 +23,7 @@ from gemlax.decoder import Decoder, Layers, Read, weight_path
 from gemlax.formats import Coded, Format, decode
 from gemlax.names import text_weights
 from gemlax.qtensor import Mixed, QTensor, Split, from_numpy, pack_bfloat16
+from gemlax.sharding import ONE_DEVICE, Layout
 
 __all__ = [
     "Codes",
@@ -42,7 +43,7 @@ __all__ = [
 _ALIGNMENT = 64
 
 
-def default_layers(dtype: jnp.dtype, *, on_mesh: bool = False) -> Layers:
+def default_layers(dtype: jnp.dtype, layout: Layout = ONE_DEVICE) -> Layers:
     """Return the faster layout of this backend.
 
     Measured for Gemma 3 270M on two cores (docs/performance.md): a scanned step of float32 takes as
@@ -50,9 +51,10 @@ def default_layers(dtype: jnp.dtype, *, on_mesh: bool = False) -> Layers:
     mesh, about a third longer. bfloat16 unrolled holds a float32 copy of most of the model as
     temporaries and is no faster.
     """
-    if ops.backend() != "cpu" or jnp.dtype(dtype) != jnp.float32:
+    if ops.platform() != "cpu" or jnp.dtype(dtype) != jnp.float32:
         return "scan"
-    return "unroll" if on_mesh or ops.cpu.live() is None else "scan"
+    with ops.implementation(layout.implementation):
+        return "scan" if ops.kernels_in_use() else "unroll"
 
 
 # Writes the weight of a canonical name into an array.
@@ -89,9 +91,7 @@ def build_decoder(
         RequestError: a weight that the mesh does not divide.
     """
     dtype = jnp.dtype(dtype)
-    layers = layers or (
-        "scan" if codes is not None else default_layers(dtype, on_mesh=mesh is not None)
-    )
+    layers = layers or ("scan" if codes is not None else default_layers(dtype, Layout(mesh)))
     placed = {} if mesh is None else place(config, layers, mesh).shardings
     graphdef, flat = abstract_decoder(config, layers, read, dtype)
     total = sum(v.get_value().size for v in flat.values()) * dtype.itemsize
@@ -102,7 +102,7 @@ def build_decoder(
         held: Any = None
         if codes is not None and "matrix" in metadata:
             held = _hold_codes(shape, names, codes, fill, dtype)
-            held = held if mesh is None or held is None else _cut_codes(held, placed[path])
+            held = None if held is None else _cut_codes(held, placed.get(path))
         parts = None if held is not None else _Parts(shape, dtype, placed.get(path))
         for row, name in names:
             if parts is not None:
@@ -157,11 +157,13 @@ def _hold_codes(
     return Mixed(tuple(parts), jnp.asarray(which), jnp.asarray(row))
 
 
-def _cut_codes(held: QTensor | Mixed, how: NamedSharding) -> Any:
+def _cut_codes(held: QTensor | Mixed, how: NamedSharding | None) -> Any:
     """Lay out codes and scales over a mesh as their weight is; rows stay whole where not both go.
 
     No native kernel reads them there.
     """
+    if how is None:
+        return held
     spec = (*how.spec, *(None,) * (len(held.shape) - len(how.spec)))
     arrays = [a for a in jax.tree.leaves(held) if a.ndim == len(spec)]
     names = (spec[-1],) if isinstance(spec[-1], str) else spec[-1] or ()
@@ -369,7 +371,7 @@ class _Parts:
         if self.placed is None:
             ((_, whole),) = self.parts.values()
             bits = "matrix" in metadata and whole.dtype == jnp.bfloat16
-            if bits and ops.backend() == "cpu":
+            if bits and ops.platform() == "cpu":
                 return pack_bfloat16(whole)
             return jax.device_put(whole)
         shards = [

@@ -27,14 +27,9 @@ class PagedPool(NamedTuple):
     pages: Any
 
     def layer(
-        self, row: Any, positions: Array, spec: LayerSpec, metadata: Any, rows: Any = None
+        self, layer: Any, positions: Array, spec: LayerSpec, metadata: Any, rows: Any = None
     ) -> "PageView":
-        """Return the view of one layer.
-
-        Raises:
-            TypeError: there is no `attention_metadata`.
-            ValueError: tokens in several rows, or `rows`, which pages do not have.
-        """
+        """Return the view of one layer."""
         if rows is not None:
             raise ValueError("cache_rows are for stacked caches; pages have block tables")
         if metadata is None:
@@ -43,7 +38,7 @@ class PagedPool(NamedTuple):
             raise ValueError(
                 f"a cache of pages takes flat tokens [T] or [1, T], got {positions.shape[0]} rows"
             )
-        return PageView(self, row, positions, metadata, spec.num_key_value_heads)
+        return PageView(self, layer, positions, metadata, spec.num_key_value_heads)
 
 
 def new_pools(
@@ -67,10 +62,6 @@ def metadata_by_kind(config: TextConfig, metadata: Any) -> dict[Kind, Any]:
         metadata: one for all layers; a dict by kind; or, as tpu-inference groups them, a dict by
             layer, "layer.0" and so on, in which all layers of a kind have the same object. Layers
             that share keys and values may be left out of the last.
-
-    Raises:
-        TypeError: a dict with other keys.
-        ValueError: layers of one kind with different metadata.
     """
     if not isinstance(metadata, dict):
         return dict.fromkeys(KINDS, metadata)
@@ -83,31 +74,31 @@ def metadata_by_kind(config: TextConfig, metadata: Any) -> dict[Kind, Any]:
             f"attention_metadata in a dict needs the keys {', '.join(KINDS)}, or layer.0 to "
             f"layer.{len(names) - 1}; got {', '.join(map(str, metadata)) or 'none'}"
         )
-    found: dict[Kind, Any] = dict.fromkeys(KINDS)
+    by_kind: dict[Kind, Any] = dict.fromkeys(KINDS)
     for name, entry in metadata.items():
         kind = names[name].kind
-        if found[kind] is None:
-            found[kind] = entry
-        elif found[kind] is not entry:
+        if by_kind[kind] is None:
+            by_kind[kind] = entry
+        elif by_kind[kind] is not entry:
             raise ValueError(
                 f"attention_metadata[{name!r}] is another object than that of the {kind} layers "
                 "before it: all layers of a kind must share one"
             )
-    return found
+    return by_kind
 
 
 class PageView(NamedTuple):
-    """Layer `row` of a pool, for the tokens of one step."""
+    """A layer of a pool, for the tokens of one step."""
 
     cache: PagedPool
-    row: Any  # int32 scalar
+    layer: Any  # int32 scalar
     positions: Any  # [1, T]
     metadata: Any  # ops.AttentionMetadata
     num_kv_heads: int
 
     def update(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "PageView":
         """Write this step's tokens into their pages, and nothing else."""
-        flat = ops.write_pages(self._flat(), k[0], v[0], self.metadata, self._first())
+        flat = ops.write_pages(self._flat(), k[0], v[0], self.metadata, self._first_block())
         return self._replace(cache=PagedPool(flat.reshape(self.cache.pages.shape)))
 
     def attend(
@@ -118,7 +109,7 @@ class PageView(NamedTuple):
             q[0],
             self._flat(),
             self.metadata,
-            self._first(),
+            self._first_block(),
             num_kv_heads=self.num_kv_heads,
             window=window,
             scale=scale,
@@ -129,5 +120,5 @@ class PageView(NamedTuple):
         """Return the pages of all layers in a row: a reshape, no copy."""
         return self.cache.pages.reshape(-1, *self.cache.pages.shape[2:])
 
-    def _first(self) -> Array:
-        return jnp.asarray(self.row * self.cache.pages.shape[1], jnp.int32)
+    def _first_block(self) -> Array:
+        return jnp.asarray(self.layer * self.cache.pages.shape[1], jnp.int32)

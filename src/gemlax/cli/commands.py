@@ -206,8 +206,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _describe_model(args: argparse.Namespace) -> dict[str, Any]:
-    from gemlax import cost
-    from gemlax.ops import cpu
+    from gemlax import cost, ops
     from gemlax.presets import PRESETS, preset
 
     stored = None
@@ -224,7 +223,7 @@ def _describe_model(args: argparse.Namespace) -> dict[str, Any]:
     context = text.max_position_embeddings if args.context is None else args.context
     if context < 1:
         raise Error(f"--context must be at least 1, got {context}")
-    count, kernels = cost.parameters(text), cpu.kernels()
+    count, kernels = cost.parameters(text), ops.kernels()
     return {
         "model": name,
         "stored_as": stored or "preset (no weights)",

@@ -8,7 +8,7 @@
 from gemlax.engine.compiled import Counters, Programs, bucket
 from gemlax.engine.drafts import MAX_DRAFTS
 from gemlax.engine.engine import Engine
-from gemlax.engine.programs import MAX_STEPS, cache_sharding, run_decoder
+from gemlax.engine.programs import MAX_STEPS
 from gemlax.engine.request import STOP_PLACES, Event, FinishReason, Request, Usage
 
 __all__ = [
@@ -23,6 +23,4 @@ __all__ = [
     "Request",
     "Usage",
     "bucket",
-    "cache_sharding",
-    "run_decoder",
 ]

@@ -1,9 +1,9 @@
 """Compiles the device programs of one decoder, once per bucket, and counts what is run."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -12,12 +12,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from gemlax import ops, sharding
+from gemlax import ops
 from gemlax.cache import Caches, new_caches, resume
 from gemlax.decoder import Decoder
 from gemlax.engine import programs
 from gemlax.engine.state import Joining, State, join, new_rows
 from gemlax.ops.storage import Storage
+from gemlax.sharding import Layout, put
 
 __all__ = ["Counters", "Programs", "bucket"]
 
@@ -27,7 +28,7 @@ def bucket(size: int, smallest: int = 1) -> int:
     return max(smallest, 1 << max(size - 1, 0).bit_length())
 
 
-@dataclass
+@dataclasses.dataclass
 class Counters:
     """What was done, for tests and reports: counts, and seconds by the wall clock.
 
@@ -42,8 +43,10 @@ class Counters:
     compile_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    keys: list[tuple] = field(default_factory=list)
-    compile_times: dict[tuple, tuple[float, float]] = field(default_factory=dict)
+    keys: list[tuple[object, ...]] = dataclasses.field(default_factory=list)
+    compile_times: dict[tuple[object, ...], tuple[float, float]] = dataclasses.field(
+        default_factory=dict
+    )
 
 
 class Programs:
@@ -63,7 +66,7 @@ class Programs:
         dtype: jnp.dtype,
         mesh: Mesh | None = None,
         storage: Storage = None,
-        implementation: ops.Implementation | None = None,
+        implementation: ops.Backend | None = None,
         adapters: Sequence[str] = (),
     ):
         """Split the decoder; nothing is compiled yet.
@@ -72,33 +75,32 @@ class Programs:
         `storage` is that of the caches (`new_caches`), `implementation` that of stored weights and
         attention (`ops.implementation`).
         """
-        self.config, self.dtype, self.mesh = decoder.config, dtype, mesh
+        self.config, self.dtype = decoder.config, dtype
+        self.layout = Layout(mesh, implementation)
         self.storage: Storage = storage
         self.adapters = tuple(adapters)
         self.num_tokens = num_tokens
         self.counters = Counters()
         self._graphdef, self._weights = nnx.split(decoder)
-        if mesh is not None and implementation is None:
-            implementation = "xla"  # a kernel would gather what the mesh cuts
-        self._bind = functools.partial(ops.cpu.bind, implementation)
-        self.compiled: dict[tuple, Any] = {}
+        self.compiled: dict[tuple[object, ...], Any] = {}
 
     def put(self, tree: Any) -> Any:
         """Bring arrays of the host, which every process has alike, to all devices."""
-        if self.mesh is None:
-            return jax.tree.map(jnp.asarray, tree)
-        return sharding.put(tree, sharding.replicated(self.mesh))
+        return put(tree, self.layout.replicated)
 
     def num_slots(self, requests: int) -> int:
         """Return how many slots the bucket of so many requests has: what cuts them divides it."""
-        cuts = sharding.parts(self.mesh, "batch")
+        cuts = self.layout.parts("batch")
         return -(-bucket(requests) // cuts) * cuts
 
     def new_state(self, num_slots: int, capacity: int, places: Sequence[int]) -> State:
         """Allocate a state in which every slot is free; `places`: see `new_rows`."""
         caches = self._make_caches(
-            lambda: new_caches(self.config, num_slots, capacity, self.dtype, storage=self.storage)
-        )
+            lambda: new_caches(
+                self.config, num_slots, capacity, self.dtype,
+                storage=self.storage, layout=self.layout,
+            )
+        )  # fmt: skip
         rows = new_rows(num_slots, capacity, self.num_tokens, places)
         adapters = np.zeros(num_slots, np.int32) if self.adapters else None
         return State(caches, **self.put(rows), adapters=self.put(adapters))
@@ -117,16 +119,14 @@ class Programs:
         return state._replace(caches=caches, tokens=self.put(tokens), settings=self.put(settings))
 
     def _make_caches(self, make: Any, *args: Any) -> Caches:
-        """Run what makes caches; on a mesh each device makes its own part."""
-        if self.mesh is None:
-            return make(*args)
-        placed = {}
-        for kind, cache in jax.eval_shape(make, *args).items():
-            batch = len(cache.positions)
-            held = programs.cache_sharding(self.mesh, self.config, kind, batch)
-            rows = sharding.rows_sharding(self.mesh, batch)
-            placed[kind] = cache._replace(k=held, v=held, positions=rows)
-        return jax.jit(make, out_shardings=placed)(*args)
+        return self.layout.make(make, self._cache_shardings, *args)
+
+    def _cache_shardings(self, caches: Caches) -> Caches:
+        def shardings(cache: Any) -> Any:
+            rows = self.layout.rows(len(cache.positions))
+            return dataclasses.replace(cache, k=cache.sharding, v=cache.sharding, positions=rows)
+
+        return {kind: shardings(cache) for kind, cache in caches.items()}
 
     def join(self, state: State, new: Joining) -> State:
         """Write a request into its slot."""
@@ -137,11 +137,12 @@ class Programs:
         self, state: State, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray | None
     ) -> State:
         """Write tokens [b, T] of some slots into the caches."""
-        parts = (self._by_rows(tokens), self._by_rows(positions), self.put(rows))
+        by_rows = self.layout.rows(len(tokens))
+        parts = (*put((tokens, positions), by_rows), self.put(rows))
         args = (self._weights, state, *parts)
 
         def make() -> Any:
-            return functools.partial(programs.prefill, self._graphdef, self.mesh)
+            return functools.partial(programs.prefill, self._graphdef)
 
         run = self._program("prefill", tokens.shape, make, args, donated=1)
         begin = time.perf_counter()
@@ -165,7 +166,7 @@ class Programs:
         """Run up to `steps` decode steps of some slots; see `programs.decode`."""
 
         def make() -> Any:
-            fixed = (self._graphdef, self.num_tokens, self.mesh, logprobs)
+            fixed = (self._graphdef, self.num_tokens, self.layout, logprobs)
             return functools.partial(programs.decode, *fixed)
 
         rest = self.put((rows, running, np.int32(steps), np.bool_(eager)))
@@ -184,14 +185,19 @@ class Programs:
         """Run one step of some slots with drafts; see `programs.verify`."""
 
         def make() -> Any:
-            fixed = (self._graphdef, self.num_tokens, self.mesh, logprobs)
+            fixed = (self._graphdef, self.num_tokens, self.layout, logprobs)
             return functools.partial(programs.verify, *fixed)
 
         rest = self.put((rows, running, drafts, counts))
         return self._decode("verify", (*drafts.shape, logprobs), make, state, rest)
 
     def _decode(
-        self, name: str, shape: tuple, make: Callable[[], Any], state: State, rest: tuple
+        self,
+        name: str,
+        shape: tuple[object, ...],
+        make: Callable[[], Any],
+        state: State,
+        rest: tuple[object, ...],
     ) -> tuple[State, programs.Output]:
         args = (self._weights, state, *rest)
         run = self._program(name, shape, make, args, donated=1)
@@ -203,41 +209,44 @@ class Programs:
         self.counters.decode_tokens += int(output.counts.sum())
         return state, output
 
-    def smallest(self, name: str, state: State, rows: int, rest: tuple, slack: int) -> int:
+    def smallest(
+        self, name: str, state: State, rows: int, rest: tuple[object, ...], slack: int
+    ) -> int:
         """Return the bucket of so many rows.
 
         It is the smallest one that is compiled and at most `slack` times as large as needed, else
-        the next power of two. `rest` is what else tells programs of this name apart.
+        the next power of two; on a mesh, all slots. `rest` is what else tells programs of this
+        name apart.
         """
+        if self.layout.mesh is not None:
+            return len(state.lengths)
         needed = min(bucket(rows), len(state.lengths))
-        sizes = [
+        sizes: list[Any] = [
             key[2]
             for key in self.compiled
             if key[:2] == (name, _shape_of(state)) and key[3:] == rest
         ]
         return min((size for size in sizes if rows <= size <= slack * needed), default=needed)
 
-    def _by_rows(self, array: np.ndarray) -> Any:
-        if self.mesh is None:
-            return self.put(array)
-        return sharding.put(array, sharding.rows_sharding(self.mesh, len(array)))
-
     def _program(
-        self, name: str, shape: tuple, make: Callable[[], Any], args: tuple, *, donated: int
+        self,
+        name: str,
+        shape: tuple[object, ...],
+        make: Callable[[], Any],
+        args: tuple[Any, ...],
+        *,
+        donated: int,
     ) -> Any:
         """Return the compiled program of a bucket; compile it at first use."""
         ops.check_compiles("generating")
         key = (name, _shape_of(args[donated]), *shape)
         if key not in self.compiled:
             begin = time.perf_counter()
-            options: dict[str, Any] = {}
-            if self.mesh is not None:  # the state stays where it lies, the output is everywhere
-                placed = jax.tree.map(lambda x: x.sharding, args[donated])
-                everywhere = sharding.replicated(self.mesh)
-                alone = name in ("join", "prefill")
-                options["out_shardings"] = placed if alone else (placed, everywhere)
-            jitted = jax.jit(self._bind(make()), donate_argnums=donated, **options)
-            lowered = jitted.lower(*args)
+            # The state stays where it lies; every device gets the output.
+            shardings = jax.tree.map(lambda x: x.sharding, args[donated])
+            if name not in ("join", "prefill"):
+                shardings = (shardings, self.layout.replicated)
+            lowered = self.layout.jit(make(), shardings, donate_argnums=donated).lower(*args)
             traced = time.perf_counter()
             self.compiled[key] = lowered.compile()
             end = time.perf_counter()

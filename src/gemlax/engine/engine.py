@@ -164,7 +164,7 @@ class Engine:
             self._scheduler.filled(chunk)
 
     def _call_rows(
-        self, name: str, rows: list[Row], rest: tuple, slack: int = 2
+        self, name: str, rows: list[Row], rest: tuple[object, ...], slack: int = 2
     ) -> tuple[np.ndarray | None, list[int]]:
         """Return the slots of a call, and where each row lies in it; a bucket is filled up.
 
@@ -173,7 +173,7 @@ class Engine:
         """
         assert self._state is not None
         size = self._programs.smallest(name, self._state, len(rows), rest, slack)
-        if self._programs.mesh is not None or size == self._num_slots:
+        if size == self._num_slots:
             used = [row.slot for row in rows]
             return None, used + [slot for slot in range(self._num_slots) if slot not in used]
         slots = np.zeros(size, np.int32)

@@ -11,17 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int
 
-from gemlax import ops, sampling, sharding
-from gemlax.cache import Caches, mark, rollback_rows
-from gemlax.config import Kind, TextConfig
+from gemlax import ops, sampling
+from gemlax.cache import Caches, rollback
 from gemlax.decoder import Decoder
 from gemlax.engine.state import State
 from gemlax.sampling import Sampling
+from gemlax.sharding import Layout, constrain
 
-__all__ = ["MAX_STEPS", "Output", "cache_sharding", "decode", "prefill", "run_decoder", "verify"]
+__all__ = ["MAX_STEPS", "Output", "decode", "prefill", "verify"]
 
 # The most decode steps of one call: the width of what it returns.
 MAX_STEPS = 128
@@ -49,7 +48,6 @@ class _Fixed(NamedTuple):
 
     decoder: Decoder
     num_tokens: int
-    mesh: Mesh | None
     rows: Array | None
     adapters: Array | None
     prompts: Array
@@ -60,7 +58,6 @@ class _Fixed(NamedTuple):
 
 def prefill(
     graphdef: Any,
-    mesh: Mesh | None,
     weights: Any,
     state: State,
     tokens: Int[Array, "b T"],
@@ -70,14 +67,14 @@ def prefill(
     """Write one chunk into the caches. The hidden states are dropped, and what makes only them."""
     decoder = nnx.merge(graphdef, weights)
     chosen = _take(state.adapters, rows)
-    _, caches = run_decoder(decoder, mesh, tokens, positions, state.caches, rows, chosen)
+    _, caches = decoder(tokens, positions, state.caches, cache_rows=rows, adapter_rows=chosen)
     return state._replace(caches=caches)
 
 
 def decode(
     graphdef: Any,
     num_tokens: int,
-    mesh: Mesh | None,
+    layout: Layout,
     logprobs: bool,
     weights: Any,
     state: State,
@@ -87,7 +84,7 @@ def decode(
     eager: Bool[Array, ""],
 ) -> tuple[State, Output]:
     """Run up to `steps` decode steps; stop when no row runs, or with `eager` when one ends."""
-    fixed = _fixed(graphdef, num_tokens, mesh, weights, state, rows, running)
+    fixed = _fixed(graphdef, num_tokens, weights, state, rows, running)
     local = _local(fixed, state, running, MAX_STEPS, logprobs)
 
     def more(carry: tuple[Array, Caches, _Local]) -> Array:
@@ -97,14 +94,14 @@ def decode(
 
     def step(carry: tuple[Array, Caches, _Local]) -> tuple[Array, Caches, _Local]:
         index, caches, now = carry
-        now = _replicated(mesh, now)
+        now = constrain(now, layout.replicated)  # every device knows what every row has said
         last = now.lengths - 1
         # A row that does not run writes nothing: neither cache nor token.
         positions = jnp.where(now.running, last, ops.EMPTY)[:, None]
         current = jnp.take_along_axis(now.tokens, last[:, None], axis=1)
         current = jnp.where(now.running[:, None], current, 0)
-        hidden, caches = run_decoder(
-            fixed.decoder, mesh, current, positions, caches, rows, fixed.adapters
+        hidden, caches = fixed.decoder(
+            current, positions, caches, cache_rows=rows, adapter_rows=fixed.adapters
         )
         raw = fixed.decoder.logits(hidden[:, 0])[:, :num_tokens]
         return index + 1, caches, _append(fixed, raw, now, index)
@@ -116,7 +113,7 @@ def decode(
 def verify(
     graphdef: Any,
     num_tokens: int,
-    mesh: Mesh | None,
+    layout: Layout,
     logprobs: bool,
     weights: Any,
     state: State,
@@ -130,17 +127,17 @@ def verify(
     A row goes on while what it samples is what was drafted. So each token is drawn from the logits
     after the tokens before it, with its own key, as without drafts: nothing has to be corrected.
     """
-    fixed = _fixed(graphdef, num_tokens, mesh, weights, state, rows, running)
+    fixed = _fixed(graphdef, num_tokens, weights, state, rows, running)
     width = drafts.shape[1] + 1
-    local = _replicated(mesh, _local(fixed, state, running, width, logprobs))
+    local = constrain(_local(fixed, state, running, width, logprobs), layout.replicated)
     last = local.lengths - 1
     order = jnp.arange(width, dtype=jnp.int32)[None]
     wanted = (order <= counts[:, None]) & running[:, None]
     positions = jnp.where(wanted, last[:, None] + order, ops.EMPTY)
     current = jnp.take_along_axis(local.tokens, last[:, None], axis=1)
     current = jnp.where(wanted, jnp.concatenate([current, drafts], axis=1), 0)
-    hidden, caches = run_decoder(
-        fixed.decoder, mesh, current, positions, state.caches, rows, fixed.adapters
+    hidden, caches = fixed.decoder(
+        current, positions, state.caches, cache_rows=rows, adapter_rows=fixed.adapters
     )
     raw = fixed.decoder.logits(hidden)[..., :num_tokens]  # [b, d + 1, V]
     tried = jnp.pad(drafts, ((0, 0), (0, 1)))
@@ -160,14 +157,13 @@ def verify(
 
     local = jax.lax.while_loop(more, one, (jnp.int32(0), running, local))[2]
     # All but the last token of a row have been through the decoder.
-    caches = rollback_rows(caches, local.lengths - 1, rows, running)
+    caches = rollback(caches, local.lengths - 1, rows, running)
     return _write_back(state, caches, local, rows, running), local.output
 
 
 def _fixed(
     graphdef: Any,
     num_tokens: int,
-    mesh: Mesh | None,
     weights: Any,
     state: State,
     rows: Array | None,
@@ -178,7 +174,6 @@ def _fixed(
     return _Fixed(
         decoder,
         num_tokens,
-        mesh,
         rows,
         taken(state.adapters),
         taken(state.prompts),
@@ -212,7 +207,7 @@ def _append(fixed: _Fixed, raw: Array, local: _Local, index: Array) -> _Local:
     """Sample a token from the logits `raw` [b, V] for each row that runs; note it at `index`."""
     tokens, lengths, running, output = local
     logits = sampling.adjust(raw, fixed.settings, tokens, fixed.prompts, lengths)
-    native = {"arg_max": ops.cpu.arg_max} if fixed.mesh is None and ops.cpu.live() else {}
+    native = {"arg_max": ops.cpu.arg_max} if ops.choose("arg_max") == "cpu" else {}
     token = sampling.sample(logits, fixed.settings, lengths - fixed.prompts, **native)
     each = jnp.arange(len(lengths), dtype=jnp.int32)
     place = jnp.where(running, lengths, tokens.shape[1])
@@ -247,40 +242,3 @@ def _write_back(
         tokens=state.tokens.at[where].set(local.tokens, mode="drop"),
         lengths=state.lengths.at[where].set(local.lengths, mode="drop"),
     )
-
-
-def run_decoder(
-    decoder: Decoder,
-    mesh: Mesh | None,
-    tokens: Array,
-    positions: Array,
-    caches: Caches,
-    rows: Array | None = None,
-    adapters: Array | None = None,
-) -> tuple[Array, Caches]:
-    """Run the decoder; on a mesh, caches stay cut as they are on the way through.
-
-    The other rows and heads follow: XLA works on the part of each that the caches have.
-    """
-    if mesh is None:
-        return decoder(tokens, positions, caches, cache_rows=rows, adapter_rows=adapters)
-    held = {
-        kind: sharding.Placed(cache, cache_sharding(mesh, decoder.config, kind, len(tokens)))
-        for kind, cache in mark(caches, positions).items()
-    }
-    hidden, held = decoder(tokens, positions, held, adapter_rows=adapters)
-    return hidden, {kind: placed.cache for kind, placed in held.items()}
-
-
-def cache_sharding(mesh: Mesh, config: TextConfig, kind: Kind, batch: int) -> NamedSharding:
-    """Return how the keys and values of a kind of layers are cut."""
-    spec = config.first(kind)
-    assert spec is not None
-    return sharding.cache_sharding(mesh, config, spec, batch)
-
-
-def _replicated(mesh: Mesh | None, local: _Local) -> _Local:
-    """On a mesh, let every device know what every row has said."""
-    if mesh is None:
-        return local
-    return jax.lax.with_sharding_constraint(local, sharding.replicated(mesh))

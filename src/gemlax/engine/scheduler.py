@@ -6,7 +6,7 @@ ends. All tokens of a prompt except the last are prefilled; the last one is the 
 
 import dataclasses
 from collections import deque
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gemlax.engine.allocator import SlotAllocator
 from gemlax.engine.drafts import Proposer
@@ -167,6 +167,6 @@ class Scheduler:
         """Return all rows."""
         return list(self._rows.values())
 
-    def waiting_ids(self) -> list[Any]:
+    def waiting_ids(self) -> list[int]:
         """Return the requests that have no slot yet."""
         return [request_id for request_id, _ in self._waiting]

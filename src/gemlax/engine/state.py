@@ -1,5 +1,6 @@
 """What the device knows of the running requests: one row per slot, donated from step to step."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -87,7 +88,8 @@ def join(state: State, new: Joining) -> State:
     def forget(cache: Any) -> Any:
         row = cache.positions[new.slot]
         row = jnp.where(row < new.num_cached, row, ops.EMPTY)
-        return cache._replace(positions=cache.positions.at[new.slot].set(row))
+        positions = cache.positions.at[new.slot].set(row)
+        return dataclasses.replace(cache, positions=positions)
 
     def put(rows: Any, row: Any) -> Any:
         return rows.at[new.slot].set(row)

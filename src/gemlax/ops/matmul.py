@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from gemlax.errors import UnsupportedError
 from gemlax.ops import cpu
+from gemlax.ops.backend import choose
 from gemlax.qtensor import At, QTensor, Weight, dense, is_stored, shape_of, take
 
 __all__ = [
@@ -43,9 +44,6 @@ def linear(x: Float[Array, "... D"], weight: Weight) -> Float[Array, "... F"]:
 
     A weight that is stored as codes, or handed in as `At`, is frozen: `x` alone has a gradient, in
     reverse mode only, and nothing of the weight is kept for it.
-
-    Raises:
-        UnsupportedError: the gradient of an `At` of floats is asked for.
     """
     return linears(x, weight)[0]
 
@@ -72,29 +70,26 @@ def _is_frozen(weight: Weight) -> bool:
 @jax.custom_vjp
 def _frozen_products(x: Array, weights: tuple[Weight, ...]) -> tuple[Array, ...]:
     """Multiply with frozen weights; no copy of them is kept for the backward pass."""
-    if cpu.live() is None:
-        return tuple(product(x, dense(weight)) for weight in weights)
     weights = tuple(_as_stored(weight, x.shape[0]) for weight in weights)
-    if all(is_stored(weight) and cpu.prefers(weight, x.shape[0]) for weight in weights):
+    if all(choose("multiply", weight, x.shape[0]) == "cpu" for weight in weights):
         return cpu.multiply(x, *weights)
     return tuple(_frozen_product(x, weight) for weight in weights)
 
 
 def _as_stored(weight: Weight, rows: int) -> Weight:
-    """Return a layer of a float32 stack as kernels take it: XLA would slice it out first."""
+    """Return a layer of a float32 stack as a kernel takes it: XLA would slice it out first."""
     if not isinstance(weight, At) or not isinstance(weight.stack, jax.Array):
         return weight
-    if weight.stack.ndim != 3 or weight.stack.dtype != jnp.float32 or rows > cpu.MAX_ROWS:
+    if weight.stack.ndim != 3 or weight.stack.dtype != jnp.float32:
         return weight
-    return At(QTensor(weight.stack, "float32"), weight.index)
+    stored = At(QTensor(weight.stack, "float32"), weight.index)
+    return stored if choose("multiply", stored, rows) == "cpu" else weight
 
 
 def _frozen_product(x: Array, weight: Weight) -> Array:
-    if not is_stored(weight):
-        return product(x, dense(weight))
-    if cpu.prefers(weight, x.shape[0]):
+    if choose("multiply", weight, x.shape[0]) == "cpu":
         return cpu.multiply(x, weight)[0]
-    return product(x, cpu.decode(weight) if cpu.serves(weight) else dense(weight))
+    return product(x, cpu.decode(weight) if choose("decode", weight) == "cpu" else dense(weight))
 
 
 def _frozen_forward(x: Any, weights: Any) -> Any:
@@ -178,7 +173,7 @@ def unembed(x: Float[Array, "R D"], table: Weight) -> Float[Array, "R V"]:
     rows = shape_of(table)[0]
     if not is_stored(table):
         return product(x, dense(table))
-    native = cpu.live() is not None and cpu.prefers(table, x.shape[0])
+    native = choose("multiply", table, x.shape[0]) == "cpu"
     if native or not isinstance(table, QTensor) or rows <= _ROWS or table.format == "float32":
         return _frozen_products(x, (table,))[0]
     whole = rows - rows % _ROWS

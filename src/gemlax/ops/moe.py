@@ -1,7 +1,7 @@
-"""Mixture of experts: the router, and the ways to run the experts that it chose.
+"""Mixture of experts: the router, and the algorithms that run the experts that it chose.
 
-Every way gives each row the weighted sum of its `top_k` experts; none drops a row. Cost grows
-with the experts that are active, but for the reference, which runs all of them.
+Each gives each row the weighted sum of its `top_k` experts; none drops a row. Cost grows
+with the experts that are active, except in the reference, which runs all of them.
 Source: transformers modeling_gemma4.py, Gemma4TextRouter and Gemma4TextExperts.
 """
 
@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gemlax.ops.backend import backend
+from gemlax.ops.backend import platform
 from gemlax.ops.basic import geglu, rms_norm
 from gemlax.ops.matmul import product
 from gemlax.qtensor import At, Weight, dense, is_stored, num_parts, num_rows, take, take_each
 
-__all__ = ["Implementation", "experts", "route"]
+__all__ = ["Algorithm", "experts", "route"]
 
-Implementation = Literal["dense", "gather", "sorted", "ragged", "split"]
+Algorithm = Literal["dense", "gather", "sorted", "ragged", "split"]
 
 # Up to this many (row, expert) pairs the experts' weights are gathered per pair. Measured on CPU
 # (docs/performance.md, "Experts"): at 32 rows of 8 experts gathering is still the fastest.
@@ -56,33 +56,33 @@ def experts(
     gate_up: Weight,
     down: Weight,
     *,
-    implementation: Implementation | None = None,
+    algorithm: Algorithm | None = None,
 ) -> Float[Array, "R D"]:
     """Return the weighted sum of each row's experts, accumulated in float32.
 
     Args:
         gate_up: [E, 2 * F, D], the gate's rows first.
         down: [E, D, F].
-        implementation: None: "split" for experts that are (`Split`), which has no gradient; else
+        algorithm: None: "split" for experts that are (`Split`), which has no gradient; else
             "gather" for few rows, or "sorted" on CPU and "ragged" elsewhere.
     """
-    ways = {
+    algorithms = {
         "dense": _dense,
         "gather": _gather,
         "sorted": _sorted,
         "ragged": _ragged,
         "split": _split,
     }
-    run = ways[implementation or _default(ids.size, num_parts(gate_up))]
+    run = algorithms[algorithm or _default(ids.size, num_parts(gate_up))]
     return run(x, weights, ids, gate_up, down).astype(x.dtype)
 
 
-def _default(pairs: int, parts: int) -> Implementation:
+def _default(pairs: int, parts: int) -> Algorithm:
     if parts > 1:
         return "split"
     if pairs <= _FEW_PAIRS:
         return "gather"
-    return "sorted" if backend() == "cpu" else "ragged"
+    return "sorted" if platform() == "cpu" else "ragged"
 
 
 def _expert(x: Array, gate_up: Array, down: Array) -> Array:
@@ -164,8 +164,8 @@ def _frozen_backward(kept: Any, slopes: Array) -> tuple[Any, ...]:
         index, (expert, row, share) = inputs
 
         def run(total: Array) -> tuple[Array, Array]:
-            held = take(gate_up, expert), take(down, expert)
-            out, pull = jax.vjp(lambda rows: _expert(rows, *held), x[row])
+            weights = take(gate_up, expert), take(down, expert)
+            out, pull = jax.vjp(lambda rows: _expert(rows, *weights), x[row])
             slope = slopes[row]
             (back,) = pull(slope * share[:, None])
             return total.at[row].add(back.astype(total.dtype)), (out * slope).sum(axis=-1)
@@ -193,11 +193,11 @@ def _split(x: Array, weights: Array, ids: Array, gate_up: Weight, down: Weight) 
     begin = jnp.arange(parts, dtype=jnp.int32) * (count // parts)
 
     def step(index: Array, total: Array) -> Array:
-        live = first + index < last
+        has_block = first + index < last
         expert, row, share = jax.tree.map(lambda a: a[first + index], blocks)
-        own = jnp.where(live, expert - begin, 0)
-        out = jax.vmap(_expert)(x[row], take_each(gate_up, own), take_each(down, own))
-        out = out * jnp.where(live[:, None], share, 0.0)[..., None]
+        local = jnp.where(has_block, expert - begin, 0)
+        out = jax.vmap(_expert)(x[row], take_each(gate_up, local), take_each(down, local))
+        out = out * jnp.where(has_block[:, None], share, 0.0)[..., None]
         return jax.vmap(lambda total, row, out: total.at[row].add(out))(total, row, out)
 
     start = jnp.zeros((parts, *x.shape), jnp.float32)
@@ -221,8 +221,8 @@ def _blocks(weights: Array, ids: Array, count: int, size: int) -> tuple[Array, _
     order, sizes = _by_expert(ids, count)
     blocks = (sizes + size - 1) // size
     ends, block_ends = jnp.cumsum(sizes), jnp.cumsum(blocks)
-    most = ids.size // size + min(count, ids.size)
-    index = jnp.arange(most, dtype=jnp.int32)
+    num_blocks = ids.size // size + min(count, ids.size)
+    index = jnp.arange(num_blocks, dtype=jnp.int32)
     expert = (block_ends[None] <= index[:, None]).sum(axis=1, dtype=jnp.int32)
     expert = jnp.minimum(expert, count - 1)
     done = (index - (block_ends[expert] - blocks[expert])) * size

@@ -5,28 +5,22 @@ C >= 2K rows of L >= H lanes, each sequence's pages in its row of a block table.
 stack share one pool: layer l adds `first_block` = l * its number of pages to the tables.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from gemlax.ops import storage
+from gemlax.ops import backend, storage
 from gemlax.ops.attention import attend_blocks
-from gemlax.ops.backend import backend
 from gemlax.ops.basic import EMPTY
 
 __all__ = [
     "AttentionMetadata",
-    "Paged",
     "from_tpu_layout",
     "paged_attend",
     "to_tpu_layout",
     "write_pages",
 ]
-
-Paged = Literal["xla", "tpu"]
 
 # Bounds of the TPU kernel's blocks: bytes of its two page buffers, keys, queries. jax's own choice
 # of 128 pages of 16 is 34 MB of buffers for Gemma 4 31B. Not tuned: no TPU has run them.
@@ -63,9 +57,6 @@ def write_pages(
 
     Rows past 2K and lanes past H become zeros. Padding, and a token for whose position the table
     has no page, is dropped. That no two sequences own a page is not checked.
-
-    Raises:
-        ValueError: the pool is too narrow for the heads.
     """
     tokens, heads, size = k.shape
     _check_fits(pages, heads, size)
@@ -86,7 +77,7 @@ def paged_attend(
     num_kv_heads: int,
     window: int | None,
     scale: float,
-    implementation: Paged | None = None,
+    implementation: backend.Backend | None = None,
 ) -> Float[Array, "T N H"]:
     """Attend to what the pool holds of each token's sequence; padding gets zeros.
 
@@ -94,18 +85,14 @@ def paged_attend(
 
     Args:
         implementation: "xla" is the reference; "tpu" jax's Pallas kernel, which wants a sequence
-            of at least one token in each request. None takes the kernel on a TPU where it can.
-
-    Raises:
-        NotImplementedError: "tpu" was asked for, and cannot do this; the message says why.
-        ValueError: the pool is too narrow for the heads.
+            of at least one token in each request. None: `ops.choose`.
     """
     _check_fits(pages, num_kv_heads, q.shape[2])
-    if implementation is None and backend() == "tpu":
-        implementation = "xla" if _tpu_fault(q, pages, num_kv_heads) else "tpu"
-    if implementation == "tpu":
-        if fault := _tpu_fault(q, pages, num_kv_heads):
-            raise NotImplementedError(f'paged attention by "tpu": {fault}; use "xla"')
+    arguments = (q, pages, num_kv_heads)
+    chosen = implementation or backend.choose("paged_attend", *arguments)
+    if fault := backend.fault("paged_attend", chosen, *arguments):
+        raise NotImplementedError(f'paged attention by "{chosen}": {fault}; use "xla"')
+    if chosen == "tpu":
         return _attend_tpu(q, pages, metadata, first_block, window, scale)
     return _attend_xla(q, pages, metadata, first_block, num_kv_heads, window, scale)
 
@@ -179,13 +166,14 @@ def _attend_xla(
     steps = (positions // block + 1 - first).max()
 
     def read(index: Array) -> tuple[Array, Array, Array]:
-        at = (first + index)[:, None] * block + jnp.arange(block, dtype=jnp.int32)[None]
+        slots = jnp.arange(block, dtype=jnp.int32)[None]
+        key_positions = (first + index)[:, None] * block + slots
         page = _pages_at(metadata, sequences, first + index, first_block, none=count)
         rows = pages.at[page].get(mode="clip")[:, :, : 2 * num_kv_heads, :size]
         # Later slots are masked, but unwritten memory may hold NaN, and 0 * NaN is NaN.
-        known = at <= positions[:, None]
+        known = key_positions <= positions[:, None]
         rows = jnp.where(known[:, :, None, None], storage.decode(rows, q.dtype), 0)
-        return rows[:, :, 0::2], rows[:, :, 1::2], at
+        return rows[:, :, 0::2], rows[:, :, 1::2], key_positions
 
     out = attend_blocks(
         q[:, None],
@@ -199,31 +187,6 @@ def _attend_xla(
     return out[:, 0]
 
 
-def _tpu_kernel() -> Callable[..., Array] | None:
-    try:
-        from jax.experimental.pallas.ops.tpu import ragged_paged_attention as module
-    except ImportError:
-        return None
-    return module.ragged_paged_attention
-
-
-def _tpu_fault(q: Array, pages: Array, num_kv_heads: int) -> str | None:
-    """Say why the kernel cannot take these arrays, or None."""
-    width, lanes = pages.shape[2:]
-    words = width * pages.dtype.itemsize // 4  # of 32 bits, over the rows of a token
-    if _tpu_kernel() is None:
-        return f"jax {jax.__version__} has no ragged_paged_attention"
-    if width != 2 * num_kv_heads:
-        return f"{width} rows per token, not the {2 * num_kv_heads} of {num_kv_heads} heads"
-    if lanes % 128:
-        return f"head_dim {lanes} is not a multiple of 128"
-    if q.dtype != pages.dtype:
-        return f"queries are {q.dtype}, pages {pages.dtype}"
-    if words not in (1, 2, 4) and (words == 0 or words % 8):
-        return f"{num_kv_heads} heads of {pages.dtype} do not fill whole tiles"
-    return None
-
-
 def _attend_tpu(
     q: Array,
     pages: Array,
@@ -234,7 +197,7 @@ def _attend_tpu(
 ) -> Array:
     """Attend with jax's kernel, which reads the pool whole and in place."""
     tokens, _, size = q.shape
-    kernel = _tpu_kernel()
+    kernel = backend.tpu_paged_attention()
     assert kernel is not None
     tables = _tables(metadata) + first_block
     _, block, width, lanes = pages.shape

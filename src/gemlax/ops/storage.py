@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gemlax.ops.backend import backend
+from gemlax.ops.backend import platform
 
-__all__ = ["Int8", "Storage", "Stored", "decode", "empty", "encode", "hold"]
+__all__ = ["Int8", "Storage", "Stored", "decode", "empty", "encode", "to_storage"]
 
 # None: the dtype itself, or its bits where the backend needs them.
 Storage = Literal["int8"] | None
@@ -35,12 +35,12 @@ def empty(shape: tuple[int, ...], dtype: Any, storage: Storage = None) -> Stored
     """Return zeros of `shape` [..., K, H] in the form that a cache of `dtype` has here."""
     if storage == "int8":
         return Int8(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.float32))
-    return jnp.zeros(shape, _held_dtype(jnp.dtype(dtype)))
+    return jnp.zeros(shape, _stored_dtype(jnp.dtype(dtype)))
 
 
-def hold(x: Array) -> Array:
+def to_storage(x: Array) -> Array:
     """Turn a buffer that a caller owns into the form that is written in place here."""
-    return encode(x, jnp.zeros((), _held_dtype(x.dtype)))
+    return encode(x, jnp.zeros((), _stored_dtype(x.dtype)))
 
 
 def encode(x: Float[Array, "*batch K H"], like: Stored) -> Stored:
@@ -64,7 +64,7 @@ def decode(stored: Stored, dtype: Any) -> Float[Array, "*batch K H"]:
     return stored.astype(dtype)
 
 
-def _held_dtype(dtype: jnp.dtype) -> jnp.dtype:
+def _stored_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """XLA:CPU converts a bfloat16 buffer as a whole for a one-row write; uint16 it does not."""
-    narrow = dtype == jnp.bfloat16 and backend() == "cpu"
+    narrow = dtype == jnp.bfloat16 and platform() == "cpu"
     return jnp.dtype(jnp.uint16) if narrow else dtype

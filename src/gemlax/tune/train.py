@@ -16,10 +16,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from gemlax import ops, scoring, sharding
+from gemlax import ops, scoring
 from gemlax.decoder import Decoder
 from gemlax.errors import Error, RequestError
 from gemlax.qtensor import QTensor
+from gemlax.sharding import Layout, put
 from gemlax.tune.packing import Rows
 from gemlax.tune.settings import TuneSettings
 
@@ -51,7 +52,7 @@ class Trainer:
         settings: TuneSettings,
         *,
         mesh: Mesh | None = None,
-        implementation: ops.Implementation | None = None,
+        implementation: ops.Backend | None = None,
     ):
         """Train the adapter of a decoder if it has one, else all its weights.
 
@@ -61,7 +62,7 @@ class Trainer:
         """
         if settings.steps is None:
             raise RequestError("a trainer needs the number of steps")
-        self.settings, self.mesh = settings, mesh
+        self.settings, self.layout = settings, Layout(mesh, implementation)
         self.full = decoder.adapter is None
         if self.full:
             if settings.beta is not None:
@@ -80,24 +81,22 @@ class Trainer:
         }
         self._drops = not self.full and any(m.dropout for m in decoder.adapter)
         self._tx = _optimizer(settings)
-        self._places = None if mesh is None else self._placement()
-        if self._places is not None:
-            self.values = jax.device_put(self.values, self._places[0])
+        value_shardings, state_shardings = self._shardings()
+        if mesh is not None:
+            self.values = jax.device_put(self.values, value_shardings)
         init = functools.partial(_with_optax, self._tx.init)
-        out = None if self._places is None else self._places[1]
-        self.optimizer_state = jax.jit(init, out_shardings=out)(self.values)
-        bind = functools.partial(ops.cpu.bind, "xla" if mesh is not None else implementation)
-        how: Any = {"donate_argnums": (0, 1)}
-        if mesh is not None and self._places is not None:
-            how["out_shardings"] = (*self._places, sharding.replicated(mesh))
-        self.program = jax.jit(bind(self._step), **how)
-        whole = None if mesh is None else sharding.replicated(mesh)
-        self._evaluate = jax.jit(bind(self._totals), out_shardings=whole)
+        self.optimizer_state = self.layout.jit(init, state_shardings)(self.values)
+        everywhere = self.layout.replicated
+        self.program = self.layout.jit(
+            self._step, (value_shardings, state_shardings, everywhere), donate_argnums=(0, 1)
+        )
+        self._evaluate = self.layout.jit(self._totals, everywhere)
 
-    def _placement(self) -> Any:
+    def _shardings(self) -> Any:
         """Return how a mesh holds what is trained, and the optimizer's state beside it."""
-        assert self.mesh is not None
-        everywhere = sharding.replicated(self.mesh)
+        if self.layout.mesh is None:
+            return None, None
+        mesh, everywhere = self.layout.mesh, self.layout.replicated
         weights = dict(nnx.to_flat_state(self._frozen))
         placements: dict[str, Any] = {}
         for name, (path, _) in self._variables.items():
@@ -109,7 +108,7 @@ class Trainer:
             elif isinstance(weight, QTensor):  # A and B as the codes are cut
                 spec = (*weight.codes.sharding.spec, None, None, None)[: weight.codes.ndim]
                 cut = (None, spec[-1]) if path[-1] == "a" else (spec[-2], None)
-                placements[name] = NamedSharding(self.mesh, PartitionSpec(*spec[:-2], None, *cut))
+                placements[name] = NamedSharding(mesh, PartitionSpec(*spec[:-2], None, *cut))
         state = jax.eval_shape(functools.partial(_with_optax, self._tx.init), self.values)
         placed = _optax().tree_map_params(
             self._tx,
@@ -151,11 +150,8 @@ class Trainer:
         return Measured(loss / units, int(units), norm, accuracy)
 
     def _put(self, rows: Rows) -> Rows:
-        if self.mesh is None:
-            return Rows(*map(jnp.asarray, rows))
-        front = (None,) * (rows.tokens.ndim - 2)
-        cut = sharding.rows_sharding(self.mesh, rows.tokens.shape[-2]).spec
-        return sharding.put(rows, NamedSharding(self.mesh, PartitionSpec(*front, *cut)))
+        batch_axis = rows.tokens.ndim - 2
+        return put(rows, self.layout.rows(rows.tokens.shape[batch_axis], batch_axis))
 
     def _merge(self, values: Values, frozen: Any) -> Decoder:
         flat = {
@@ -220,7 +216,7 @@ class Trainer:
             rows.tokens, rows.positions, segments=rows.segments, remat=self.settings.remat, **how
         )
         return scoring.label_logprobs(
-            decoder, hidden, rows.labels, rows.weights > 0, frozen=not self.full, mesh=self.mesh
+            decoder, hidden, rows.labels, rows.weights > 0, frozen=not self.full, layout=self.layout
         )
 
 

@@ -1,10 +1,10 @@
-"""Dense and ring caches: the layers of one kind in one array, written in place.
+"""The slot cache: the layers of one kind in one array, a row of it per slot, written in place.
 
-`positions` says what each slot holds, so one mask rule serves both. The view of no cache at all
-is `Fresh`.
+`positions` says what each place holds, so one mask rule serves rings too. The view of no cache at
+all is `Fresh`.
 """
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -14,75 +14,61 @@ from jaxtyping import Array, Bool, Float, Int
 from gemlax import ops
 from gemlax.config import CHUNK, Kind, LayerSpec, TextConfig
 from gemlax.ops.storage import Storage, decode, empty, encode
+from gemlax.sharding import ONE_DEVICE, Layout, constrain, without_layers
 
 __all__ = [
     "Caches",
-    "DenseCache",
     "Fresh",
     "LayerView",
-    "RingCache",
-    "holds",
-    "mark",
+    "SlotCache",
     "new_caches",
+    "record_positions",
     "resume",
     "rollback",
-    "rollback_rows",
     "round_capacity",
-    "snapshot",
 ]
 
 # Keys read at a time by attention over a cache.
 BLOCK = 256
 
 
-class DenseCache(NamedTuple):
-    """Keys and values of all layers of one kind, slot = position.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotCache:
+    """Keys and values of all layers of one kind.
 
     `k` and `v` are [n, B, S, K, H] in a form of `ops.storage`; `positions` [B, S] is shared by
-    the n layers, since all of them hold the same tokens.
+    the n layers, since all of them hold the same tokens. A position lies at its own place; in a
+    ring, which layers with a window have, at position mod S: a new token takes the place of one
+    that no query of its chunk sees (`LayerSpec.cache_slots`).
     """
 
     k: Any
     v: Any
     positions: Any
+    is_ring: bool = dataclasses.field(default=False, metadata={"static": True})
+    # How a mesh cuts k and v; the blocks that are read are held to it. Left alone, XLA cuts heads
+    # that are repeated as it cuts the queries, for each block, and gathers the cache after.
+    sharding: Any = dataclasses.field(default=None, metadata={"static": True})
 
     def layer(
-        self, row: Any, positions: Array, spec: LayerSpec, metadata: Any, rows: Any = None
+        self, layer: Any, positions: Array, spec: LayerSpec, metadata: Any, rows: Any = None
     ) -> "LayerView":
-        """Return the view of layer `row` for a step at `positions` [b, T].
+        """Return the view of a layer, by its place in the stack, for a step at `positions` [b, T].
 
         `rows` [b]: which rows of the cache those of this call are; None: all, in order.
         """
-        return LayerView(self, row, positions, rows)
-
-
-class RingCache(NamedTuple):
-    """The same for layers with a window, slot = position mod S.
-
-    A new token takes the place of one that no query of its chunk sees (`LayerSpec.cache_slots`).
-    """
-
-    k: Any
-    v: Any
-    positions: Any
-
-    def layer(
-        self, row: Any, positions: Array, spec: LayerSpec, metadata: Any, rows: Any = None
-    ) -> "LayerView":
-        """Return the view of layer `row`, as `DenseCache.layer` does.
-
-        Raises:
-            ValueError: the step is longer than the ring can take at once.
-        """
-        size = self.positions.shape[-1]
-        assert spec.window is not None
-        most = size - spec.window + 1
-        if positions.shape[1] > most:
-            raise ValueError(
-                f"a ring of {size} slots for a window of {spec.window} takes {most} tokens at a "
-                f"time, got {positions.shape[1]}: split them, or ask new_caches for a longer chunk"
-            )
-        return LayerView(self, row, positions, rows)
+        if self.is_ring:
+            size = self.positions.shape[-1]
+            assert spec.window is not None
+            limit = size - spec.window + 1
+            if positions.shape[1] > limit:
+                raise ValueError(
+                    f"a ring of {size} slots for a window of {spec.window} takes {limit} tokens at "
+                    f"a time, got {positions.shape[1]}: split them, or ask new_caches for a longer "
+                    "chunk"
+                )
+        return LayerView(self, layer, positions, rows)
 
 
 # A PagedPool may stand in the place of a stack.
@@ -102,6 +88,7 @@ def new_caches(
     *,
     chunk: int = CHUNK,
     storage: Storage = None,
+    layout: Layout = ONE_DEVICE,
 ) -> Caches:
     """Allocate empty caches for `batch` rows of up to `capacity` tokens (a bucket).
 
@@ -109,22 +96,21 @@ def new_caches(
         dtype: of keys and values.
         chunk: the most tokens of one step; drafts count.
         storage: "int8" holds 8-bit codes and a scale per head instead.
-
-    Raises:
-        ValueError: `capacity` is not a bucket of `round_capacity`.
+        layout: how keys and values are to lie (`SlotCache.sharding`).
     """
     if capacity != round_capacity(capacity):
-        raise ValueError(f"capacity {capacity} is no bucket; use {round_capacity(capacity)}")
+        raise ValueError(f"capacity {capacity} is not a bucket; use {round_capacity(capacity)}")
     caches: Caches = {}
     for kind, spec in _owners(config).items():
         slots = spec.cache_slots(capacity, chunk)
-        rows = config.plan.cache_rows(kind)
-        shape = (rows, batch, slots, spec.num_key_value_heads, spec.head_dim)
-        form = RingCache if slots < capacity else DenseCache
-        caches[kind] = form(
+        num_layers = config.plan.cache_rows(kind)
+        shape = (num_layers, batch, slots, spec.num_key_value_heads, spec.head_dim)
+        caches[kind] = SlotCache(
             k=empty(shape, dtype, storage),
             v=empty(shape, dtype, storage),
             positions=jnp.full((batch, slots), ops.EMPTY, jnp.int32),
+            is_ring=slots < capacity,
+            sharding=layout.cache(config, spec, batch),
         )
     return caches
 
@@ -142,91 +128,63 @@ def resume(
         old = caches[kind]
         slots = spec.cache_slots(capacity, chunk)
         more = max(slots - old.positions.shape[1], 0)  # a ring as long as that has never wrapped
-        form = RingCache if slots < capacity else DenseCache
 
         def pad(x: Array, more: int = more) -> Array:
             widths = [(0, 0), (0, 0), (0, more)] + [(0, 0)] * (x.ndim - 3)
             return jnp.pad(x, widths) if more else x
 
         positions = jnp.pad(old.positions, ((0, 0), (0, more)), constant_values=ops.EMPTY)
-        grown[kind] = form(jax.tree.map(pad, old.k), jax.tree.map(pad, old.v), positions)
+        k, v = jax.tree.map(pad, (old.k, old.v))
+        ring = slots < capacity
+        grown[kind] = dataclasses.replace(old, k=k, v=v, positions=positions, is_ring=ring)
     return rollback(grown, kept)
 
 
-def rollback(caches: Caches, kept: Int[Any, "B"]) -> Caches:
-    """Forget position `kept` and all after it, in each row: a rejected draft, another ending."""
-
-    def one(cache: Any) -> Any:
-        known = cache.positions < jnp.asarray(kept)[:, None]
-        return cache._replace(positions=jnp.where(known, cache.positions, ops.EMPTY))
-
-    return {kind: one(cache) for kind, cache in caches.items()}
-
-
-def rollback_rows(
+def rollback(
     caches: Caches,
-    kept: Int[Array, "b"],
-    rows: Int[Array, "b"] | None,
-    chosen: Bool[Array, "b"],
+    kept: Int[Any, "b"],
+    rows: Int[Array, "b"] | None = None,
+    chosen: Bool[Array, "b"] | None = None,
 ) -> Caches:
-    """Forget position `kept` and all after it in the chosen ones of some rows.
+    """Forget position `kept` and all after it: a rejected draft, another ending.
 
-    `rows`: of the caches; None: all, in order.
+    Args:
+        rows: which rows of the caches are meant; None: all, in order.
+        chosen: the ones of those to change; None: all.
     """
 
-    def one(cache: Any) -> Any:
+    def forget(cache: SlotCache) -> SlotCache:
         size = len(cache.positions)
         where = jnp.arange(size, dtype=jnp.int32) if rows is None else rows
         positions = cache.positions[where]
-        positions = jnp.where(positions < kept[:, None], positions, ops.EMPTY)
-        where = jnp.where(chosen, where, size)
-        return cache._replace(positions=cache.positions.at[where].set(positions, mode="drop"))
+        positions = jnp.where(positions < jnp.asarray(kept)[:, None], positions, ops.EMPTY)
+        if chosen is not None:
+            where = jnp.where(chosen, where, size)
+        positions = cache.positions.at[where].set(positions, mode="drop")
+        return dataclasses.replace(cache, positions=positions)
 
-    return {kind: one(cache) for kind, cache in caches.items()}
-
-
-def holds(config: TextConfig, caches: Caches, kept: Int[Any, "B"]) -> Bool[Array, "B"]:
-    """Return for which rows all that a query at position `kept` sees is held.
-
-    A ring may have overwritten it, when more was decoded than is kept.
-    """
-    kept = jnp.asarray(kept)
-    fine = jnp.ones(kept.shape, bool)
-    for kind, spec in _owners(config).items():
-        first = jnp.zeros_like(kept)
-        if spec.window is not None:
-            first = jnp.maximum(kept - spec.window + 1, 0)
-        at = caches[kind].positions
-        seen = (at >= first[:, None]) & (at < kept[:, None])
-        fine &= seen.sum(axis=1) == kept - first
-    return fine
+    return {kind: forget(cache) for kind, cache in caches.items()}
 
 
-def snapshot(caches: Caches) -> Caches:
-    """Copy the caches: the original is donated to the next step, the copy can be gone back to."""
-    return jax.tree.map(jnp.copy, caches)
-
-
-def mark(
+def record_positions(
     caches: dict[Any, Any], positions: Int[Array, "b T"], rows: Int[Array, "b"] | None = None
 ) -> dict[Any, Any]:
-    """Note in every cache which positions are about to be written. EMPTY ones are not.
+    """Note in every slot cache which positions are about to be written. EMPTY ones are not.
 
     `rows`: which rows of the caches those of `positions` are; None: all, in order.
     """
 
-    def one(cache: Any) -> Any:
-        if not isinstance(cache, (DenseCache, RingCache)):
+    def record(cache: Any) -> Any:
+        if not isinstance(cache, SlotCache):
             return cache
-        return cache._replace(
-            positions=_scatter(cache, (), cache.positions, positions, positions, rows)
-        )
+        recorded = _scatter(cache, (), cache.positions, positions, positions, rows)
+        return dataclasses.replace(cache, positions=recorded)
 
-    return {key: one(cache) for key, cache in caches.items()}
+    return {key: record(cache) for key, cache in caches.items()}
 
 
 def _scatter(
-    cache: Any,
+    cache: SlotCache,
     lead: tuple[object, ...],
     buffer: Any,
     positions: Array,
@@ -237,32 +195,25 @@ def _scatter(
     size = cache.positions.shape[-1]
     if rows is None:
         rows = jnp.arange(positions.shape[0], dtype=jnp.int32)
-    slots = positions % size if isinstance(cache, RingCache) else positions
-    at = (*lead, rows[:, None], jnp.where(positions == ops.EMPTY, size, slots))
-    return jax.tree.map(lambda old, new: old.at[at].set(new, mode="drop"), buffer, values)
-
-
-def _as_it_is(block: Any) -> Any:
-    return block
+    slots = positions % size if cache.is_ring else positions
+    index = (*lead, rows[:, None], jnp.where(positions == ops.EMPTY, size, slots))
+    return jax.tree.map(lambda old, new: old.at[index].set(new, mode="drop"), buffer, values)
 
 
 class LayerView(NamedTuple):
-    """Layer `row` of a stacked cache, and the positions of the tokens of this step.
+    """A layer of a slot cache, and the positions of the tokens of this step."""
 
-    What is read, blocks [b, S, K, ...] as they are stored, goes through `hold`.
-    """
-
-    cache: Any  # DenseCache | RingCache
-    row: Any  # int32 scalar
+    cache: SlotCache
+    layer: Any  # int32 scalar
     positions: Any  # [b, T]
     rows: Any = None  # [b]: the rows of the cache that this step's are; None: all, in order
-    hold: Callable[[Any], Any] = _as_it_is
 
     def update(self, k: Float[Array, "b T K H"], v: Float[Array, "b T K H"]) -> "LayerView":
         """Write this step's tokens, and nothing else, into the stack."""
-        cache, lead = self.cache, (self.row,)
+        cache, lead = self.cache, (self.layer,)
         k, v = encode(k, cache.k), encode(v, cache.v)
-        cache = cache._replace(
+        cache = dataclasses.replace(
+            cache,
             k=_scatter(cache, lead, cache.k, self.positions, k, self.rows),
             v=_scatter(cache, lead, cache.v, self.positions, v, self.rows),
         )
@@ -273,11 +224,10 @@ class LayerView(NamedTuple):
     ) -> Float[Array, "b T N H"]:
         """Attend to the layer, block by block, without slicing it out of the stack."""
         cache = self.cache
-        # A view with a `hold` is on a mesh, where a kernel would see a part of the cache as all.
-        if self.hold is _as_it_is and ops.cpu.live() and ops.cpu.attends(q, cache.k):
+        if ops.choose("attend", q, cache.k) == "cpu":
             return ops.cpu.attend(
-                q, cache.k, cache.v, cache.positions, self.row, self.positions, self.rows,
-                ring=isinstance(cache, RingCache), window=window, scale=scale,
+                q, cache.k, cache.v, cache.positions, self.layer, self.positions, self.rows,
+                ring=cache.is_ring, window=window, scale=scale,
             )  # fmt: skip
         size = cache.positions.shape[1]
         # Two blocks at least: XLA takes a block that is the whole row for loop-invariant, reads it
@@ -288,16 +238,15 @@ class LayerView(NamedTuple):
         def read(index: Array) -> tuple[Array, Array, Array]:
             begin = index % count * block
             start = jnp.minimum(begin, size - block)
-            at = self._block(cache.positions, (), start, block)
+            key_positions = self._block(cache.positions, (), start, block)
             if size % block:  # the last block begins inside the one before
                 slots = start + jnp.arange(block, dtype=jnp.int32)
-                at = jnp.where((slots >= begin)[None], at, ops.EMPTY)
-            k, v = self.hold(
-                jax.tree.map(
-                    lambda x: self._block(x, (self.row,), start, block), (cache.k, cache.v)
-                )
+                key_positions = jnp.where((slots >= begin)[None], key_positions, ops.EMPTY)
+            k, v = jax.tree.map(
+                lambda x: self._block(x, (self.layer,), start, block), (cache.k, cache.v)
             )
-            return decode(k, q.dtype), decode(v, q.dtype), at
+            k, v = constrain((k, v), without_layers(cache.sharding))
+            return decode(k, q.dtype), decode(v, q.dtype), key_positions
 
         return ops.attend_blocks(
             q,
@@ -315,8 +264,8 @@ class LayerView(NamedTuple):
         rest, ones = (0,) * len(inner), (1,) * len(lead)
 
         def slice_rows(first: Any, count: int) -> Array:
-            at, shape = (*lead, first, start, *rest), (*ones, count, block, *inner)
-            return jax.lax.dynamic_slice(x, at, shape).reshape(shape[len(lead) :])
+            begin, shape = (*lead, first, start, *rest), (*ones, count, block, *inner)
+            return jax.lax.dynamic_slice(x, begin, shape).reshape(shape[len(lead) :])
 
         if self.rows is None:
             return slice_rows(0, x.shape[len(lead)])
@@ -327,11 +276,10 @@ class LayerView(NamedTuple):
 
         In a ring, block i lies in the place of block i mod `count`.
         """
-        wraps = isinstance(self.cache, RingCache)
-        if wraps and self.cache.positions.shape[1] % block:
+        if self.cache.is_ring and self.cache.positions.shape[1] % block:
             return jnp.int32(0), jnp.int32(count)
         last = self.positions.max() // block + 1
-        if not wraps:
+        if not self.cache.is_ring:
             last = jnp.minimum(last, count)
         first = jnp.zeros_like(last)
         if window is not None:

@@ -5,6 +5,7 @@ has none. A scan needs them stacked, and XLA copies the entries of unrolled laye
 costs about one copy of the caches per call (docs/performance.md).
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +14,11 @@ from jaxtyping import Array
 
 from gemlax import ops
 from gemlax.cache.pool import PagedPool
-from gemlax.cache.stacked import DenseCache, RingCache
+from gemlax.cache.slots import SlotCache
 from gemlax.config import CHUNK, Kind, LayerSpec, TextConfig
-from gemlax.ops.storage import Int8, decode, hold
+from gemlax.ops.storage import Int8, decode, to_storage
 
-__all__ = ["KVList", "LayerCache", "new_list", "stack_layers", "unstack_layers"]
+__all__ = ["LayerListCache", "LayerCache", "new_list", "stack_layers", "unstack_layers"]
 
 
 class LayerCache(NamedTuple):
@@ -51,12 +52,7 @@ def new_list(
 
 
 def stack_layers(entries: Any, count: int) -> Any:
-    """Stack a list of `count` equal pytrees along a new first axis; None stays None.
-
-    Raises:
-        TypeError: not a list, or pytrees of different structure.
-        ValueError: another number of entries, or leaves of different shape or dtype.
-    """
+    """Stack a list of `count` equal pytrees along a new first axis; None stays None."""
     if entries is None:
         return None
     if not isinstance(entries, list):
@@ -75,11 +71,7 @@ def stack_layers(entries: Any, count: int) -> Any:
 
 
 def unstack_layers(stacked: Any, count: int) -> list[Any] | None:
-    """Take a stacked pytree apart into a list of `count`; None stays None.
-
-    Raises:
-        ValueError: a leaf whose first axis is not `count`.
-    """
+    """Take a stacked pytree apart into a list of `count`; None stays None."""
     if stacked is None:
         return None
     for leaf in jax.tree.leaves(stacked):
@@ -88,13 +80,8 @@ def unstack_layers(stacked: Any, count: int) -> list[Any] | None:
     return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count)]
 
 
-class KVList:
-    """A checked list of caches, and the way from it to what the layers write and back.
-
-    Raises:
-        TypeError: an entry that is neither a `LayerCache` nor one array of pages, or both.
-        ValueError: another number of entries than layers that own K/V, or another shape.
-    """
+class LayerListCache:
+    """A checked list of caches, and the way from it to what the layers write and back."""
 
     def __init__(self, config: TextConfig, entries: list[Entry], batch: int):
         self.entries = entries
@@ -126,17 +113,18 @@ class KVList:
             layers = [self._native(i) for i in self._indices(kind)]
             stack = stack_layers(layers, len(layers))
             if not isinstance(stack, PagedPool):
-                stack = stack._replace(positions=layers[0].positions)
+                stack = dataclasses.replace(stack, positions=layers[0].positions)
             stacks[kind] = stack
         return stacks
 
-    def write_back(self, held: dict[Any, Any]) -> list[Entry]:
-        """Replace each entry in the list, in its own form, by what `held` has; return the list."""
-        for key, cache in held.items():
+    def write_back(self, caches: dict[Any, Any]) -> list[Entry]:
+        """Replace each entry, in its own form, by what `caches` has; return the list."""
+        for key, cache in caches.items():
             indices = [key] if isinstance(key, int) else self._indices(key)
             if not isinstance(cache, PagedPool):
                 shape = (len(indices), *cache.positions.shape)
-                cache = cache._replace(positions=jnp.broadcast_to(cache.positions[None], shape))
+                positions = jnp.broadcast_to(cache.positions[None], shape)
+                cache = dataclasses.replace(cache, positions=positions)
             layers = unstack_layers(cache, len(indices)) or []
             for index, layer in zip(indices, layers, strict=True):
                 self._put(index, layer)
@@ -149,24 +137,27 @@ class KVList:
         """Return an entry as a cache of one layer, without the leading axis."""
         entry, spec = self.entries[index], self.owners[index]
         if not isinstance(entry, LayerCache):
-            return PagedPool(hold(ops.from_tpu_layout(entry)))
+            return PagedPool(to_storage(ops.from_tpu_layout(entry)))
         short = self.capacity is None or entry.positions.shape[1] < self.capacity
-        form = RingCache if spec.window is not None and short else DenseCache
-        k, v = (x if isinstance(x, Int8) else hold(x) for x in (entry.k, entry.v))
-        return form(k, v, entry.positions)
+        k, v = (x if isinstance(x, Int8) else to_storage(x) for x in (entry.k, entry.v))
+        return SlotCache(k, v, entry.positions, is_ring=spec.window is not None and short)
 
     def _put(self, index: int, cache: Any) -> None:
         entry = self.entries[index]
         if isinstance(entry, LayerCache):
-            k, v = (_release(x, old) for x, old in ((cache.k, entry.k), (cache.v, entry.v)))
+            k, v = (_from_storage(x, old) for x, old in ((cache.k, entry.k), (cache.v, entry.v)))
             self.entries[index] = LayerCache(k, v, cache.positions)
         else:
-            self.entries[index] = _release(ops.to_tpu_layout(cache.pages, entry.shape[3]), entry)
+            self.entries[index] = _from_storage(
+                ops.to_tpu_layout(cache.pages, entry.shape[3]), entry
+            )
 
 
 def _lift(cache: Any) -> Any:
     stack = jax.tree.map(lambda x: x[None], cache)
-    return stack if isinstance(cache, PagedPool) else stack._replace(positions=cache.positions)
+    if isinstance(cache, PagedPool):
+        return stack
+    return dataclasses.replace(stack, positions=cache.positions)
 
 
 def _check(index: int, entry: Any, spec: LayerSpec, batch: int) -> None:
@@ -194,6 +185,6 @@ def _check(index: int, entry: Any, spec: LayerSpec, batch: int) -> None:
         )
 
 
-def _release(stored: Any, like: Any) -> Array | Int8:
-    """Undo `hold`: give the values back in the caller's own dtype."""
+def _from_storage(stored: Any, like: Any) -> Array | Int8:
+    """Undo `to_storage`: give the values back in the caller's own dtype."""
     return stored if isinstance(like, Int8) else decode(stored, like.dtype)
