@@ -81,7 +81,9 @@ WAYS: dict[str, Callable[..., None]] = {
 }  # fmt: skip
 
 
-def measure(programs: Any, requests: list[Request], rounds: int) -> list[dict[str, Any]]:
+def measure(
+    programs: Any, requests: list[Request], rounds: int, shown: bool
+) -> list[dict[str, Any]]:
     wanted = sum(request.max_length - len(request.prompt) for request in requests)
     counters = programs.counters
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
@@ -98,7 +100,8 @@ def measure(programs: Any, requests: list[Request], rounds: int) -> list[dict[st
                     "tok_s": wanted / seconds, "seconds": seconds, "prefill_s": prefill_s,
                     "decode_s": decode_s, "calls": calls, "compiled": compiled,
                 })  # fmt: skip
-                print(f"{name}: {runs[name][-1]}", flush=True)
+                if shown:
+                    print(f"{name}: {runs[name][-1]}", flush=True)
     return [
         {"way": name, "tokens": wanted}
         | {key: round(statistics.median(run[key] for run in found), 2) for key in found[0]}
@@ -147,10 +150,15 @@ def main() -> None:
     args = parser.parse_args()
     programs = gemlax.load(args.model, implementation="cpu").programs
     requests = make_requests(programs.num_tokens)
-    rows = measure(programs, requests, args.rounds)
+    rows = measure(programs, requests, args.rounds, shown=not args.json)
     host = round(host_ms(programs, requests), 3)
     speeds = {row["way"]: row["tok_s"] for row in rows}
     ratios = {name: round(speeds["joining"] / speeds[name], 2) for name in list(speeds)[1:]}
+    if args.write:
+        head = ("way", "tok/s", "seconds", "prefill s", "decode s", "calls", "compiled")
+        text = report.table(head, [(row["way"], *list(row.values())[2:]) for row in rows])
+        line = f"{report.machine()}; {host} ms of a step at batch 1 are the host's."
+        report.write_section("serving", f"{line}\n\n{text}")
     print(json.dumps({"rows": rows, "ratios": ratios, "host_ms_per_step": host}))
 
 

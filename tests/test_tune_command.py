@@ -5,20 +5,32 @@ import json
 from pathlib import Path
 
 import pytest
-from test_tune_run import model, write_data
+from adapters import build
+from golden.conditioned import conditioned_weights
+from test_tune_run import write_data
+from vocabularies import chat_tokenizer
 
 import gemlax
 from gemlax import cli
 from gemlax.adapters import Rule
 from gemlax.cli.parser import make_parser
 from gemlax.cli.tune import settings_of
+from gemlax.config import edit
+from gemlax.names import text_weights
 from gemlax.tune import TuneSettings
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tune-command")
-    gemlax.save(model(), folder / "model")
+    tokenizer = chat_tokenizer("gemma3")
+    config = edit(
+        gemlax.tiny(gemlax.preset("gemma-3-270m"), num_hidden_layers=1),
+        vocab_size=tokenizer.num_tokens,
+        hidden_size=96,
+    )
+    decoder = build(config, conditioned_weights("tune", text_weights(config.text)))
+    gemlax.save(gemlax.Model(config, decoder, tokenizer), folder / "model")
     write_data(folder)
     pairs = [{"prompt": "abc", "chosen": "cba", "rejected": "abc"}] * 4
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
