@@ -346,9 +346,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     python = make_environment(args.environment.resolve(), args.python)
     peers = [Peer("MaxText", python, "maxtext", folder)]
     peers.append(Peer("gemlax, XLA alone", python, "gemlax-xla", folder))
-    peers.append(Peer("gemlax", python, "gemlax", folder))
+    peers.append(Peer("gemlax, native kernels", python, "gemlax", folder))
     if jax.__version__ != peers[0].facts["jax"]:
-        label = f"gemlax, jax {jax.__version__}"
+        label = f"the same, jax {jax.__version__}"
         peers.append(Peer(label, sys.executable, "gemlax", folder))
     for round_ in range(args.rounds + 1):
         for capacity in CAPACITIES:
@@ -385,10 +385,12 @@ def text(found: dict[str, Any]) -> str:
     )
     rows = []
     for title, key, form in kinds:
-        for capacity in CAPACITIES:
-            values = [results[label]["capacities"][capacity][key] for label in labels]
-            row = [f"{title}, {capacity:,} slots", *(format(value, form) for value in values)]
-            rows.append([*row, f"{values[0] / values[1]:,.3g}"])
+        values = [[results[x]["capacities"][c][key] for c in CAPACITIES] for x in labels]
+        ratios = [old / new for old, new in zip(*values[:2], strict=True)]
+        cells = [" / ".join(format(value, form) for value in pair) for pair in values]
+        rows.append(
+            [title, *cells, " / ".join(f"{x:,.0f}" if x > 9 else f"{x:.1f}" for x in ratios)]
+        )
     line = (
         f"{report.machine().split(',')[0]}; {found['wheel'].replace('==', ' ')}; "
         f"jax {results['MaxText']['jax']} unless a column says otherwise; "
@@ -396,7 +398,8 @@ def text(found: dict[str, Any]) -> str:
         "Without caches the libraries differ by "
         f"{found['full_forwards_apart']:.1g} standard deviations of the logits."
     )
-    head = ["", *labels, "MaxText / gemlax, XLA alone"]
+    slots = " / ".join(f"{capacity:,}" for capacity in CAPACITIES)
+    head = [f"with {slots} slots", *labels, "MaxText / gemlax, XLA alone"]
     return f"{line}\n\n{report.table(head, rows)}"
 
 
