@@ -10,6 +10,7 @@ import functools
 import json
 
 import report
+from cases import Case
 
 from gemlax import bench, preset
 
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="into docs/performance.md")
     args = parser.parse_args()
     decoder = bench.random_decoder(preset(args.preset).text, layers="scan")
-    cases = {capacity: bench.Case(decoder, capacity=capacity) for capacity in CAPACITIES}
+    cases = {capacity: Case(decoder, capacity=capacity) for capacity in CAPACITIES}
     works = {
         capacity: functools.partial(case.decode, POSITION, args.steps)
         for capacity, case in cases.items()

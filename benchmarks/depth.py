@@ -11,6 +11,7 @@ import statistics
 
 import jax
 import report
+from cases import Case
 
 from gemlax import bench, preset, tiny
 
@@ -26,7 +27,7 @@ def main() -> None:
     for layers in ("scan", "unroll"):
         for depth in DEPTHS:
             config = tiny(preset("gemma-3-27b"), num_hidden_layers=depth).text
-            cases[layers, depth] = bench.Case(bench.random_decoder(config, layers=layers))
+            cases[layers, depth] = Case(bench.random_decoder(config, layers=layers))
     seconds: dict[tuple[str, int], list[float]] = {form: [] for form in cases}
     for round_ in range(args.rounds + 1):
         for form, case in cases.items():

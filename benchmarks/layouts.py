@@ -11,6 +11,7 @@ import json
 
 import jax
 import report
+from cases import Case
 
 from gemlax import bench, preset
 
@@ -31,7 +32,7 @@ def main() -> None:
     cases = {}
     for dtype, layers, read in FORMS:
         decoder = bench.random_decoder(config, dtype=dtype, layers=layers, read=read)
-        cases[dtype, layers, read] = bench.Case(decoder, capacity=args.capacity)
+        cases[dtype, layers, read] = Case(decoder, capacity=args.capacity)
     works = {
         form: functools.partial(case.decode, POSITION, args.steps) for form, case in cases.items()
     }

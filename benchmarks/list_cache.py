@@ -11,6 +11,7 @@ import functools
 import json
 
 import report
+from cases import Case
 
 from gemlax import bench, preset
 
@@ -29,7 +30,7 @@ def main() -> None:
     config = preset(args.preset).text
     decoders = {key: bench.random_decoder(config, layers=key) for key in ("scan", "unroll")}
     cases = {
-        (layers, cache): bench.Case(decoders[layers], capacity=args.capacity, cache=cache)
+        (layers, cache): Case(decoders[layers], capacity=args.capacity, cache=cache)
         for layers, cache in FORMS
     }
     works = {

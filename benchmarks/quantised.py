@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import report
+from cases import Case
 from flax import nnx
 
 from gemlax import bench, preset
@@ -62,7 +63,7 @@ def main() -> None:
         decoder = build(config, format)
         sizes[format] = sum(a.nbytes for a in jax.tree.leaves(nnx.state(decoder)))
         for batch in BATCHES:
-            cases[format, batch] = bench.Case(decoder, capacity=512, batch=batch)
+            cases[format, batch] = Case(decoder, capacity=512, batch=batch)
     works = {
         key: functools.partial(case.decode, POSITION, args.steps) for key, case in cases.items()
     }

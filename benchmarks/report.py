@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from cases import Case
+
 from gemlax import bench
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -23,7 +25,7 @@ def machine() -> str:
     return f"{found['processor']}, Python {versions['python']}, jax {versions['jax']}"
 
 
-def step(case: bench.Case, times: bench.Times, steps: int) -> dict[str, float]:
+def step(case: Case, times: bench.Times, steps: int) -> dict[str, float]:
     """Return what a decode step of a case takes: MB of caches and temporaries, ms and its range."""
     found = {
         "cache_mb": case.sizes()["cache_bytes"] / 1e6,

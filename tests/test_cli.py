@@ -21,8 +21,8 @@ from vocabularies import SPECIAL, toy
 
 import gemlax
 from gemlax import cli, cost, ops
-from gemlax.arguments import make_parser
 from gemlax.checkpoints import Checkpoint
+from gemlax.cli.parser import make_parser
 from gemlax.names import text_weights
 
 COMMAND = [sys.executable, "-m", "gemlax.cli"]
@@ -324,7 +324,7 @@ def test_settings_reach_the_model(outcomes):
 def test_a_stop_string_may_hold_escapes(given, meant):
     for command in ("generate", "chat"):
         args = make_parser().parse_args([command, "--stop", given, "--stop", "x"])
-        assert args.stop == [meant, "x"]
+        assert args.settings["stop"] == (meant, "x")
 
 
 def test_markers_of_a_prompt_are_read_where_asked_and_told_where_not(outcomes):

@@ -4,8 +4,10 @@ import io
 
 import pytest
 
+import gemlax
 from gemlax import cli
-from gemlax.arguments import make_parser
+from gemlax.cli.commands import read_prompt
+from gemlax.cli.parser import make_parser
 
 
 @pytest.mark.parametrize(
@@ -22,7 +24,7 @@ from gemlax.arguments import make_parser
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_wrong_options_are_refused_before_a_model_is_loaded(monkeypatch, capsys, options, said):
-    monkeypatch.setattr(cli, "_load", lambda args: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(gemlax, "load", lambda *_, **__: pytest.fail("a model is loaded"))
     for command in (["generate", "hello"], ["chat"]):
         assert cli.main([*command, *options]) == 1
         assert capsys.readouterr().err.startswith(f"gemlax: {said}")
@@ -45,4 +47,4 @@ def test_a_byte_order_mark_and_the_last_line_end_are_no_part_of_a_prompt(
     (tmp_path / "prompt.txt").write_bytes(written)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(written)))
     for arguments in (["-"], ["--file", str(tmp_path / "prompt.txt")]):
-        assert cli._read_prompt(make_parser().parse_args(["generate", *arguments])) == prompt
+        assert read_prompt(make_parser().parse_args(["generate", *arguments])) == prompt

@@ -30,11 +30,11 @@ ATTRIBUTE_LOOKUPS: dict[tuple[str, str], str] = {}
 
 # What still stands against a rule, by file below src/gemlax. Take names out; put none in.
 USES_VARS = {
-    "chat/template.py", "cli.py", "model.py", "tune/command.py",
+    "chat/template.py", "model.py",
 }  # fmt: skip
-HAS_BANNERS = {"bench.py"}
+HAS_BANNERS: set[str] = set()
 # Names `Any` in src: the number may only fall.
-MAX_ANY = 975
+MAX_ANY = 938
 
 # Import contract of pyproject.toml -> the rooms it holds for, built or not.
 CONTRACTS = {
@@ -121,7 +121,7 @@ def rule_public_names(path: str, text: str) -> list[str]:
 
 
 def rule_no_print(path: str, text: str) -> list[str]:
-    if path == "cli.py":
+    if path.startswith("cli/"):
         return []
     return [f"{path}:{call.lineno}: print" for call, name, _ in calls(text) if name == "print"]
 

@@ -14,9 +14,9 @@ from vocabularies import FIRST_CHAT_WORD, chat_tokenizer
 import gemlax
 from gemlax import CheckpointError, Message, Model, RequestError, preset, tiny
 from gemlax.checkpoints import open_checkpoint
+from gemlax.cli.chat import HELP, Terminal
 from gemlax.engine import Event, Usage
 from gemlax.names import text_weights
-from gemlax.terminal import HELP, Terminal
 from gemlax.tokenizer import find_chat_template
 
 CONFIG = tiny(preset("gemma-3-1b"), num_hidden_layers=7)

@@ -469,7 +469,7 @@ def decode_program(of: Programs):
     """The compiled decode program, and the state of an engine that ran it."""
     asked = [[5]] * len(prompts(of.config))  # nothing to prefill: one program less
     engine, _ = started(of, asked)
-    (program,) = (one for key, one in of._compiled.items() if key[0] == "decode")
+    (program,) = (one for key, one in of.compiled.items() if key[0] == "decode")
     return program, engine._state
 
 

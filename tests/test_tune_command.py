@@ -5,20 +5,32 @@ import json
 from pathlib import Path
 
 import pytest
-from test_tune_run import model, write_data
+from adapters import build
+from golden.conditioned import conditioned_weights
+from test_tune_run import write_data
+from vocabularies import chat_tokenizer
 
 import gemlax
 from gemlax import cli
 from gemlax.adapters import Rule
-from gemlax.arguments import make_parser
+from gemlax.cli.parser import make_parser
+from gemlax.cli.tune import settings_of
+from gemlax.config import edit
+from gemlax.names import text_weights
 from gemlax.tune import TuneSettings
-from gemlax.tune.command import settings_of
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tune-command")
-    gemlax.save(model(), folder / "model")
+    tokenizer = chat_tokenizer("gemma3")
+    config = edit(
+        gemlax.tiny(gemlax.preset("gemma-3-270m"), num_hidden_layers=1),
+        vocab_size=tokenizer.num_tokens,
+        hidden_size=96,
+    )
+    decoder = build(config, conditioned_weights("tune", text_weights(config.text)))
+    gemlax.save(gemlax.Model(config, decoder, tokenizer), folder / "model")
     write_data(folder)
     pairs = [{"prompt": "abc", "chosen": "cba", "rejected": "abc"}] * 4
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
@@ -103,7 +115,7 @@ def test_a_broken_line_is_one_line_of_error(folder, capsys):
     [
         (["--full", "--rank", "4"], "--full trains all weights"),
         (["--beta", "0.1"], "--beta is for --dpo"),
-        (["--rules", "rules.json", "--rank", "4"], "--rules says rank"),
+        (["--rules", "rules.json", "--rank", "4"], "--rules gives rank"),
         (["--rank", "0"], "rank of an adapter must be at least 1"),
     ],
 )
@@ -134,10 +146,13 @@ def test_the_docs_have_the_table_of_settings():
     assert table in page.read_text(), table
 
 
-def test_each_option_has_its_default_from_its_setting():
-    parser = make_parser()
-    given = vars(parser.parse_args(["tune", "data.jsonl", "--output", "out"]))
+def test_each_setting_has_an_option_whose_help_has_its_default(capsys):
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["tune", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    settings_without = {"rules", "beta", "warmup", "floor"}
     for field in dataclasses.fields(TuneSettings):
-        if field.name in given and field.name not in ("rules", "beta"):
-            assert given[field.name] == field.default, field.name
-    assert {"steps", "clip", "remat", "seed", "full"} <= given.keys()
+        if field.name in settings_without or isinstance(field.default, bool):
+            continue
+        default = field.metadata["unset"] if field.default is None else field.default
+        assert f"{field.metadata['help']} (default: {default})" in text, field.name

@@ -1,10 +1,8 @@
-"""Measures what a decode step, a prompt and a compilation cost on this machine.
+"""Measures what decode steps, a prompt and a compilation cost on this machine.
 
-A `Case` is a decoder with caches of one form; what is measured is always one of its two programs,
-so forms compare on equal terms. Times are of the host's clock, around work that has ended.
+The engine that users run is timed, by the host's clock, with requests of random tokens.
 """
 
-import functools
 import gc
 import importlib.metadata
 import platform
@@ -19,31 +17,31 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemlax import cost, linen, ops
-from gemlax.cache import new_caches, new_list, new_pools, round_capacity
-from gemlax.config import CHUNK, TextConfig
+from gemlax import cost
+from gemlax.cache import new_caches, round_capacity
+from gemlax.config import GemmaConfig, TextConfig
 from gemlax.decoder import Decoder, Layers, Read
-from gemlax.engine import bucket
+from gemlax.engine import MAX_STEPS, Engine, Request
 from gemlax.errors import RequestError
+from gemlax.model import Model
+from gemlax.sampling import make_sampling
 from gemlax.weights import build_decoder
 
 __all__ = [
-    "CacheForm",
-    "Case",
-    "Program",
     "Times",
     "compilation",
     "decode",
     "machine",
+    "memory",
+    "num_bytes",
     "prefill",
     "random_decoder",
+    "random_model",
     "streaming_read",
     "timed",
 ]
 
-CacheForm = Literal["stacked", "list", "paged"]
 Key = TypeVar("Key")
-_BLOCK_SIZE = 16  # tokens in a page
 _READ_BYTES = 2**29  # larger than any cache of a processor
 _READ_ROW = 1024
 
@@ -81,159 +79,14 @@ def timed(works: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, Time
     return {key: Times.of(taken[1:]) for key, taken in seconds.items()}
 
 
-class Program(NamedTuple):
-    """A compiled program, and the seconds that tracing and compiling it took."""
-
-    run: Any
-    trace_s: float
-    compile_s: float
-
-    def memory(self) -> dict[str, int]:
-        """Return the bytes of its arguments, of those that it writes in place, of temporaries."""
-        found = self.run.memory_analysis()
-        return {
-            "argument_bytes": found.argument_size_in_bytes,
-            "alias_bytes": found.alias_size_in_bytes,
-            "temporary_bytes": found.temp_size_in_bytes,
-        }
-
-
-class Case:
-    """One way to run a decoder: its weights, a form of cache, a batch and a capacity.
-
-    Attributes:
-        weights: what the programs take first.
-        caches: what the last run left. What they hold changes no work, so a run may start at any
-            position.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        *,
-        batch: int = 1,
-        capacity: int = 512,
-        cache: CacheForm = "stacked",
-        linen: bool = False,
-    ):
-        self.config: TextConfig = decoder.config
-        self.dtype = decoder.dtype
-        self.layers: Layers = decoder.layout
-        self.batch, self.capacity, self.cache, self.linen = batch, capacity, cache, linen
-        self._bind, self.weights = (_bind_linen if linen else _bind_nnx)(decoder)
-
-    @functools.cached_property
-    def caches(self) -> Any:
-        """Empty caches, at first."""
-        return self._new_caches()
-
-    @functools.cached_property
-    def decode_program(self) -> Program:
-        """What `decode` runs."""
-        return self.compile_decode()
-
-    def compile_decode(self) -> Program:
-        """Compile a loop of greedy steps: (weights, token [B, 1], caches, start, steps)."""
-
-        def loop(weights: Any, token: Any, caches: Any, start: Any, steps: Any) -> Any:
-            def step(carry: Any) -> Any:
-                i, token, caches = carry
-                model = self._bind(weights)
-                hidden, caches = self._forward(model, token, caches, i, jnp.int32(1))
-                best = jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32)
-                return i + 1, best, caches
-
-            return jax.lax.while_loop(lambda c: c[0] < start + steps, step, (start, token, caches))
-
-        return self._compile(loop, 1)
-
-    def compile_prefill(self, width: int) -> Program:
-        """Compile a chunk of a prompt: (weights, tokens [B, T], caches, start, count)."""
-
-        def chunk(weights: Any, tokens: Any, caches: Any, start: Any, count: Any) -> Any:
-            return self._forward(self._bind(weights), tokens, caches, start, count)[1]
-
-        return self._compile(chunk, width)
-
-    def decode(self, start: int, steps: int) -> Any:
-        """Run `steps` steps from position `start` on; return what must be there at the end."""
-        token = jnp.zeros((self.batch, 1), jnp.int32)
-        at = (jnp.int32(start), jnp.int32(steps))
-        self.caches = self.decode_program.run(self.weights, token, self.caches, *at)[2]
-        return self.caches
-
-    def prefill(self, program: Program, width: int, start: int, length: int) -> Any:
-        """Run `length` tokens from position `start` on, in chunks of `width`."""
-        tokens = jnp.zeros((self.batch, width), jnp.int32)
-        for done in range(0, length, width):
-            at = (jnp.int32(start + done), jnp.int32(min(width, length - done)))
-            self.caches = program.run(self.weights, tokens, self.caches, *at)
-        return self.caches
-
-    def sizes(self) -> dict[str, int]:
-        """Return the bytes of what is held."""
-        return {
-            "weight_bytes": _num_bytes(self.weights),
-            "cache_bytes": _num_bytes(jax.eval_shape(self._new_caches)),
-        }
-
-    def _forward(self, model: Any, tokens: Any, caches: Any, start: Any, count: Any) -> Any:
-        """Run the first `count` of the tokens [B, T] at positions from `start` on.
-
-        In pages the tokens of all rows are adjacent; what is left over follows them.
-        """
-        batch, width = tokens.shape
-        if self.cache != "paged":
-            columns = jnp.arange(width, dtype=jnp.int32)
-            at = jnp.where(columns < count, start + columns, ops.EMPTY)
-            return model(tokens, jnp.broadcast_to(at, tokens.shape), caches)
-        token = jnp.arange(batch * width, dtype=jnp.int32)
-        blocks = jnp.arange(batch * self.capacity // _BLOCK_SIZE, dtype=jnp.int32)
-        metadata = ops.AttentionMetadata(
-            input_positions=jnp.where(token < batch * count, start + token % count, ops.EMPTY),
-            block_tables=blocks.reshape(batch, -1),
-            seq_lens=jnp.full((batch,), start + count),
-            query_start_loc=jnp.arange(batch + 1, dtype=jnp.int32) * count,
-            request_distribution=jnp.array([batch if width == 1 else 0, batch, batch], jnp.int32),
-        )
-        hidden, caches = model(tokens.reshape(-1), None, caches, metadata)
-        return hidden.reshape(batch, width, -1), caches
-
-    def _new_caches(self) -> Any:
-        if self.cache == "stacked":
-            return new_caches(self.config, self.batch, self.capacity, self.dtype)
-        if self.cache == "paged":
-            blocks = self.batch * self.capacity // _BLOCK_SIZE
-            return new_pools(self.config, blocks, _BLOCK_SIZE, self.dtype)
-        return new_list(self.config, self.batch, self.capacity, self.dtype)
-
-    def _compile(self, function: Any, width: int) -> Program:
-        """Compile a function from the shapes of what it takes; the caches are donated."""
-        tokens = jax.ShapeDtypeStruct((self.batch, width), jnp.int32)
-        number = jax.ShapeDtypeStruct((), jnp.int32)
-        args = (self.weights, tokens, jax.eval_shape(self._new_caches), number, number)
-        ops.check_compiles("a benchmark")
-        begin = time.perf_counter()
-        lowered = jax.jit(function, donate_argnums=2).lower(*args)
-        traced = time.perf_counter()
-        compiled = lowered.compile()
-        return Program(compiled, traced - begin, time.perf_counter() - traced)
-
-
-def _bind_nnx(decoder: Decoder) -> tuple[Callable[[Any], Any], Any]:
-    graphdef, state = nnx.split(decoder)
-    return lambda weights: nnx.merge(graphdef, weights), state
-
-
-def _bind_linen(decoder: Decoder) -> tuple[Callable[[Any], Any], Any]:
-    """Hold the same arrays as the variables of the Linen decoder."""
-    module = linen.Decoder(
-        decoder.config,
-        layers=decoder.layout,
-        read=decoder.read,
-        dtype=decoder.dtype,
-    )
-    return module.bind, linen.to_linen(decoder)
+def memory(program: Any) -> dict[str, int]:
+    """Return the bytes of a program's arguments, of those written in place, of temporaries."""
+    analysis = program.memory_analysis()
+    return {
+        "argument_bytes": analysis.argument_size_in_bytes,
+        "alias_bytes": analysis.alias_size_in_bytes,
+        "temporary_bytes": analysis.temp_size_in_bytes,
+    }
 
 
 def random_decoder(
@@ -254,155 +107,168 @@ def random_decoder(
     return build_decoder(config, fill, dtype=dtype, layers=layers, read=read, progress=progress)
 
 
-# --- the three benchmarks ----------------------------------------------------------------------
+def random_model(config: GemmaConfig, *, dtype: Any = "float32", layers: Layers | None) -> Model:
+    """Build a model of random weights."""
+    return Model(config, random_decoder(config.text, dtype=dtype, layers=layers))
+
+
+class _Bench:
+    """A model, and an engine with `batch` slots for requests of random tokens."""
+
+    def __init__(self, build: Callable[[], Model], batch: int, tokens: int, capacity: int | None):
+        """Check what was asked for, and only then build the model.
+
+        `tokens` are those of a prompt and its answer; a `capacity` of None is what they need.
+        """
+        _check(1, batch=batch)
+        if capacity is not None and capacity < tokens:
+            raise RequestError(f"capacity must be at least {tokens} tokens, got {capacity}")
+        self.anonymous_bytes = _anonymous_bytes()
+        self.model = build()
+        self.programs, self.config = self.model.programs, self.model.config.text
+        longest = self.config.max_position_embeddings
+        if tokens > longest:
+            raise RequestError(f"{tokens} tokens are more than the context of {longest}")
+        self.batch, self.capacity = batch, round_capacity(capacity or tokens)
+        self.engine = Engine(self.programs, batch, self.capacity)
+        self._random = np.random.default_rng(0)
+        self._settings = make_sampling(self.programs.num_tokens, [0], temperature=0.0).row(0)
+
+    def draw(self, length: int) -> np.ndarray:
+        """Return prompts [batch, length]."""
+        return self._random.integers(0, self.programs.num_tokens, (self.batch, length))
+
+    def submit(self, prompts: np.ndarray, new_tokens: int) -> None:
+        """Let each prompt get `new_tokens`."""
+        for prompt in prompts.tolist():
+            self.engine.submit(Request(tuple(prompt), len(prompt) + new_tokens, self._settings))
+
+    def drain(self) -> None:
+        """Run every request to its end."""
+        while self.engine.num_running or self.engine.num_waiting:
+            self.engine.step(MAX_STEPS)
+
+    def program(self, name: str) -> tuple[Any, tuple[float, float]]:
+        """Return the newest program of a name, and the seconds of tracing and compiling it."""
+        key = [key for key in self.programs.compiled if key[0] == name][-1]
+        return self.programs.compiled[key], self.programs.counters.compile_times[key]
+
+    def report(self, name: str, **settings: int) -> dict[str, Any]:
+        """Return what was measured, and the memory that a program and all else takes."""
+        program, seconds = self.program(name)
+        before, after = self.anonymous_bytes, _anonymous_bytes()
+        return {
+            **self.settings(**settings),
+            "compile_s": round(sum(seconds), 3),
+            **self.sizes(),
+            **memory(program),
+            "memory_increase_bytes": None if before is None or after is None else after - before,
+        }
+
+    def settings(self, **more: int) -> dict[str, Any]:
+        """Return what the figures hold for."""
+        decoder = self.model.decoder
+        return {
+            "dtype": self.model.dtype.name, "layers": decoder.layout, "batch": self.batch,
+            "capacity": self.capacity, **more,
+        }  # fmt: skip
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of weights and caches."""
+        slots, dtype = self.programs.num_slots(self.batch), self.model.dtype
+        caches = jax.eval_shape(lambda: new_caches(
+            self.config, slots, self.capacity, dtype, storage=self.programs.storage
+        ))  # fmt: skip
+        weights = nnx.state(self.model.decoder)
+        return {"weight_bytes": num_bytes(weights), "cache_bytes": num_bytes(caches)}
 
 
 def decode(
-    build: Callable[[], Decoder],
-    *,
-    depth: int,
-    steps: int,
-    rounds: int,
+    build: Callable[[], Model], *, depth: int, steps: int, rounds: int, batch: int = 1,
     capacity: int | None = None,
-    **form: Any,
-) -> dict[str, Any]:
-    """Measure decode steps at positions from `depth` on.
-
-    Args:
-        build: makes the decoder; the memory that this and all else takes is counted.
-        capacity: of the cache, in tokens; None: what is needed.
-        form: see `Case`.
-    """
-    _check(1, steps=steps, rounds=rounds)
-    before = _anonymous_bytes()
-    case = _case(build, depth, steps, capacity, form)
-    program = case.decode_program
-    times = timed({"step": lambda: case.decode(depth, steps)}, rounds)["step"]
-    taken = None if before is None else (_anonymous_bytes() or 0) - before
-    machine_gb_s = streaming_read(rounds)
-    step_s = times.median / steps
-    sizes = case.sizes()
+) -> dict[str, Any]:  # fmt: skip
+    """Measure `steps` decode steps of `batch` requests that have `depth` tokens."""
+    _check(1, depth=depth, steps=steps, rounds=rounds)
+    bench = _Bench(build, batch, depth + 1 + steps, capacity)
+    prompts, seconds = bench.draw(depth), []
+    for _ in range(rounds + 1):
+        bench.submit(prompts, 1 + steps)  # after the first round the caches have the prompts
+        while not bench.engine.step(1):
+            pass
+        begin = time.perf_counter()
+        bench.drain()
+        seconds.append(time.perf_counter() - begin)
+    times = Times.of(seconds[1:])
+    report = bench.report("decode", depth=depth, steps=steps, rounds=rounds)
+    machine_gb_s, step_s = streaming_read(rounds), times.median / steps
     read_bytes = cost.decode_bytes(
-        case.config,
-        depth + (steps + 1) // 2,
-        case.batch,
-        sizes["weight_bytes"] / cost.parameters(case.config),
-        case.dtype.itemsize,
-    )
-    return {
-        **_setting(case, depth=depth, steps=steps, rounds=rounds),
+        bench.config, depth + (steps + 1) // 2, batch,
+        report["weight_bytes"] / cost.parameters(bench.config), bench.model.dtype.itemsize,
+    )  # fmt: skip
+    return report | {
         **times.report("step", "ms", steps),
-        "tok_s": round(case.batch / step_s, 2),
+        "tok_s": round(batch / step_s, 2),
         "read_bytes": read_bytes,
         "gb_s": round(read_bytes / step_s / 1e9, 3),
         "machine_gb_s": round(machine_gb_s, 3),
         "bandwidth_share": round(read_bytes / step_s / 1e9 / machine_gb_s, 4),
-        "compile_s": round(program.trace_s + program.compile_s, 3),
-        **sizes,
-        **program.memory(),
-        "memory_increase_bytes": taken,
     }
 
 
 def prefill(
-    build: Callable[[], Decoder],
-    *,
-    prompt_length: int,
-    depth: int,
-    rounds: int,
+    build: Callable[[], Model], *, prompt_length: int, depth: int, rounds: int, batch: int = 1,
     capacity: int | None = None,
-    **form: Any,
-) -> dict[str, Any]:
-    """Measure a prompt of `prompt_length` tokens after `depth` others, in chunks as it is used."""
+) -> dict[str, Any]:  # fmt: skip
+    """Measure the prefill of `prompt_length` tokens after `depth` others."""
+    _check(0, depth=depth)
     _check(1, prompt_length=prompt_length, rounds=rounds)
-    before = _anonymous_bytes()
-    case = _case(build, depth, prompt_length, capacity, form)
-    width = _width(prompt_length)
-    program = case.compile_prefill(width)
-    work = functools.partial(case.prefill, program, width, depth, prompt_length)
-    times = timed({"prompt": work}, rounds)["prompt"]
-    taken = None if before is None else (_anonymous_bytes() or 0) - before
-    return {
-        **_setting(case, depth=depth, prompt_length=prompt_length, chunk=width, rounds=rounds),
+    bench = _Bench(build, batch, depth + prompt_length + 2, capacity)
+    counters, seconds = bench.programs.counters, []
+    for _ in range(rounds + 1):
+        prompts = bench.draw(depth + prompt_length + 1)  # the last token is not prefilled
+        if depth:
+            bench.submit(prompts[:, :depth], 1)
+            bench.drain()
+        before = counters.prefill_s
+        bench.submit(prompts, 1)
+        bench.drain()
+        seconds.append(counters.prefill_s - before)
+    times = Times.of(seconds[1:])
+    report = bench.report("prefill", depth=depth, prompt_length=prompt_length, rounds=rounds)
+    return report | {
         **times.report("prompt", "ms"),
-        "tok_s": round(case.batch * prompt_length / times.median, 2),
-        "compile_s": round(program.trace_s + program.compile_s, 3),
-        **case.sizes(),
-        **program.memory(),
-        "memory_increase_bytes": taken,
+        "tok_s": round(batch * prompt_length / times.median, 2),
     }
 
 
 def compilation(
-    build: Callable[[], Decoder],
-    *,
-    prompt_length: int,
-    rounds: int,
+    build: Callable[[], Model], *, prompt_length: int, rounds: int, batch: int = 1,
     capacity: int | None = None,
-    **form: Any,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Measure tracing and compiling the two programs, each round with jax's caches emptied."""
     _check(1, prompt_length=prompt_length, rounds=rounds)
-    case = _case(build, 0, prompt_length, capacity, form)
-    width = _width(prompt_length)
-    found = _setting(case, chunk=width, rounds=rounds)
-    makers = {"decode": case.compile_decode, "prefill": lambda: case.compile_prefill(width)}
-    for name, make in makers.items():
-        programs = []
-        for _ in range(rounds + 1):
-            jax.clear_caches()
-            programs.append(make())
-        warm = programs[1:]
-        found |= Times.of([p.trace_s for p in warm]).report(f"{name}_trace", "s")
-        found |= Times.of([p.compile_s for p in warm]).report(f"{name}_compile", "s")
-        found |= {f"{name}_{key}": size for key, size in warm[-1].memory().items()}
-    return found | case.sizes()
-
-
-def _case(
-    build: Callable[[], Decoder], depth: int, new: int, capacity: int | None, form: dict[str, Any]
-) -> Case:
-    """Check what was asked for, and only then build the decoder."""
-    _check(0, depth=depth)
-    _check(1, batch=form.get("batch", 1))
-    needed = round_capacity(depth + new)
-    capacity = needed if capacity is None else capacity
-    if capacity < needed or capacity != round_capacity(capacity):
-        raise RequestError(
-            f"capacity must be a power of two, at least {needed} for {depth} + {new} tokens, "
-            f"got {capacity}"
-        )
-    case = Case(build(), capacity=capacity, **form)
-    most = case.config.max_position_embeddings
-    if depth + new > most:
-        raise RequestError(f"{depth} + {new} tokens are more than the context of {most}")
-    return case
+    bench = _Bench(build, batch, prompt_length + 2, capacity)
+    seconds: dict[str, list[tuple[float, float]]] = {"decode": [], "prefill": []}
+    for _ in range(rounds + 1):
+        jax.clear_caches()
+        bench.programs.compiled.clear()
+        bench.submit(bench.draw(prompt_length + 1), 1)
+        bench.drain()
+        for name, taken in seconds.items():
+            taken.append(bench.program(name)[1])
+    report = bench.settings(prompt_length=prompt_length, rounds=rounds)
+    for name, taken in seconds.items():
+        for part, times in zip(("trace", "compile"), zip(*taken[1:], strict=True), strict=True):
+            report |= Times.of(list(times)).report(f"{name}_{part}", "s")
+        program = memory(bench.program(name)[0])
+        report |= {f"{name}_{key}": size for key, size in program.items()}
+    return report | bench.sizes()
 
 
 def _check(least: int, **numbers: int) -> None:
     for name, value in numbers.items():
         if value < least:
             raise RequestError(f"{name} must be at least {least}, got {value}")
-
-
-def _width(length: int) -> int:
-    """Return the width of the chunks that `Engine` would take."""
-    return bucket(min(length, CHUNK), 16)
-
-
-def _setting(case: Case, **numbers: int) -> dict[str, Any]:
-    return {
-        "dtype": case.dtype.name,
-        "layers": case.layers,
-        "cache": case.cache,
-        "linen": case.linen,
-        "batch": case.batch,
-        "capacity": case.capacity,
-        **numbers,
-    }
-
-
-# --- the machine -------------------------------------------------------------------------------
 
 
 def streaming_read(rounds: int = 5) -> float:
@@ -435,13 +301,14 @@ def _processor() -> str:
 
 
 def _anonymous_bytes() -> int | None:
-    """Return the process's resident memory that no file backs; None where it is not told."""
+    """Return the process's resident memory that no file backs; None where it is unknown."""
     gc.collect()
     path = Path("/proc/self/status")
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    found = (line.split()[1] for line in lines if line.startswith("RssAnon:"))
-    return next((1024 * int(size) for size in found), None)
+    sizes = (line.split()[1] for line in lines if line.startswith("RssAnon:"))
+    return next((1024 * int(size) for size in sizes), None)
 
 
-def _num_bytes(tree: Any) -> int:
+def num_bytes(tree: Any) -> int:
+    """Return the bytes of all arrays of a tree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -30,7 +30,10 @@ def bucket(size: int, smallest: int = 1) -> int:
 
 @dataclasses.dataclass
 class Counters:
-    """What was done, for tests and reports: counts, and seconds by the wall clock."""
+    """What was done, for tests and reports: counts, and seconds by the wall clock.
+
+    `compile_times` has the seconds of tracing and of compiling each program.
+    """
 
     prefill_tokens: int = 0
     prefill_calls: int = 0
@@ -41,6 +44,9 @@ class Counters:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     keys: list[tuple[object, ...]] = dataclasses.field(default_factory=list)
+    compile_times: dict[tuple[object, ...], tuple[float, float]] = dataclasses.field(
+        default_factory=dict
+    )
 
 
 class Programs:
@@ -49,6 +55,7 @@ class Programs:
     Attributes:
         num_tokens: ids from here on are never sampled (rows of the table without a token).
         adapters: names of those in the decoder's tables, in order.
+        compiled: programs by key: name, shape of the state, bucket.
     """
 
     def __init__(
@@ -75,7 +82,7 @@ class Programs:
         self.num_tokens = num_tokens
         self.counters = Counters()
         self._graphdef, self._weights = nnx.split(decoder)
-        self._compiled: dict[tuple[object, ...], Any] = {}
+        self.compiled: dict[tuple[object, ...], Any] = {}
 
     def put(self, tree: Any) -> Any:
         """Bring arrays of the host, which every process has alike, to all devices."""
@@ -216,7 +223,7 @@ class Programs:
         needed = min(bucket(rows), len(state.lengths))
         sizes: list[Any] = [
             key[2]
-            for key in self._compiled
+            for key in self.compiled
             if key[:2] == (name, _shape_of(state)) and key[3:] == rest
         ]
         return min((size for size in sizes if rows <= size <= slack * needed), default=needed)
@@ -233,18 +240,21 @@ class Programs:
         """Return the compiled program of a bucket; compile it at first use."""
         ops.check_compiles("generating")
         key = (name, _shape_of(args[donated]), *shape)
-        if key not in self._compiled:
+        if key not in self.compiled:
             begin = time.perf_counter()
             # The state stays where it lies; every device gets the output.
             shardings = jax.tree.map(lambda x: x.sharding, args[donated])
             if name not in ("join", "prefill"):
                 shardings = (shardings, self.layout.replicated)
-            jitted = self.layout.jit(make(), shardings, donate_argnums=donated)
-            self._compiled[key] = jitted.lower(*args).compile()
-            self.counters.compile_s += time.perf_counter() - begin
+            lowered = self.layout.jit(make(), shardings, donate_argnums=donated).lower(*args)
+            traced = time.perf_counter()
+            self.compiled[key] = lowered.compile()
+            end = time.perf_counter()
+            self.counters.compile_times[key] = traced - begin, end - traced
+            self.counters.compile_s += end - begin
             self.counters.programs += 1
             self.counters.keys.append(key)
-        return self._compiled[key]
+        return self.compiled[key]
 
 
 def _shape_of(state: State) -> tuple[int, ...]:

@@ -52,8 +52,12 @@ def _seed(name: str, value: Any) -> Any:
     return check_seed(value)
 
 
-def _setting(default: Any, text: str, check: _Check | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text, "check": check})
+def _setting(
+    default: Any, text: str, check: _Check | None = None, *, unset: str = "", metavar: str = ""
+) -> Any:
+    """Declare a field; `unset` says what None means, `metavar` stands for the option's value."""
+    more = {"help": text, "check": check, "unset": unset, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=more)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,65 +69,67 @@ class SamplingSettings:
     """
 
     max_new_tokens: int | None = _setting(
-        None, "the most tokens to generate (256 if the checkpoint does not say)", _integer(0)
+        None, "generate at most N tokens", _integer(0), unset="the checkpoint's, else 256"
     )
     min_new_tokens: int | None = _setting(
-        None, "no stop id is generated before this many tokens", _integer(0)
+        None, "generate no stop id before N tokens", _integer(0), unset="the checkpoint's, else 0"
     )
     context: int | None = _setting(
-        None, "the most tokens of prompt and answer together; None: the model's limit", _integer(1)
+        None, "allow N tokens of prompt and answer together", _integer(1), unset="the model's limit"
     )
     temperature: float | None = _setting(
-        None, "divides the logits; 0 takes the most likely token", _number(0, math.inf)
-    )
+        None, "divide the logits by T; 0 takes the most likely token", _number(0, math.inf),
+        unset="the checkpoint's, else 0", metavar="T",
+    )  # fmt: skip
     top_k: int | None = _setting(
-        None, "sample from the k most likely tokens; 0 turns it off",
-        _integer(-1, "0 or -1 turns it off"),
+        None, "sample from the K most likely tokens; 0 turns it off",
+        _integer(-1, "0 or -1 turns it off"), unset="the checkpoint's, else 0", metavar="K",
     )  # fmt: skip
     top_p: float | None = _setting(
-        None, "sample from the most likely tokens whose probabilities reach p; 1 turns it off",
-        _number(0, 1),
+        None, "sample from the most likely tokens whose probabilities reach P; 1 turns it off",
+        _number(0, 1), unset="the checkpoint's, else 1", metavar="P",
     )  # fmt: skip
     min_p: float | None = _setting(
-        None, "drop tokens less likely than p times the most likely one; 0 turns it off",
-        _number(0, 1),
+        None, "drop tokens less likely than P times the most likely one; 0 turns it off",
+        _number(0, 1), unset="the checkpoint's, else 0", metavar="P",
     )  # fmt: skip
     repetition_penalty: float | None = _setting(
-        None, "divides the logits of tokens of prompt and answer; 1 turns it off",
-        _number(0, math.inf, open_low=True),
+        None, "divide the logits of tokens of prompt and answer by X; 1 turns it off",
+        _number(0, math.inf, open_low=True), unset="the checkpoint's, else 1",
     )  # fmt: skip
     presence_penalty: float = _setting(
-        0.0, "subtracted from the logits of tokens of the answer", _number(-math.inf, math.inf)
+        0.0, "subtract X from the logits of tokens of the answer", _number(-math.inf, math.inf)
     )
     frequency_penalty: float = _setting(
-        0.0, "subtracted once for each time a token is in the answer", _number(-math.inf, math.inf)
-    )
+        0.0, "subtract X from a token's logit for each time that the answer has it",
+        _number(-math.inf, math.inf),
+    )  # fmt: skip
     no_repeat_ngram_size: int | None = _setting(
-        None, "no N tokens in a row occur twice, prompt included; 0 turns it off",
-        _integer(0, "0 turns it off"),
+        None, "let no N tokens in a row occur twice, prompt included; 0 turns it off",
+        _integer(0, "0 turns it off"), unset="the checkpoint's, else 0",
     )  # fmt: skip
     bad_words: Sequence[str | Sequence[int]] | None = _setting(
-        None, "words, or lists of ids, that are never generated"
+        None, "never generate these words, or lists of ids", unset="the checkpoint's"
     )
     logit_bias: Mapping[int, float] | None = _setting(
-        None, "added to the logits of these ids; -inf forbids one"
+        None, "add to the logits of these ids; -inf forbids one", unset="nothing"
     )
     seed: int | Sequence[int] = _setting(
-        0, "prompt number r draws with seed + r; a list gives each prompt its own", _seed
+        0, "seed of the draws (of prompt r: N + r, or entry r of a list)", _seed
     )
     stop: str | Sequence[str] = _setting(
-        (),
-        "strings that end the answer and are not part of it; a control token ends it too",
-        _texts,
+        (), "end the answer before this text; a control token ends it too", _texts, unset="none"
     )
-    stop_ids: Sequence[int] = _setting((), "ids that end the answer, besides the checkpoint's")
+    stop_ids: Sequence[int] = _setting(
+        (), "end the answer at these ids, besides the checkpoint's", unset="none"
+    )
     logprobs: int | None = _setting(
         None, "return each token's log-probability, and those of the N most likely tokens",
-        _up_to(TOP_LOGPROBS, ""),
+        _up_to(TOP_LOGPROBS, ""), unset="none are returned",
     )  # fmt: skip
     speculate: int | None = _setting(
         None, "draft up to N tokens from the text so far: the same answer, sooner if it repeats",
-        _up_to(MAX_DRAFTS, " drafts"),
+        _up_to(MAX_DRAFTS, " drafts"), unset="no drafts",
     )  # fmt: skip
     parse_special: bool = _setting(
         False, "read markers in the text, such as <start_of_turn>, as control tokens"
@@ -163,8 +169,11 @@ def read_settings(
 
 def describe() -> str:
     """Return a line of documentation for each setting."""
-    fields = dataclasses.fields(SamplingSettings)
-    return "\n".join(f"    {field.name}: {field.metadata['help']}." for field in fields)
+    return "\n".join(
+        f"    {field.name}: {field.metadata['help']} "
+        f"(default: {field.metadata['unset'] or field.default})."
+        for field in dataclasses.fields(SamplingSettings)
+    )
 
 
 def seeds(seed: int | Sequence[int], count: int) -> list[int]:

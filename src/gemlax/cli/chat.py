@@ -1,20 +1,27 @@
-"""The terminal chat: turns read, answers streamed, what it cost said after each.
+"""`gemlax chat`: reads turns, streams answers, and reports what each has cost.
 
-It prints through what it is given, and knows no model, only a session.
+`Terminal` prints through what it is given, and knows no model, only a session.
 """
 
+import argparse
+import dataclasses
+import json
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Protocol
 
 from gemlax.chat import Message
-from gemlax.errors import RequestError
-from gemlax.generation import Reply, Session
+from gemlax.cli import output
+from gemlax.cli.loading import load, model_name
+from gemlax.cli.parser import CHAT_TOKENS
+from gemlax.errors import Error, RequestError
+from gemlax.generation import Reply, SamplingSettings, Session
 
-__all__ = ["HELP", "Terminal"]
+__all__ = ["HELP", "Terminal", "run"]
 
 HELP = """/reset  forget the conversation
 /exit   end (or Ctrl-D)
@@ -23,17 +30,61 @@ HELP = """/reset  forget the conversation
 Ctrl-C stops an answer."""
 
 
+def run(args: argparse.Namespace) -> int:
+    """Chat until the input ends; return the exit status."""
+    if sys.stdin is None:
+        raise Error("standard input is closed")
+    settings = SamplingSettings(**args.settings)
+    model = load(args)
+    if settings.max_new_tokens is None and model.generation_config.get("max_new_tokens") is None:
+        settings = dataclasses.replace(settings, max_new_tokens=CHAT_TOKENS)
+    session = model.session(system=args.system, thinking=args.thinking or None, settings=settings)
+    terminal = Terminal(session, output.write, output.dim if output.on_terminal() else output.note)
+    if sys.stdin.isatty():
+        output.note(f"{model_name(args)}\n{HELP}")
+        terminal.run(_ask)
+    else:
+        lines = (line.decode("utf-8-sig") for line in sys.stdin.buffer)
+        terminal.run(lambda: _next_line(lines))
+    if args.json:
+        output.write(json.dumps({"turns": terminal.turns}))
+    return int(terminal.failed and not sys.stdin.isatty())
+
+
+def _ask() -> str:
+    """Read a turn from the terminal; Ctrl-C gives up the line."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  # the line can be edited
+    try:
+        return input("> ")
+    except KeyboardInterrupt:
+        output.note("")
+        return ""
+
+
+def _next_line(lines: Iterator[str]) -> str:
+    line = next(lines, None)
+    if line is None:
+        raise EOFError
+    return line
+
+
 class Write(Protocol):
-    """Prints text as it is."""
+    """Prints a text."""
 
     def __call__(self, text: str, end: str = "\n") -> None: ...
 
 
 class Terminal:
-    """One chat. `turns` lists what was said and what it cost; `failed`, whether a turn did."""
+    """One chat.
+
+    Attributes:
+        turns: what was said in each and what it has cost.
+        failed: whether a turn was refused.
+    """
 
     def __init__(self, session: Session, write: Write, note: Write):
-        """`write` takes what the model says, `note` what is said about it."""
+        """`write` prints what the model says, `note` everything else."""
         self.turns: list[dict[str, Any]] = []
         self.failed = False
         self._session, self._write, self._note = session, write, note

@@ -1,0 +1,9 @@
+"""The command line. Only this room prints.
+
+`parser` says what the options are, `commands` runs them (`chat` and `tune` their own), `loading`
+makes a model of them, `output` writes.
+"""
+
+from gemlax.cli.commands import main
+
+__all__ = ["main"]

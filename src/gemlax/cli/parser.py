@@ -1,0 +1,328 @@
+"""The options of every command, and what its help says. Nothing is run here.
+
+Options of sampling and of training are made from the fields of their settings.
+"""
+
+import argparse
+import dataclasses
+import re
+import typing
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gemlax.generation import SamplingSettings
+from gemlax.tune.settings import TuneSettings
+
+__all__ = ["CHAT_TOKENS", "make_parser"]
+
+# The most tokens of an answer in a chat, where neither the user nor the checkpoint says how many.
+CHAT_TOKENS = 1024
+# Settings without an option. (--adapter is an option of the model.)
+_NO_OPTION = ("bad_words", "logit_bias", "stop_ids", "logprobs", "adapter")
+_SAMPLING = [f.name for f in dataclasses.fields(SamplingSettings) if f.name not in _NO_OPTION]
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+_EXAMPLES = {
+    "generate": r"""
+  gemlax generate "The capital of France is"
+  gemlax generate --model gemma-3-1b-pt/ --temperature 0.8 --top-k 64 --seed 7 "Once upon a time"
+  cat story.txt | gemlax generate - --max-new-tokens 64 --stop '\n\n' --json
+  gemlax generate --model gemma-3-27b-it/ --mesh data=2,tensor=4 "Once upon a time"
+
+In --stop, \n, \t and \\ stand for newline, tab and backslash. On several hosts, run the same
+command on each with --coordinator HOST:PORT --num-processes N --process-id I; the first one prints.
+To try a mesh on one CPU, set XLA_FLAGS=--xla_force_host_platform_device_count=8 first.
+""",
+    "chat": r"""
+  gemlax chat --model gemma-3-4b-it/ --system "Answer in one sentence."
+  printf 'Hello!\nAnd in French?\n' | gemlax chat --model gemma-3-1b-it/ --temperature 0
+
+/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer. When standard
+input is not a terminal, each line of it is a turn.
+""",
+    "convert": """
+  gemlax convert gemma-4-26b-a4b.gguf gemma-4-26b-a4b/ --dtype bfloat16
+  gemlax convert gemma-3-1b-orbax/ gemma-3-1b/ --json
+
+Transformers and gemlax read the target. It has the text decoder, without encoders.
+""",
+    "quantize": """
+  gemlax quantize gemma-3-1b-pt/ gemma-3-1b-int8/ --format int8
+  gemlax quantize gemma-3-1b-pt/ gemma-3-1b-int4/ --format int4 --calibration text.txt
+  gemlax quantize model.gguf smaller/ --rules rules.json --json
+
+Rules are a JSON object that gives a format (int8, int4, nf4 or dense) to each pattern of weight
+names: {"embed_tokens.weight": "int8", "*.mlp.*": "int4"}. The first pattern that fits counts; what
+none fits stays dense. Only gemlax reads the target; gemlax convert makes floats of it again. A
+source that is quantised already is decoded first.
+""",
+    "tune": """
+  gemlax tune train.jsonl --output tuned --eval-data held-out.jsonl --epochs 3
+  gemlax tune train.jsonl --output tuned --epochs 3 --resume
+  gemlax tune train.jsonl --model gemma-3-1b-it/ --quantize nf4 --rank 16 --output tuned
+  gemlax tune pairs.jsonl --dpo --beta 0.1 --output preferred
+
+A line of the data is an object with "messages" (or ShareGPT's "conversations"), "prompt" and
+"completion", "instruction" and "output", or "text"; for --dpo with "prompt", "chosen" and
+"rejected" (docs/tune.md has all forms). The model learns answers, not prompts. Markers such as
+<end_of_turn> are read in texts, never in messages.
+The folder gets the adapter as peft writes it (with --full a model), log.jsonl, loss.png and
+checkpoints. --resume continues from the last checkpoint and reaches the same losses.
+""",
+    "info": """
+  gemlax info gemma-3-4b --context 32768
+  gemlax info model.gguf --json
+  gemlax info --all
+""",
+    "perplexity": """
+  gemlax perplexity book.txt --model gemma-3-1b-pt/
+""",
+    "bench": """
+  gemlax bench decode --depth 4096
+  gemlax bench prefill --model gemma-3-1b --dtype bfloat16 --prompt-length 2048
+  gemlax bench compile --model gemma-3-27b --tiny --layers unroll
+
+A preset gets random weights. gemlax bench decode --help lists the options.
+""",
+    "bench decode": """
+  gemlax bench decode --model gemma-3-1b --batch 8 --depth 1024
+
+The bytes that a step reads are compared with what this machine reads at best, measured in the same
+run. The last line is JSON.
+""",
+    "bench prefill": """
+  gemlax bench prefill --model model.gguf --prompt-length 2048
+""",
+    "bench compile": """
+  gemlax bench compile --model gemma-3-27b --tiny --layers unroll
+""",
+}
+
+
+# Options as help shows them: name, value and its default, and behind two spaces what it does. A
+# value is an integer (N), a number (X, P), a path (FILE, FOLDER), one of {a,b}, or else a text.
+_REPORT = """
+--json  end with one JSON line on stdout
+--quiet  show no progress on stderr
+"""
+_MODEL = f"""
+--model M  folder, .gguf file or name (default: the demo)
+--dtype {{float32,bfloat16}}  dtype of weights and maths (default: float32 on a CPU, else bfloat16)
+--layers {{scan,unroll}}  how layers are compiled (default: the faster way)
+--kv-cache {{int8}}  keep keys and values in 8 bits (default: in the dtype of the model)
+--quantize {{stored,dense,int8,int4,nf4}}  how matrices are kept
+  (default: as the file has them where native kernels run)
+--implementation {{xla,cpu}}  cpu: native kernels, or an error
+  (default: native kernels where they were built)
+--adapter DIR  apply a LoRA adapter in peft's format
+--compilation-cache DIR  keep compiled programs in DIR; the next run starts faster
+--mesh AXES  spread over all devices: sizes of data, fsdp, tensor and expert, as data=2,tensor=4
+--coordinator HOST:PORT  address of process 0, for several hosts
+--num-processes N  number of hosts
+--process-id N  number of this host, from 0
+{_REPORT}"""
+_GENERATE = """
+prompt?  the text; '-' or nothing: read stdin without its last line end
+--file FILE  read the prompt from a file
+"""
+_CHAT = """
+--system TEXT  system text: instructions for the whole conversation
+--thinking  let the model reason before it answers (Gemma 4)
+"""
+_REWRITE = f"""
+source  folder, .gguf file or name
+target FOLDER  new folder, in a folder that exists
+--adapter DIR  add a LoRA adapter to the weights
+--overwrite  replace the model at the target
+{_REPORT}"""
+_CONVERT = """
+--dtype {float32,bfloat16}  dtype of the weights
+  (default: as stored; float32 for float16 and quantised ones)
+"""
+_FORMATS = """
+--format {int8,int4,nf4}  format of every matrix except routers
+--rules FILE  JSON file with a format for each pattern
+"""
+_QUANTIZE = """
+--calibration FILE  text of some thousand tokens that int4 is fitted to
+  (default: a page that gemlax brings)
+"""
+_TUNE = """
+data FILE  JSONL file of messages, conversations, prompts, instructions or texts
+--eval-data FILE  held-out file; its loss is reported
+--resume  continue from the last checkpoint in the folder
+--rules FILE  JSON file with rank, alpha and dropout by module name
+--rank N  rank of the adapter (default: 8)
+--alpha X  LoRA scale is alpha / rank (default: 16)
+--dropout P  probability that an input of the adapter is dropped (default: 0)
+--beta X  strength of --dpo (default: 0.1)
+"""
+_INFO = """
+model?  folder, .gguf file, name or preset
+--all  show the KV memory of every preset
+--context N  show KV bytes at N tokens (default: the model's limit)
+--json  print one JSON line on stdout
+"""
+_PERPLEXITY = """
+file FILE  UTF-8 text file; '-': stdin
+--window N=2048  score N tokens at a time
+"""
+_BENCH = {
+    "decode": ("measure decode steps", """
+--depth N=128  tokens before the first step
+--steps N=16  decode steps in a round
+"""),
+    "prefill": ("measure the prefill of a prompt", """
+--depth N=0  tokens before the prompt
+--prompt-length N=512  tokens of the prompt
+"""),
+    "compile": ("measure the compilation of both programs", """
+--prompt-length N=512  tokens of the prompt
+"""),
+}  # fmt: skip
+_CASE = """
+--model M  preset (random weights), folder, .gguf file or name (default: the demo)
+--tiny  use the model's layers at toy width, with random weights
+--dtype {float32,bfloat16}=float32  dtype of weights and maths
+--layers {scan,unroll}  how layers are compiled (default: the faster way)
+--batch N=1  requests at once
+--capacity N  tokens that a slot has room for (default: those needed)
+--rounds N=5  rounds after one of warm-up
+--json  print nothing except the JSON line on stdout
+--quiet  show no progress on stderr
+"""
+# Options of `_MODEL` that `bench` does without.
+_NOT_IN_CASE = ("compilation_cache", "mesh", "coordinator", "num_processes", "process_id",
+                "kv_cache", "quantize", "implementation", "adapter")  # fmt: skip
+_KINDS: dict[str, Any] = {"N": int, "X": float, "P": float, "FILE": Path, "FOLDER": Path}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"gemlax: {message}; see {self.prog} --help\n")
+
+
+def _add(parser: Any, options: str) -> None:
+    """Add options that are written as help shows them."""
+    for line in options.replace("\n  ", " ").split("\n"):
+        usage, _, text = line.partition("  ")
+        name, _, value = usage.partition(" ")
+        metavar, _, default = value.partition("=")
+        if not usage:
+            continue
+        if not metavar and name.startswith("-"):
+            parser.add_argument(name, action="store_true", help=text)
+            continue
+        more: dict[str, Any] = {"type": _KINDS.get(metavar, str)}
+        if metavar.startswith("{"):
+            more = {"choices": metavar.strip("{}").split(",")}
+        elif name.startswith("-"):
+            more["metavar"] = metavar
+        if default:
+            more["default"], text = more.get("type", str)(default), f"{text} (default: {default})"
+        if name.endswith("?"):
+            more["nargs"] = "?"
+        parser.add_argument(name.rstrip("?"), help=text, **more)
+
+
+class _Setting(argparse.Action):
+    """Collects the settings that are given in `settings`; the others keep their defaults."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        given = namespace.settings
+        if self.nargs == 0:
+            values = self.const
+        elif self.const == "append":
+            values = (*given.get(self.dest, ()), values)
+        namespace.settings = {**given, self.dest: values}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser; `command` of what it parses names the command."""
+    parser = _Parser(prog="gemlax", description="Google's Gemma in JAX.")
+    parser.add_argument("--version", action="version", version=f"gemlax {version('gemlax')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    generate = _command(commands, "generate", "continue a text", _GENERATE + _MODEL)
+    _add_sampling(generate)
+    chat = _command(commands, "chat", "talk to a model", _MODEL + _CHAT)
+    asked = [name for name in _SAMPLING if name != "parse_special"]
+    _add_sampling(chat, asked, max_new_tokens=f"the checkpoint's, else {CHAT_TOKENS}")
+    _command(commands, "convert", "write a model as a Hugging Face folder", _REWRITE + _CONVERT)
+    quantize = _command(
+        commands, "quantize", "write a model with quantised matrices", _REWRITE + _QUANTIZE
+    )
+    _add(quantize.add_mutually_exclusive_group(required=True), _FORMATS)
+    _add_tune(_command(commands, "tune", "train an adapter, or all weights", _TUNE))
+    _command(commands, "info", "show what a model is and costs, without loading it", _INFO)
+    score = _command(commands, "perplexity", "score a text file", _PERPLEXITY + _MODEL)
+    _add_sampling(score, ["parse_special"])
+    bench = _command(commands, "bench", "measure speed and memory on this machine", "")
+    kinds = bench.add_subparsers(dest="what", required=True, metavar="decode|prefill|compile")
+    for name, (text, options) in _BENCH.items():
+        case = _command(kinds, name, text, options + _CASE, "bench ")
+        case.set_defaults(**dict.fromkeys(_NOT_IN_CASE))
+    return parser
+
+
+def _command(commands: Any, name: str, text: str, options: str, within: str = "") -> Any:
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"examples:\n{_EXAMPLES[within + name].lstrip(chr(10))}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add(parser, options)
+    return parser
+
+
+def _add_setting(parser: Any, field: Any, default: Any = None) -> None:
+    """Add the option of a field; a flag changes what is the default."""
+    metadata, dashed = field.metadata, field.name.replace("_", "-")
+    kind = (*typing.get_args(field.type), field.type)[0]
+    more: dict[str, Any] = {"action": _Setting, "dest": field.name, "default": argparse.SUPPRESS}
+    if kind is bool:
+        name = f"--no-{dashed}" if field.default else f"--{dashed}"
+        text = f"do not {metadata['help']}" if field.default else metadata["help"]
+        more |= {"nargs": 0, "const": not field.default}
+    else:
+        name = f"--{dashed}"
+        default = default or (
+            field.default if field.default not in (None, ()) else metadata["unset"]
+        )
+        repeated = "; may be repeated" if kind is str else ""
+        text = f"{metadata['help']}{repeated} (default: {default})"
+        more |= {"type": _unescaped if kind is str else kind}
+        more |= {"metavar": metadata.get("metavar") or _METAVARS[kind]}
+        more |= {"const": "append" if kind is str else None}
+    parser.add_argument(metadata.get("option") or name, help=text, **more)
+
+
+def _unescaped(text: str) -> str:
+    """Read the escapes of newline, tab and backslash; any other backslash is one."""
+    meant = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+    return re.sub(r"\\[nt\\]", lambda escape: meant[escape[0]], text)
+
+
+def _add_sampling(parser: Any, names: Sequence[str] = _SAMPLING, **defaults: str) -> None:
+    parser.set_defaults(settings={})
+    for field in dataclasses.fields(SamplingSettings):
+        if field.name in names:
+            _add_setting(parser, field, defaults.get(field.name))
+
+
+def _add_tune(parser: Any) -> None:
+    parser.set_defaults(settings={})
+    text = "folder for all results"
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help=text)
+    kinds, length = (parser.add_mutually_exclusive_group() for _ in range(2))
+    _add(kinds, "--dpo  learn preferences")
+    groups = {"full": kinds, "steps": length, "epochs": length}
+    for field in dataclasses.fields(TuneSettings):
+        if field.metadata.get("option", field.name) is not None:
+            _add_setting(groups.get(field.name, parser), field)
+    _add(parser, _MODEL)
