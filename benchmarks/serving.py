@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import report
 
 import gemlax
 from gemlax.engine import MAX_STEPS, Engine, Request
