@@ -221,7 +221,7 @@ def test_a_weight_that_the_mesh_does_not_divide_is_named(change, axes, said):
 
 def test_an_mlp_or_experts_that_the_mesh_does_not_divide_are_named():
     odd = tuple(dataclasses.replace(spec, intermediate_size=100) for spec in TINY.layers)
-    with pytest.raises(RequestError, match=r"mlp\.down_proj\.weight has 100 'mlp' entries"):
+    with pytest.raises(RequestError, match=r"mlp\.gate_proj\.weight has 100 'mlp' entries"):
         place(dataclasses.replace(TINY, layers=odd), "scan", make_mesh("tensor=8"))
     odd = tuple(dataclasses.replace(spec, num_experts=20) for spec in MOE.layers)
     with pytest.raises(RequestError, match="has 20 'experts' entries, which expert=8 does not"):
