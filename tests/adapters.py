@@ -16,6 +16,7 @@ from flax import nnx
 from gemlax import cache, ops
 from gemlax.config import GemmaConfig
 from gemlax.decoder import Decoder, Layers, Read
+from gemlax.layers import LoRACall
 from gemlax.weights import build_decoder
 
 # How far gemlax may be from transformers at full depth, times std(logits). One rounding of the
@@ -109,7 +110,7 @@ def cached_logits(
 def per_layer_inputs(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
     """Return the per-layer inputs [L, B, T, P] of a model that has them."""
     ids = jnp.asarray(tokens)
-    return np.asarray(decoder._per_layer_inputs(ids, decoder.embed_tokens(ids)))
+    return np.asarray(decoder._per_layer_inputs(ids, decoder.embed_tokens(ids), LoRACall()))
 
 
 # Keys and values [B, T, K, H].

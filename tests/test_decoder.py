@@ -12,6 +12,7 @@ from gemlax import cache, ops
 from gemlax.decoder import Decoder, weight_path
 from gemlax.names import text_weights
 from gemlax.presets import PRESETS, preset, tiny
+from gemlax.sharding import Layout, make_mesh
 from gemlax.weights import build_decoder, default_layers, named_weights
 
 # Two periods of (5 sliding, 1 full) and a remainder of two, with two K/V heads and scaled rope.
@@ -175,7 +176,7 @@ def test_the_default_is_the_faster_layout_of_the_cpu(weights, dtype, implementat
         assert default_layers(jnp.dtype(dtype)) == layers
         assert build_decoder(CONFIG.text, fill, dtype=dtype).layout == layers
     if dtype == jnp.float32:
-        assert default_layers(jnp.dtype(dtype), on_mesh=True) == "unroll"
+        assert default_layers(jnp.dtype(dtype), Layout(make_mesh("tensor=8"))) == "unroll"
 
 
 @pytest.mark.parametrize("layers", ["scan", "unroll"])

@@ -75,24 +75,24 @@ def values_are_keys(self, raw_k, raw_v, positions):
 # Shared keys and values.
 
 
-def shared_keys_roped_again(self, x, kv):
+def shared_keys_roped_again(self, x, kv, *call):
     if self.spec.owns_kv:
-        return attend(self, x, kv)
-    return attend(self, x, kv._replace(k=self._rope(kv.k, kv.positions)))[0], kv
+        return attend(self, x, kv, *call)
+    return attend(self, x, kv._replace(k=self._rope(kv.k, kv.positions)), *call)[0], kv
 
 
-def shared_keys_normed_again(self, x, kv):
+def shared_keys_normed_again(self, x, kv, *call):
     if self.spec.owns_kv:
-        return attend(self, x, kv)
+        return attend(self, x, kv, *call)
     k = real["rms_norm"](kv.k, None, eps=1e-6, offset=0.0)
-    return attend(self, x, kv._replace(k=k))[0], kv
+    return attend(self, x, kv._replace(k=k), *call)[0], kv
 
 
-def shared_layer_writes_the_donor(self, x, kv):
+def shared_layer_writes_the_donor(self, x, kv, *call):
     """Attend rightly, and leave keys of its own to the layers that come after."""
     if self.spec.owns_kv:
-        return attend(self, x, kv)
-    out, kv = attend(self, x, kv)
+        return attend(self, x, kv, *call)
+    out, kv = attend(self, x, kv, *call)
     return out, kv._replace(k=self._rope(kv.k, kv.positions))
 
 
@@ -113,15 +113,15 @@ def with_keys_of_shared_layers(case: Toy) -> Weights:
 # The rest.
 
 
-def scalar_on_the_update(self, x, kv, per_layer_input=None):
-    out, kv = run_layer(self, x, kv, per_layer_input)
+def scalar_on_the_update(self, x, kv, per_layer_input=None, *call):
+    out, kv = run_layer(self, x, kv, per_layer_input, *call)
     scalar = self.layer_scalar.get_value().reshape(1, 1, 1)
     return out + x * (1 - scalar), kv
 
 
 def times(factor):
     """Return what multiplies the per-layer inputs."""
-    return lambda self, tokens, x: per_layer_inputs(self, tokens, x) * factor
+    return lambda self, tokens, x, call: per_layer_inputs(self, tokens, x, call) * factor
 
 
 def router_on_normed_input(self, x):
