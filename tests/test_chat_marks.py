@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vocabularies import CHAT_MARKERS, chat_tokenizer
 
 from gemlax.chat import ChatFormat, Template
-from gemlax.chat.marked import INPUT, OWN, Marked, join, marks_of, own, runs
+from gemlax.chat.marked import INPUT, OWN, Marked, join, mark_own, marks_of, runs
 from gemlax.chat.render import compile_template, render_twice
 
 TOKENIZER = chat_tokenizer("gemma4")
@@ -293,7 +293,7 @@ def test_marked_text_does_what_text_does(text, call, data):
 @given(st.lists(st.tuples(st.sampled_from(["a", "<b>", "  ", "\n", "ß", "İ"]), st.booleans())))
 def test_characters_keep_their_marks_through_cuts(parts):
     """A mark belongs to one kind of character here, so it can be told after any cut."""
-    text = join(own(part) if mine else part for part, mine in parts)
+    text = join(mark_own(part) if mine else part for part, mine in parts)
     pieces = [*text.split(), *text.rsplit("<", 2), *text.splitlines(), *text.partition("b"),
               text.strip(), text[1:], text[::-1], *text]  # fmt: skip
     for piece in pieces:
@@ -303,8 +303,8 @@ def test_characters_keep_their_marks_through_cuts(parts):
 
 
 def test_what_is_not_followed_counts_as_input():
-    text = own("<bos>")
+    text = mark_own("<bos>")
     for made in (text.center(20), text.translate({}), f"{text}!", json.loads(json.dumps(text)),
-                 Marked("%s") % "<bos>", own("%5s") % "x", "".join([text])):  # fmt: skip
+                 Marked("%s") % "<bos>", mark_own("%5s") % "x", "".join([text])):  # fmt: skip
         assert marks_of(made).replace(OWN, "") or marks_of(made) == ""
     assert marks_of("x" + text) == INPUT + OWN * 5

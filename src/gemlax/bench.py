@@ -156,13 +156,13 @@ class _Bench:
     def report(self, name: str, **settings: int) -> dict[str, Any]:
         """Return what was measured, and the memory that a program and all else takes."""
         program, seconds = self.program(name)
-        before, after = self.anonymous_bytes, _anonymous_bytes()
+        at_start, now = self.anonymous_bytes, _anonymous_bytes()
         return {
             **self.settings(**settings),
             "compile_s": round(sum(seconds), 3),
             **self.sizes(),
             **memory(program),
-            "memory_increase_bytes": None if before is None or after is None else after - before,
+            "memory_increase_bytes": None if at_start is None or now is None else now - at_start,
         }
 
     def settings(self, **more: int) -> dict[str, Any]:
@@ -229,10 +229,10 @@ def prefill(
         if depth:
             bench.submit(prompts[:, :depth], 1)
             bench.drain()
-        before = counters.prefill_s
+        earlier_s = counters.prefill_s
         bench.submit(prompts, 1)
         bench.drain()
-        seconds.append(counters.prefill_s - before)
+        seconds.append(counters.prefill_s - earlier_s)
     times = Times.of(seconds[1:])
     report = bench.report("prefill", depth=depth, prompt_length=prompt_length, rounds=rounds)
     return report | {

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, SupportsIndex
 
-__all__ = ["INPUT", "OWN", "Marked", "join", "marks_of", "own", "runs"]
+__all__ = ["INPUT", "OWN", "Marked", "join", "mark_own", "marks_of", "runs"]
 
 # Marks are characters, so that they are sliced and put together as the text is. Those above OWN
 # name one input each (`mark_of_input`).
@@ -162,7 +162,7 @@ def marks_of(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def own(text: str) -> Marked:
+def mark_own(text: str) -> Marked:
     """Return a text as the format's own."""
     return Marked(text, OWN * len(text))
 

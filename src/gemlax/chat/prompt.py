@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from gemlax.chat.marked import OWN, Marked, marks_of, own, runs
+from gemlax.chat.marked import OWN, Marked, mark_own, marks_of, runs
 from gemlax.chat.messages import (
     REASONING,
     Message,
@@ -196,7 +196,9 @@ class ChatFormat:
         ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
         ids |= {"pad": tokenizer.pad_id, "unk": tokenizer.unk_id}
         named = {f"{name}_token": tokenizer.piece(id) for name, id in ids.items()}
-        return {name: own(piece) for name, piece in {**tokenizer.named_pieces, **named}.items()}
+        return {
+            name: mark_own(piece) for name, piece in {**tokenizer.named_pieces, **named}.items()
+        }
 
     def _marker(self, piece: str) -> int | None:
         id = self._tokenizer.id_of(piece)

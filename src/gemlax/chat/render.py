@@ -23,7 +23,7 @@ import jinja2.runtime
 import jinja2.sandbox
 from markupsafe import Markup
 
-from gemlax.chat.marked import INPUT, Marked, join, marks_of, own, runs
+from gemlax.chat.marked import INPUT, Marked, join, mark_own, marks_of, runs
 
 __all__ = ["answer", "compile_template", "render", "render_twice"]
 
@@ -120,7 +120,7 @@ class _MarkedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     code_generator_class = _MarkedCode
     concat = staticmethod(join)
     intercepted_binops = frozenset("%")
-    own = staticmethod(own)
+    mark_own = staticmethod(mark_own)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """Look up an attribute; methods of plain text may put marked text in."""
@@ -180,7 +180,7 @@ class _Followed(jinja2.sandbox.SandboxedFormatter):
 def _source_of(value: Any) -> str:
     """Return Python source of a constant, each text of it marked as the template's own."""
     if type(value) is str:
-        return f"environment.own({value!r})"
+        return f"environment.mark_own({value!r})"
     if type(value) in (tuple, list):
         inner = "".join(_source_of(item) + ", " for item in value)
         return f"({inner})" if type(value) is tuple else f"[{inner}]"

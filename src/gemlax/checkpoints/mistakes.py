@@ -242,29 +242,29 @@ def _describe_other_format(path: Path) -> str | None:
 
 
 def explain_names(
-    found: Collection[str], expected: Collection[str], read: Collection[str]
+    names: Collection[str], expected: Collection[str], read: Collection[str]
 ) -> str | None:
     """Say in one line how most names differ from those of the text decoder; None: in no such way.
 
     Args:
-        found: the names that the files hold.
+        names: those that the files hold.
         expected: canonical names, such as "layers.0.mlp.up_proj.weight".
         read: what may stand in front of them.
     """
-    adapted = [name for name in found if any(part in name for part in _ADAPTED)]
+    adapted = [name for name in names if any(part in name for part in _ADAPTED)]
     if adapted:
         return (
             f"it holds {len(adapted)} tensors of adapters that are not merged, such as "
             f"{adapted[0]}; save the model after merge_and_unload(), or the adapter by itself"
         )
     known = set(expected)
-    wrapped = [name for name in found if _wrappers(name) and _canonical(name) in known]
-    fronts = Counter(_front(name, known) for name in found)
+    wrapped = [name for name in names if _wrappers(name) and _canonical(name) in known]
+    fronts = Counter(_front(name, known) for name in names)
     ((front, count),) = fronts.most_common(1) or [(None, 0)]
     others = front is not None and front not in read and 2 * count > len(known)
     if not wrapped and not others:
         return None
-    example = wrapped[0] if wrapped else next(n for n in found if _front(n, known) == front)
+    example = wrapped[0] if wrapped else next(n for n in names if _front(n, known) == front)
     writers = ", ".join(f"{part} is {_WRAPPERS[part]}'s" for part in _wrappers(example))
     where = f"begin with the prefix {front!r}" if others else "hold a wrapper's prefix"
     return (
@@ -279,8 +279,9 @@ def _wrappers(name: str) -> list[str]:
 
 def _front(name: str, known: Collection[str]) -> str | None:
     """Return what is in front of a canonical name; None: it does not end with one."""
-    own = _canonical(name)
-    return name.removesuffix(own) if own in known and name.endswith(own) else None
+    canonical = _canonical(name)
+    fits = canonical in known and name.endswith(canonical)
+    return name.removesuffix(canonical) if fits else None
 
 
 def _canonical(name: str) -> str:

@@ -223,8 +223,8 @@ class SafetensorsCheckpoint(Checkpoint):
         parts = None
         if weight.name not in self._formats and self._prefix + weight.name not in self._tensors:
             parts = _expert_pieces(weight, self._tensors, self._prefix)
-        own = pieces(weight.name, weight.shape, self._formats.get(weight.name))
-        return parts or [piece._replace(tensor=self._lies_as(piece.tensor)) for piece in own]
+        plain = pieces(weight.name, weight.shape, self._formats.get(weight.name))
+        return parts or [piece._replace(tensor=self._lies_as(piece.tensor)) for piece in plain]
 
     def _other_problems(self) -> list[str]:
         problems = []

@@ -62,9 +62,9 @@ def save_safetensors(
         OSError: the disk is full, or a folder cannot be written.
     """
     with new_folder(folder, marker="config.json", overwrite=overwrite) as part:
-        own = formats or {}
-        dtype = _write_weights(part, config, weights, own, max_shard_bytes)
-        written = config.to_hf() | {"dtype": dtype} | write_formats(own)
+        code_formats = formats or {}
+        dtype = _write_weights(part, config, weights, code_formats, max_shard_bytes)
+        written = config.to_hf() | {"dtype": dtype} | write_formats(code_formats)
         write_json(part / "config.json", written)
         if generation_config:
             write_json(part / "generation_config.json", generation_config)
@@ -118,8 +118,8 @@ def check_replaceable(folder: Path, marker: str, overwrite: bool) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write one safetensors file."""
-    own = {name: Piece(name, array.shape) for name, array in tensors.items()}
-    shard = _Shard(path, _room(own))
+    whole = {name: Piece(name, array.shape) for name, array in tensors.items()}
+    shard = _Shard(path, _room(whole))
     for name, array in tensors.items():
         shard.append(name, array)
     shard.finish()

@@ -305,8 +305,8 @@ def _clean(c: Mapping[str, Any], config: GemmaConfig) -> dict[str, Any]:
         if local.get("rope_type", "default") == "default" and "partial_rotary_factor" not in far:
             scaling = {"rope_type": "linear", "factor": far["factor"]} if "factor" in far else None
             flat = {"rope_theta": far, "rope_local_base_freq": local}
-            own = {key: rope.get("rope_theta", c[key]) for key, rope in flat.items()}
-            return kept | own | {"rope_scaling": scaling}
+            bases = {key: rope.get("rope_theta", c[key]) for key, rope in flat.items()}
+            return kept | bases | {"rope_scaling": scaling}
         del kept["rope_theta"], kept["rope_local_base_freq"]
         return kept | {"rope_parameters": ropes}
     kept |= {"rope_parameters": ropes, "global_head_dim": whole.head_dim}

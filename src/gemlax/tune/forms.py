@@ -207,11 +207,11 @@ def _conversation(
     fields: _Fields, messages: Sequence[Any], answer: Sequence[Any] | None = None
 ) -> Conversation:
     """Put a conversation together; with `answer`, that alone is learnt."""
-    before = [_message(fields, m, f"messages[{i}]") for i, m in enumerate(messages)]
+    history = [_message(fields, m, f"messages[{i}]") for i, m in enumerate(messages)]
     said = [_message(fields, m, f"answer[{i}]") for i, m in enumerate(answer or ())]
-    before = _with_system(fields, before)
-    asked = 0 if answer is None else len(before)
-    turns = before + said
+    history = _with_system(fields, history)
+    asked = 0 if answer is None else len(history)
+    turns = history + said
     if not turns:
         raise RequestError("no messages: got an empty list")
     roles = [message["role"] for message, _ in turns]
