@@ -16,7 +16,7 @@ from gemlax.cli.parser import make_parser
         (["--temperature", "-1"], "temperature must be a finite number in [0, inf), got -1.0"),
         (["--top-k", "-2"], "top_k must be an integer >= -1"),
         (["--max-new-tokens", "-1"], "max_new_tokens must be an integer >= 0, got -1"),
-        (["--context", "0"], "context must be an integer >= 1, got 0"),
+        (["--context", "0"], "context must be a positive integer, got 0"),
         (["--speculate", "99"], "speculate must be None or in"),
         (["--seed", "-1"], "seed must be an integer in"),
         (["--stop", ""], "stop must be non-empty strings"),

@@ -438,7 +438,7 @@ def test_a_text_of_one_token_has_nothing_to_score(ids_model):
             "2 of 3 prompts, counted from 0, are longer than the context of 3: 1 (5 tokens), 2 (4",
         ),
         ([[2] * 9] * 8, {"context": 8}, "4 (9 tokens) and 3 more; shorten them"),
-        ("abc", {"context": 0}, "context must be an integer >= 1, got 0"),
+        ("abc", {"context": 0}, "context must be a positive integer, got 0"),
         ("abc", {"context": 10**6}, "context must be in [1, 32768] tokens, got 1000000"),
         ("abc", {"temperature": -1.0}, "temperature must be a finite number"),
         ("abc", {"temperature": float("nan")}, "temperature must be a finite number"),

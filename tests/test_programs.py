@@ -519,4 +519,4 @@ def test_one_program_serves_all_settings_of_a_bucket():
         while engine.num_running or engine.num_waiting:
             (event,) = engine.step(2)
         assert event.finish_reason is not None
-    assert sorted(key[0] for key in of.counters.keys) == ["decode", "join", "prefill"]
+    assert sorted(key[0] for key in of.compiled) == ["decode", "join", "prefill"]

@@ -102,7 +102,7 @@ def test_a_stop_string_is_a_token_a_text_or_nothing_that_can_come():
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size"),
         ({"do_sample": "yes"}, "do_sample must be true or false"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a positive integer"),
         ({"max_length": -5}, "max_length"),
         ({"min_new_tokens": -1}, "min_new_tokens"),
         ({"eos_token_id": [1.5]}, "eos_token_id"),

@@ -168,7 +168,7 @@ def oracle(model, known, monkeypatch):
     prompt, plain = known
     right_drafts(monkeypatch, [*prompt, *plain.tokens])
     yield prompt, plain, model
-    shapes = {key[-2:] for key in model.programs.counters.keys if key[0] == "verify"}
+    shapes = {key[-2:] for key in model.programs.compiled if key[0] == "verify"}
     assert len([shape for shape in shapes if shape == (4, True)]) <= 1
 
 
@@ -334,13 +334,13 @@ def p_value(counts, p):
 
 
 def test_only_a_request_that_drafts_compiles_the_program_that_judges_drafts(model):
-    keys, prompt = model.programs.counters.keys, [2, 5, 6, 5, 6, 5, 6]
+    known, prompt = model.programs.compiled, [2, 5, 6, 5, 6, 5, 6]
     model.generate([prompt], max_new_tokens=3, speculate=0)
-    count = len(keys)
+    count = len(known)
     model.generate([prompt], max_new_tokens=3)
-    assert len(keys) == count
+    assert len(known) == count
     model.generate([prompt], max_new_tokens=3, speculate=2)
-    assert [key[0] for key in keys[count:]] == ["verify"]
+    assert [key[0] for key in list(known)[count:]] == ["verify"]
 
 
 def test_a_stream_and_a_stop_string_cut_drafted_text_alike(model):

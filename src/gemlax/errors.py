@@ -13,13 +13,15 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 __all__ = [
     "CheckpointError",
     "Error",
     "RequestError",
     "UnsupportedError",
     "check_int",
-    "check_number",
+    "check_positive",
     "show_value",
     "write_whole",
     "written_whole",
@@ -43,16 +45,25 @@ class RequestError(Error, ValueError):
 
 
 def check_int(
-    name: str, value: object, least: int = 1, *, error: type[Error] = RequestError
+    name: str,
+    value: object,
+    least: int = 1,
+    meaning: str = "",
+    *,
+    error: type[Error] = RequestError,
 ) -> int:
-    """Return a value that is an integer (no bool) of at least `least`; else raise `error`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise error(f"{name} must be {kind}, got {show_value(value)}")
-    return value
+    """Return an integer (of Python or NumPy, no bool) of at least `least`; else raise `error`.
+
+    `meaning`: what the smallest values mean, for the error.
+    """
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least:
+        return int(value)
+    kind = "a positive integer" if least == 1 else f"an integer >= {least}"
+    note = f" ({meaning})" if meaning else ""
+    raise error(f"{name} must be {kind}{note}, got {show_value(value)}")
 
 
-def check_number(name: str, value: object, *, error: type[Error] = RequestError) -> float:
+def check_positive(name: str, value: object, *, error: type[Error] = RequestError) -> float:
     """Return a value that is a positive, finite number (no bool); else raise `error`."""
     if isinstance(value, (int, float)) and value is not True and 0 < value < float("inf"):
         return value

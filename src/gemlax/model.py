@@ -25,7 +25,7 @@ from gemlax.checkpoints.mistakes import refuse_stand_ins
 from gemlax.config import GemmaConfig
 from gemlax.decoder import Decoder, Layers
 from gemlax.engine import MAX_STEPS, Engine, Programs, Request, bucket
-from gemlax.errors import RequestError, UnsupportedError
+from gemlax.errors import RequestError, UnsupportedError, check_int
 from gemlax.generation import (
     Completion,
     Prompt,
@@ -53,7 +53,6 @@ from gemlax.quantization import (
     codes_of,
     importance_by_rules,
 )
-from gemlax.sampling import check_integer
 from gemlax.scoring import Score, label_logprobs, windows
 from gemlax.sharding import Layout
 from gemlax.tokenizer import TextStream, Tokenizer
@@ -205,7 +204,7 @@ class Model:
         with the text's BOS: without it Gemma's likelihoods are far off (docs/log.md).
         """
         prompts = self._ids(texts, parse_special)
-        window = min(check_integer("window", window, 2), self.config.text.max_position_embeddings)
+        window = min(check_int("window", window, 2), self.config.text.max_position_embeddings)
         rows = self._entries(adapter, 1)
         totals = [self._score_one(np.asarray(ids, np.int32), window, rows) for ids in prompts]
         return totals[0] if isinstance(texts, str) else totals

@@ -22,7 +22,6 @@ __all__ = [
     "TOP_LOGPROBS",
     "Sampling",
     "adjust",
-    "check_integer",
     "check_number",
     "check_seed",
     "make_sampling",
@@ -187,15 +186,6 @@ def check_number(
             f"got {value!r}"
         )
     return float(value)
-
-
-def check_integer(name: str, value: Any, low: int, meaning: str = "") -> int:
-    """Return an integer that is at least `low`, or raise RequestError, which names it."""
-    number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not number or value < low:
-        told = f" ({meaning})" if meaning else ""
-        raise RequestError(f"{name} must be an integer >= {low}{told}, got {value!r}")
-    return int(value)
 
 
 def check_seed(seed: Any) -> int:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gemlax.adapters.rules import adaptable
+from gemlax.adapters.rules import adaptable_modules
 from gemlax.checkpoints.base import show
 from gemlax.checkpoints.safetensors import OTHER_PARTS
 from gemlax.config import TextConfig
@@ -73,7 +73,7 @@ def modules(
     others, aside = [], []
     for name, part in parts_by_name.items():
         module = part.module.removeprefix(prefix) if part else ""
-        if part and module in adaptable(config):
+        if part and module in adaptable_modules(config):
             if part.part in parts.setdefault(module, {}):
                 raise _several(parts_by_name.values(), path)
             parts[module][part.part] = tensors[name].astype(np.float32)

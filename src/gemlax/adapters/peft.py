@@ -20,7 +20,7 @@ from gemlax.adapters.fingerprint import differs, fingerprint
 from gemlax.adapters.folders import CONFIG, WEIGHTS, find_folder
 from gemlax.adapters.names import PREFIXES, ROOT, is_encoder, modules
 from gemlax.adapters.patterns import matcher
-from gemlax.adapters.rules import Adapter, Base, Module, adaptable
+from gemlax.adapters.rules import Adapter, Base, Module, adaptable_modules
 from gemlax.checkpoints.base import read_json, show
 from gemlax.checkpoints.safetensors import read_tensors
 from gemlax.checkpoints.save import new_folder, write_json, write_tensors
@@ -133,7 +133,7 @@ def _targets(adapter: Adapter, config: TextConfig, prefix: str) -> list[str]:
     """
     names = {module.name for module in adapter}
     short = sorted({name.rpartition(".")[2] for name in names})
-    fitted = {name for name in adaptable(config) if name.rpartition(".")[2] in short}
+    fitted = {name for name in adaptable_modules(config) if name.rpartition(".")[2] in short}
     if fitted == names and prefix == "model.":
         return short
     return [prefix + module.name for module in adapter]
@@ -222,7 +222,9 @@ def read_folder(folder: str | Path, config: TextConfig) -> Stored:
         )  # fmt: skip
         values = {name: pair for name, pair in values.items() if name not in aside}
     if isinstance(said.get("target_modules"), list):
-        _check_whole(values, [name for name in adaptable(config) if is_target(name)], folder)
+        _check_whole(
+            values, [name for name in adaptable_modules(config) if is_target(name)], folder
+        )
     alpha_of = _patterns(said, "alpha_pattern", "lora_alpha", folder / CONFIG)
     rank_of = _patterns(said, "rank_pattern", "r", folder / CONFIG)
     dropouts = extra.get("dropout", {})

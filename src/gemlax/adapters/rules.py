@@ -7,21 +7,14 @@ that a decoder carries and that is written beside the weights of an adapter.
 import dataclasses
 import fnmatch
 import functools
-import re
 from collections.abc import Iterator, Mapping
 
 from gemlax.config import TextConfig
 from gemlax.errors import RequestError, UnsupportedError
-from gemlax.names import text_weights
+from gemlax.names import adaptable, text_weights
 
-__all__ = ["Adapter", "Base", "Module", "Rule", "Rules", "adaptable", "resolve"]
+__all__ = ["Adapter", "Base", "Module", "Rule", "Rules", "adaptable_modules", "resolve"]
 
-# The projections of attention and MLP, as far as a layer owns them.
-_DEFAULT = re.compile(r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
-# Other projections of the text decoder: a pattern has to name them.
-_OTHERS = re.compile(
-    r"(layers\.\d+\.(per_layer_input_gate|per_layer_projection)|per_layer_model_projection)\.weight"
-)
 _SHOWN = 5
 
 
@@ -118,7 +111,8 @@ def resolve(rules: Rules, config: TextConfig, *, rslora: bool = False) -> Adapte
     if isinstance(rules, Mapping):
         by_name = _match({pattern: _rule(rule) for pattern, rule in rules.items()}, config)
     else:
-        by_name = dict.fromkeys(filter(_DEFAULT.fullmatch, shapes), _rule(rules))
+        usual = [name for name, is_usual in adaptable(config).items() if is_usual]
+        by_name = dict.fromkeys(usual, _rule(rules))
     modules = []
     for name, shape in shapes.items():
         if rule := by_name.get(name):
@@ -130,13 +124,9 @@ def resolve(rules: Rules, config: TextConfig, *, rslora: bool = False) -> Adapte
 
 
 @functools.cache
-def adaptable(config: TextConfig) -> tuple[str, ...]:
+def adaptable_modules(config: TextConfig) -> tuple[str, ...]:
     """Return the modules that may have an adapter, in layer order."""
-    return tuple(
-        name.removesuffix(".weight")
-        for name in text_weights(config)
-        if _DEFAULT.fullmatch(name) or _OTHERS.fullmatch(name)
-    )
+    return tuple(name.removesuffix(".weight") for name in adaptable(config))
 
 
 def _rule(rule: object) -> Rule:
@@ -151,7 +141,7 @@ def _match(by_pattern: dict[str, Rule], config: TextConfig) -> dict[str, Rule]:
     """Return the rule of each name that one fits; the first counts."""
     if not by_pattern:
         raise RequestError("no rules: give a rank, a Rule, or one by pattern of names")
-    able = [f"{name}.weight" for name in adaptable(config)]
+    able = list(adaptable(config))
     by_name: dict[str, Rule] = {}
     for pattern, rule in by_pattern.items():
         fits = [name for name in able if _fits(name, pattern)]

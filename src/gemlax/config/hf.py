@@ -15,7 +15,7 @@ from gemlax.config.keys import is_neutral, log_aside, refuse_keys, sort_keys
 from gemlax.config.layer import KINDS, Kind, LayerSpec
 from gemlax.config.rope import read_ropes, write_rope
 from gemlax.config.spec import GemmaConfig, TextConfig
-from gemlax.errors import UnsupportedError, check_int, check_number, show_value
+from gemlax.errors import UnsupportedError, check_int, check_positive, show_value
 
 __all__ = ["edit", "from_hf", "resolve"]
 
@@ -493,4 +493,4 @@ def _count(c: Mapping[str, Any], key: str, least: int = 1) -> int:
 
 
 def _positive(c: Mapping[str, Any], key: str) -> float:
-    return check_number(f"config: {key}", c[key], error=UnsupportedError)
+    return check_positive(f"config: {key}", c[key], error=UnsupportedError)

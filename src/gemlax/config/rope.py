@@ -9,7 +9,7 @@ from typing import Any
 
 from gemlax.config.keys import log_aside
 from gemlax.config.layer import KINDS, Kind, RopeSpec
-from gemlax.errors import UnsupportedError, check_number, show_value
+from gemlax.errors import UnsupportedError, check_positive, show_value
 
 __all__ = ["read_ropes", "write_rope"]
 
@@ -158,7 +158,7 @@ def _is_number(value: Any) -> bool:
 
 def _positive(value: Any, key: str, rope_type: str) -> float:
     return float(
-        check_number(f"config: for rope_type {rope_type!r}, {key}", value, error=UnsupportedError)
+        check_positive(f"config: for rope_type {rope_type!r}, {key}", value, error=UnsupportedError)
     )
 
 

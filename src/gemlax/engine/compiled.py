@@ -43,7 +43,6 @@ class Counters:
     compile_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    keys: list[tuple[object, ...]] = dataclasses.field(default_factory=list)
     compile_times: dict[tuple[object, ...], tuple[float, float]] = dataclasses.field(
         default_factory=dict
     )
@@ -253,7 +252,6 @@ class Programs:
             self.counters.compile_times[key] = traced - begin, end - traced
             self.counters.compile_s += end - begin
             self.counters.programs += 1
-            self.counters.keys.append(key)
         return self.compiled[key]
 
 

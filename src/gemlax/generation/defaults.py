@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from gemlax.errors import CheckpointError, RequestError
-from gemlax.sampling import check_integer, check_number
+from gemlax.errors import CheckpointError, RequestError, check_int
+from gemlax.sampling import check_number
 from gemlax.tokenizer import Tokenizer
 
 __all__ = ["Defaults", "read_defaults", "read_stop", "tell"]
@@ -155,7 +155,7 @@ class _Reader:
         value = self.rest.pop(name, None)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        return default if value is None else check_integer(name, value, low)
+        return default if value is None else check_int(name, value, low)
 
     def number(self, name: str, default: float, high: float, *, open_low: bool = False) -> float:
         value = self.rest.pop(name, None)
@@ -173,7 +173,7 @@ class _Reader:
         value = [value] if one and not isinstance(value, (list, tuple)) else value
         if not isinstance(value, (list, tuple)):
             raise RequestError(f"{name} must be a list of token ids, got {value!r}")
-        ids = [check_integer(f"an id in {name}", id, 0) for id in value]
+        ids = [check_int(f"an id in {name}", id, 0) for id in value]
         if inside and any(id >= self._vocab_size for id in ids):
             raise RequestError(
                 f"{name}: id {max(ids)} is outside the vocabulary, [0, {self._vocab_size})"

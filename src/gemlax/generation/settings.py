@@ -13,8 +13,8 @@ import numpy as np
 
 from gemlax.adapters import DEFAULT
 from gemlax.engine import MAX_DRAFTS
-from gemlax.errors import RequestError
-from gemlax.sampling import TOP_LOGPROBS, check_integer, check_number, check_seed
+from gemlax.errors import RequestError, check_int
+from gemlax.sampling import TOP_LOGPROBS, check_number, check_seed
 
 __all__ = ["SamplingSettings", "describe", "read_settings", "seeds"]
 
@@ -26,7 +26,7 @@ def _number(low: float, high: float, *, open_low: bool = False) -> _Check:
 
 
 def _integer(low: int, meaning: str = "") -> _Check:
-    return lambda name, value: check_integer(name, value, low, meaning)
+    return lambda name, value: check_int(name, value, low, meaning)
 
 
 def _up_to(high: int, what: str) -> _Check:
