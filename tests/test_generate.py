@@ -13,6 +13,7 @@ from golden.conditioned import conditioned_weights
 import gemlax
 from gemlax import Model, RequestError, preset, tiny
 from gemlax.generation import SamplingSettings
+from gemlax.generation.answers import Answer, drive
 from gemlax.generation.settings import seeds
 from gemlax.names import text_weights
 from gemlax.tokenizer import Tokenizer
@@ -515,3 +516,14 @@ def test_hidden_states_give_the_logits(ids_model):
     assert hidden.shape == (1, 20, CONFIG.text.hidden_size)
     logits = ids_model.decoder.logits(hidden)
     np.testing.assert_allclose(logits, ids_model.logits([prompt]), atol=1e-5)
+
+
+def test_a_caller_that_leaves_frees_its_slots(ids_model):
+    settings = SamplingSettings(max_new_tokens=12)
+    batch = ids_model._requests(prompts(20), settings)
+    engine = ids_model._engine(1, *batch.requests)
+    pieces = drive(engine, [Answer(batch.requests[0], None, None)], itertools.repeat(1))
+    next(pieces)
+    assert engine.num_running == 1
+    pieces.close()
+    assert (engine.num_running, engine.num_free_slots) == (0, 1)

@@ -401,3 +401,19 @@ def test_the_key_of_a_seed_is_that_of_jax():
     seeds = [0, 7, 2**32 - 1]
     keys = [jax.random.key_data(jax.random.key(np.uint32(s), impl="threefry2x32")) for s in seeds]
     np.testing.assert_array_equal(make_sampling(VOCAB, seeds).key, np.stack(keys))
+
+
+def test_a_row_that_does_not_run_asks_for_nothing_and_the_others_keep_what_they_ask():
+    chosen = {"temperature": 0.7, "repetition_penalty": 1.3, "presence_penalty": 0.2,
+              "frequency_penalty": 0.1, "no_repeat_ngram_size": 2, "top_k": 4,
+              "sequence_bias": {(3, 4): -1.0}, "held": {1: 3}}  # fmt: skip
+    asked = make_sampling(VOCAB, [0, 1], **chosen)
+    found = asked.quiet(jnp.array([True, False]))
+    free = make_sampling(VOCAB, [0], temperature=0.0)
+    for name in ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty",
+                 "no_repeat_ngram_size"):  # fmt: skip
+        assert found._asdict()[name][1] == free._asdict()[name][0], name
+    assert not found.sequence_bias[1].any()
+    assert not found.held_until[1].any()
+    for array, given in zip(found.row(0), asked.row(0), strict=True):
+        np.testing.assert_array_equal(array, given)
