@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from test_programs import CAPACITIES, TINY, copy_faults, growth_faults, num_bytes, temporaries
+from test_programs import CAPACITY, TINY, copy_faults, num_bytes, temporaries, temporary_faults
 
 from gemlax import cache, linen, ops
 from gemlax.weights import build_decoder
@@ -77,12 +77,11 @@ def stacked(capacity, dtype, **options):
 
 @pytest.mark.parametrize(("front", "dtype", "implementation"), FORMS)
 def test_scanned_steps_write_dense_and_ring_caches_in_place(front, dtype, implementation):
-    caches = [stacked(capacity, dtype) for capacity in CAPACITIES]
-    assert caches[0]["sliding_attention"].is_ring
-    programs = [compile_step(front, dtype, c, implementation=implementation) for c in caches]
-    growth = num_bytes(caches[1]) - num_bytes(caches[0])
-    assert growth_faults(*programs, growth) == []
-    assert copy_faults(programs[1], caches[1]) == []
+    caches = stacked(CAPACITY, dtype)
+    assert caches["sliding_attention"].is_ring
+    program = compile_step(front, dtype, caches, implementation=implementation)
+    assert temporary_faults(program, caches) == []
+    assert copy_faults(program, caches) == []
 
 
 ONE_ROW = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -90,13 +89,10 @@ ONE_ROW = jax.ShapeDtypeStruct((1,), jnp.int32)
 
 @pytest.mark.parametrize(("dtype", "implementation"), [("float32", "xla"), ("bfloat16", "cpu")])
 def test_a_row_of_many_runs_without_a_copy_of_them(dtype, implementation):
-    caches = [stacked(capacity, dtype) for capacity in CAPACITIES]
-    programs = [
-        compile_step("NNX", dtype, c, implementation=implementation, rows=ONE_ROW) for c in caches
-    ]
-    growth = num_bytes(caches[1]) - num_bytes(caches[0])
-    assert growth_faults(*programs, growth) == []
-    assert copy_faults(programs[1], caches[1]) == []
+    caches = stacked(CAPACITY, dtype)
+    program = compile_step("NNX", dtype, caches, implementation=implementation, rows=ONE_ROW)
+    assert temporary_faults(program, caches) == []
+    assert copy_faults(program, caches) == []
 
 
 def test_twin_that_takes_the_row_out_and_puts_it_back_fails():
@@ -111,14 +107,10 @@ def test_twin_that_takes_the_row_out_and_puts_it_back_fails():
 
         return hidden, jax.tree.map(put, caches, one)
 
-    programs, caches = [], [stacked(capacity, "float32") for capacity in CAPACITIES]
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    for own in caches:
-        jitted = jax.jit(run, donate_argnums=2)
-        with ops.implementation("xla"):
-            programs.append(jitted.lower(state, ids, own, ONE_ROW).compile())
-    growth = num_bytes(caches[1]) - num_bytes(caches[0])
-    assert growth_faults(*programs, growth)
+    caches, ids = stacked(CAPACITY, "float32"), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    with ops.implementation("xla"):
+        lowered = jax.jit(run, donate_argnums=2).lower(state, ids, caches, ONE_ROW)
+    assert temporary_faults(lowered.compile(), caches)
 
 
 def test_twin_of_linen_without_donation_fails():
@@ -142,41 +134,33 @@ def test_optimisations_of_llvm_change_no_program_that_a_gate_looks_at():
 
 
 def test_rings_do_not_grow_with_the_capacity():
-    small, large = (stacked(capacity, "float32")["sliding_attention"] for capacity in CAPACITIES)
+    small, large = (stacked(n, "float32")["sliding_attention"] for n in (2048, CAPACITY))
     assert num_bytes(small) == num_bytes(large)
 
 
 def test_8_bit_caches_are_written_in_place():
-    caches = [stacked(capacity, "float32", storage="int8") for capacity in CAPACITIES]
-    programs = [compile_step("NNX", "float32", c) for c in caches]
-    growth = num_bytes(caches[1]) - num_bytes(caches[0])
-    assert growth_faults(*programs, growth) == []
-    assert programs[1].memory_analysis().alias_size_in_bytes >= num_bytes(caches[1])
+    caches = stacked(CAPACITY, "float32", storage="int8")
+    program = compile_step("NNX", "float32", caches)
+    assert temporary_faults(program, caches) == []
+    assert program.memory_analysis().alias_size_in_bytes >= num_bytes(caches)
 
 
 @pytest.mark.parametrize("front", ["NNX", pytest.param("Linen", marks=pytest.mark.slow)])
 def test_pools_are_written_in_place(front):
-    programs, pools = [], []
-    for blocks in (256, 1024):
-        pool = jax.eval_shape(lambda n=blocks: cache.new_pools(TINY, n, 16, jnp.float32))
-        shapes = ((2,), (2, blocks // 2), (2,), (3,), (3,))
-        about = ops.AttentionMetadata(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in shapes))
-        programs.append(compile_step(front, "float32", pool, about))
-        pools.append(pool)
-    assert growth_faults(*programs, num_bytes(pools[1]) - num_bytes(pools[0])) == []
-    assert programs[1].memory_analysis().alias_size_in_bytes >= num_bytes(pools[1])
+    blocks = 2 * CAPACITY // 16
+    pools = jax.eval_shape(lambda: cache.new_pools(TINY, blocks, 16, jnp.float32))
+    shapes = ((2,), (2, blocks // 2), (2,), (3,), (3,))
+    about = ops.AttentionMetadata(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in shapes))
+    program = compile_step(front, "float32", pools, about)
+    assert temporary_faults(program, pools) == []
+    assert program.memory_analysis().alias_size_in_bytes >= num_bytes(pools)
 
 
-def listed(capacity):
-    return jax.eval_shape(lambda: cache.new_list(TINY, 2, capacity, jnp.float32, chunk=16))
-
-
-def test_a_list_through_the_scan_costs_about_one_copy_and_so_fails_the_growth_gate():
-    lists = [listed(capacity) for capacity in CAPACITIES]
-    programs = [compile_step("NNX", "float32", entries) for entries in lists]
-    growth = num_bytes(lists[1]) - num_bytes(lists[0])
-    assert growth_faults(*programs, growth)
-    assert temporaries(programs[1]) - temporaries(programs[0]) < 2.5 * growth
+def test_a_list_through_the_scan_costs_about_one_copy_and_so_fails_the_gate():
+    entries = jax.eval_shape(lambda: cache.new_list(TINY, 2, CAPACITY, jnp.float32, chunk=16))
+    program = compile_step("NNX", "float32", entries)
+    assert temporary_faults(program, entries)
+    assert temporaries(program) < 2.5 * num_bytes(entries)
 
 
 # What a busy machine may do to a ratio of two least times; a pass over all takes about 16.
