@@ -19,16 +19,21 @@ from gemlax.generation import SamplingSettings
 from gemlax.generation.answers import Answer, drive
 from gemlax.names import text_weights
 
-CONFIG = gemlax.tiny(gemlax.preset("gemma-3-4b"), num_hidden_layers=6)
+CONFIG = gemlax.tiny(gemlax.preset("gemma-3-4b"), num_hidden_layers=2)
 MESH = "data=2,tensor=4"
 PROMPT = "hello world"
 PROMPTS = [[2, 40, 41, 42, 43], [2, 50], [2, 60, 61]]
 TIMEOUT = 240
+COMMAND = ["generate", "--layers", "scan", "--max-new-tokens", "8", PROMPT]
 WORKER = """
-import json, sys
+import json, os, sys
+folder, mesh, coordinator, process, *command = sys.argv[1:]
+out = os.fdopen(os.dup(1), "w")
+from gemlax.cli import main
+joined = ["--mesh", mesh, "--num-processes", "2"]
+assert main([*command, *joined, "--coordinator", coordinator, "--process-id", process]) == 0
+print("the command ended", file=out)
 import jax
-folder, mesh, coordinator, process = sys.argv[1:]
-jax.distributed.initialize(coordinator, 2, int(process))
 import gemlax
 from test_multihost import say
 model = gemlax.load(folder, layers="scan", mesh=mesh)
@@ -39,7 +44,7 @@ except gemlax.UnsupportedError as error:
     assert "several processes" in str(error)
 else:
     raise SystemExit("a model of two processes was saved")
-print(json.dumps(say(model)))
+print(json.dumps(say(model)), file=out, flush=True)
 """
 
 
@@ -76,8 +81,9 @@ def folder(tmp_path_factory):
     return path
 
 
-def run_two(command) -> list[str]:
-    """Run `command(coordinator, process)` as two processes; return what each printed."""
+@pytest.fixture(scope="module")
+def said(folder) -> list[str]:
+    """What each of two processes printed: first the command line, which joins them, then `say`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
@@ -88,8 +94,10 @@ def run_two(command) -> list[str]:
         "PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")]),
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    worker = [sys.executable, "-c", WORKER, str(folder), MESH, coordinator]
+    command = [*COMMAND, "--model", str(folder)]
     processes = [
-        subprocess.Popen(command(coordinator, i), env=environment, **pipes) for i in range(2)
+        subprocess.Popen([*worker, str(i), *command], env=environment, **pipes) for i in range(2)
     ]
     try:
         outputs = [process.communicate(timeout=TIMEOUT) for process in processes]
@@ -101,9 +109,8 @@ def run_two(command) -> list[str]:
     return [out for out, _ in outputs]
 
 
-def test_two_processes_say_what_one_device_does(folder):
-    outputs = run_two(lambda at, i: [sys.executable, "-c", WORKER, str(folder), MESH, at, str(i)])
-    first, second = (json.loads(out.splitlines()[-1]) for out in outputs)
+def test_two_processes_say_what_one_device_does(folder, said):
+    first, second = (json.loads(out.splitlines()[-1]) for out in said)
     assert first == second
     expected = say(gemlax.load(folder, layers="scan"))
     for key in ("tokens", "second", "prefilled"):
@@ -112,26 +119,17 @@ def test_two_processes_say_what_one_device_does(folder):
     np.testing.assert_allclose(first["score"], expected["score"], rtol=1e-5)
 
 
-def test_the_command_line_joins_two_processes_and_the_first_prints(folder, capsys):
-    command = ["generate", "--model", str(folder), "--layers", "scan", "--max-new-tokens", "8"]
-    assert main([*command, PROMPT]) == 0
+def test_the_command_line_joins_two_processes_and_the_first_prints(folder, said, capsys):
+    assert main([*COMMAND, "--model", str(folder)]) == 0
     expected = capsys.readouterr().out
-    joined = ["--mesh", MESH, "--num-processes", "2"]
-    outputs = run_two(
-        lambda at, i: [
-            *(sys.executable, "-m", "gemlax.cli", *command, PROMPT),
-            *(*joined, "--coordinator", at, "--process-id", str(i)),
-        ]
-    )
     assert expected.strip()
-    assert outputs == [expected, ""]
+    assert [out.partition("the command ended")[0] for out in said] == [expected, ""]
 
 
 def test_the_command_line_takes_a_mesh_in_one_process(folder, capsys):
-    command = ["generate", "--model", str(folder), "--layers", "scan", "--max-new-tokens", "8"]
     texts = []
     for mesh in ([], ["--mesh", "fsdp=2,tensor=4"]):
-        assert main([*command, *mesh, PROMPT]) == 0
+        assert main([*COMMAND, "--model", str(folder), *mesh]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
 
