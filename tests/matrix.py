@@ -20,7 +20,7 @@ from gemlax.config import GemmaConfig, TextConfig
 from gemlax.names import text_weights
 from gemlax.presets import preset, tiny
 
-# Layers of each pattern in the default suite: two periods and a remainder, in each segment.
+# Layers of each pattern: two periods and a remainder, in each segment.
 LAYERS: dict[str, list[int]] = {
     "gemma-3-270m": list(range(14)),
     "gemma-3-4b": list(range(14)),
@@ -47,12 +47,14 @@ BLOCKS = CAPACITY // BLOCK
 _QUICK = {"xla_backend_optimization_level": 0}
 
 
-def pattern(name: str, *, whole: bool = False) -> GemmaConfig:
-    """Return the toy of a size: its layers as in `LAYERS`, or at its real depth."""
+def pattern(
+    name: str, *, whole: bool = False, indices: dict[str, list[int]] = LAYERS
+) -> GemmaConfig:
+    """Return the toy of a size: its layers as in `indices`, or at its real depth."""
     config = tiny(preset(name))
     if whole:
         return config
-    layers = tuple(config.text.layers[i] for i in LAYERS[name])
+    layers = tuple(config.text.layers[i] for i in indices[name])
     return dataclasses.replace(config, text=dataclasses.replace(config.text, layers=layers))
 
 
