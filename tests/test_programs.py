@@ -96,7 +96,7 @@ def temporaries(program) -> int:
 
 
 def temporary_faults(program, caches) -> list[str]:
-    """Temporaries may be a tenth of the caches: of CAPACITY, which makes these the larger by far."""
+    """Temporaries may be a tenth of the caches, which CAPACITY makes the largest by far."""
     size, limit = temporaries(program), 0.1 * num_bytes(caches)
     return [f"temporaries {size} > {limit}"] if size > limit else []
 
@@ -163,8 +163,14 @@ def test_decode_writes_the_caches_in_place(implementation):
 
 
 SMALL = [("gemma-4-e2b", 16, "xla"), ("gemma-3-4b", 256, "cpu")]
-MORE = [("gemma-4-e2b", 256, "xla"), ("gemma-4-e2b", 16, "cpu"), ("gemma-4-e2b", 256, "cpu"),
-        ("gemma-3-4b", 256, "xla"), ("gemma-3-4b", 16, "xla"), ("gemma-3-4b", 16, "cpu")]  # fmt: skip
+MORE = [
+    ("gemma-4-e2b", 256, "xla"),
+    ("gemma-4-e2b", 16, "cpu"),
+    ("gemma-4-e2b", 256, "cpu"),
+    ("gemma-3-4b", 256, "xla"),
+    ("gemma-3-4b", 16, "xla"),
+    ("gemma-3-4b", 16, "cpu"),
+]
 
 
 @pytest.mark.parametrize(
