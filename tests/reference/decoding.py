@@ -63,8 +63,9 @@ def check_decoding(
         clear = forced.clear[row, steps_of]
         reference = np.where(clear[:, None], forced.logits[row, steps_of], 0.0)
         ties += check_greedy(tokens, reference, noise)
-        expected = greedy(case.reference, prompt, count)
-        check_same_until_a_tie(tokens, expected, reference, noise)
+        if row == 0:  # transformers' cache is its own; its logits without one judge every row
+            expected = greedy(case.reference, prompt, count)
+            check_same_until_a_tie(tokens, expected, reference, noise)
         logprobs = log_softmax(reference)[np.arange(len(tokens)), tokens]
         found_logprobs = np.array([p.logprob for p in completion.logprobs])
         off = max(off, *np.abs(found_logprobs - logprobs)[clear])
