@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from hypothesis import settings
 from jax._src import compiler
 from jaxtyping import install_import_hook
 
@@ -60,6 +61,11 @@ for setting, value in {
 }.items():
     jax.config.update(setting, value)
     os.environ[setting.upper()] = str(value)
+
+# What hypothesis tries where a test does not say: many with --hypothesis-profile=slow.
+settings.register_profile("ci", max_examples=100, deadline=None)
+settings.register_profile("slow", max_examples=3000, deadline=None)
+settings.load_profile("ci")
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 

@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gemlax.adapters.patterns import matcher
@@ -49,7 +49,6 @@ EXPRESSIONS = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(EXPRESSIONS, st.text("ab.", max_size=6))
 def test_any_expression_fits_what_it_fits_in_python(pattern, name):
     assert matcher(pattern)(name) == as_peft(pattern, name)

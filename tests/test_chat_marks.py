@@ -8,7 +8,7 @@ from collections import Counter
 import jinja2.ext
 import jinja2.sandbox
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from vocabularies import CHAT_MARKERS, chat_tokenizer
 
@@ -123,7 +123,6 @@ def plain_template(source):
 CLOCKED = ("generation", "strftime_now", "random", "lipsum")
 
 
-@settings(max_examples=400, deadline=None)
 @given(source=st.sampled_from([*FIXED.values(), *FREE]), text=TEXT)
 def test_a_template_writes_what_jinja2_writes(source, text):
     variables = variables_of(text)
@@ -138,7 +137,6 @@ def traced(text):
     return "".join(c if c.isspace() or ord(c) > 0xFFFF else chr(0x100000 + ord(c)) for c in text)
 
 
-@settings(max_examples=300, deadline=None)
 @given(name=st.sampled_from(list(FIXED)), text=TEXT)
 def test_the_marks_say_what_the_template_wrote(name, text):
     """Told by characters that only the input holds, which jinja2 puts in the same places."""
@@ -177,13 +175,11 @@ AS_BODY = ("tilde", "percent", "str.format", "join", "replace", "a macro", "a na
 CHATS = {name: ChatFormat(TOKENIZER, AROUND.replace("@", FIXED[name], 1)) for name in AS_BODY}
 
 
-@settings(max_examples=60, deadline=None)
 @given(text=TEXT)
 def test_no_text_makes_a_control_token_of_a_built_in_format(text):
     assert counted(BUILT_IN, f"x{text}x") == counted(BUILT_IN, "x")
 
 
-@settings(max_examples=100, deadline=None)
 @given(name=st.sampled_from(list(CHATS)), text=TEXT)
 def test_no_text_makes_a_control_token_of_a_template(name, text):
     chat = CHATS[name]
@@ -272,7 +268,6 @@ CALLS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
 @given(text=TEXT | st.text(max_size=10), call=st.sampled_from(CALLS), data=st.data())
 def test_marked_text_does_what_text_does(text, call, data):
     name, *arguments = call
@@ -289,7 +284,6 @@ def test_marked_text_does_what_text_does(text, call, data):
     assert attempt(Marked(text, marks)) == attempt(text)
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["a", "<b>", "  ", "\n", "ß", "İ"]), st.booleans())))
 def test_characters_keep_their_marks_through_cuts(parts):
     """A mark belongs to one kind of character here, so it can be told after any cut."""

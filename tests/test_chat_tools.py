@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from vocabularies import FIRST_CHAT_WORD, chat_tokenizer
 
@@ -72,7 +72,6 @@ def test_a_call_is_written_with_sorted_keys_and_quoted_strings():
     )
 
 
-@settings(max_examples=200, deadline=None)
 @given(ARGUMENTS)
 def test_what_is_written_is_read_back(arguments):
     """Through messages, template guard, tokenizer and parser, whatever the strings hold."""
@@ -227,7 +226,6 @@ def test_reading_takes_time_by_length_alone(text):
     assert time.process_time() - begin < 5
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(TEXT | st.none() | st.sampled_from([*NEARLY, *"{}[]()\"',:=\\"]), max_size=8))
 def test_reading_any_text_gives_a_call_or_none(parts):
     assert read_calls(["call:f{", *parts]) is None or parts
@@ -327,7 +325,6 @@ def test_text_that_spells_a_control_token_is_text():
     assert deltas == [Delta("content", text)]
 
 
-@settings(max_examples=200, deadline=None)
 @given(IDS, st.lists(st.integers(0, 5)), st.booleans())
 def test_every_split_of_any_output_gives_the_same_result(tokens, sizes, in_thought):
     whole, _ = parsed(tokens, in_thought=in_thought)
@@ -340,7 +337,6 @@ def test_every_split_of_any_output_gives_the_same_result(tokens, sizes, in_thoug
     assert calls == whole.tool_calls
 
 
-@settings(max_examples=200, deadline=None)
 @given(IDS, st.lists(st.integers(0, 5)))
 def test_stop_strings_end_the_content_wherever_the_stream_splits(tokens, sizes):
     whole, _ = parsed(tokens, ["a", "}é"])

@@ -6,13 +6,12 @@ import logging
 
 import pytest
 from configs import OUTER, SLIDING, configs, files
-from hypothesis import given, settings
+from hypothesis import given
 
 from gemlax import UnsupportedError, preset
 from gemlax.config import from_hf
 
 
-@settings(max_examples=300, deadline=None)
 @given(configs())
 def test_any_config_is_read_back_as_it_was_written(config):
     assert from_hf(json.loads(json.dumps(config.to_hf()))) == config
@@ -21,7 +20,6 @@ def test_any_config_is_read_back_as_it_was_written(config):
 OUTSIDE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
 
-@settings(max_examples=100, deadline=None)
 @given(configs())
 def test_a_multimodal_file_around_a_config_gives_it_as_well(config):
     text = config.to_hf()
@@ -41,7 +39,6 @@ def test_a_file_written_for_gemma_3_has_the_older_keys_where_they_can_say_it():
     assert "rope_parameters" not in written
 
 
-@settings(max_examples=100, deadline=None)
 @given(files())
 def test_what_is_written_says_what_the_file_said(file):
     written = from_hf(file).to_hf()

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from vocabularies import TOY_PIECES, toy
 
@@ -40,7 +40,6 @@ def cut(text: str, stops: list[str]) -> tuple[str, int | None]:
     return text, None
 
 
-@settings(max_examples=200, deadline=None)
 @given(ids=ANY_IDS | BYTE_IDS, sizes=st.lists(st.integers(0, 5), max_size=12), skip=st.booleans())
 def test_the_pieces_joined_are_what_decode_returns(ids, sizes, skip):
     stream = TextStream(TOY, skip_special=skip)
@@ -49,7 +48,6 @@ def test_the_pieces_joined_are_what_decode_returns(ids, sizes, skip):
     assert (stream.num_tokens, stream.stopped) == (len(ids), False)
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     text=st.text("abé", max_size=30),
     stops=st.lists(st.text("abé", min_size=1, max_size=5), max_size=3),
@@ -66,7 +64,6 @@ def test_stop_strings_end_the_text_wherever_the_tokens_split(text, stops, sizes)
     assert stream.num_tokens == taken
 
 
-@settings(max_examples=200, deadline=None)
 @given(text=st.text("abé中😀", max_size=20), stops=st.lists(st.text("ab", min_size=1), max_size=2))
 def test_text_is_shown_as_soon_as_it_is_certain_and_never_sooner(text, stops):
     stream = TextStream(TOY, stops)
