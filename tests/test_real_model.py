@@ -20,8 +20,10 @@ pytestmark = pytest.mark.optimised
 
 GOLDEN = Path(__file__).parent / "golden" / "llama_logits.json"
 STEPS = 16
+# Tokens of the text, which has 1,306, that are scored in the default suite.
+LAST = 256
 # These need the same two programs: 6 to 13 tokens.
-SHORT = ("fact", "french", "german", "chinese")
+SHORT = ("fact", "chinese")
 # Root mean square of logits of about 20; 0.0014 was measured. llama.cpp looks gelu up in a float16
 # table, and each of 18 layers adds some of that.
 NOISE = 0.004
@@ -68,7 +70,8 @@ def stored(gguf_path):
 @pytest.fixture(scope="module")
 def batch(model, cases):
     """Continuations of all prompts, made as one batch of ragged rows."""
-    done = model.generate([case["ids"] for case in cases.values()], max_new_tokens=STEPS)
+    ids = [case["ids"] for case in cases.values()]
+    done = model.generate(ids, max_new_tokens=STEPS, logprobs=20)
     return dict(zip(cases, done, strict=True))
 
 
@@ -104,6 +107,13 @@ def text_logprobs(model, long, golden):
     ids = golden["text"]["ids"]
     assert golden["long"]["ids"][: len(ids)] == ids
     return token_logprobs(model, long.hidden[: len(ids) - 1], ids[1:])
+
+
+@pytest.fixture(scope="module")
+def last_logprobs(model, long, golden):
+    """The last of these, after two windows: a table of 262,144 tokens takes its time."""
+    ids = golden["text"]["ids"]
+    return token_logprobs(model, long.hidden[len(ids) - 1 - LAST : len(ids) - 1], ids[-LAST:])
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +208,23 @@ def test_logits_after_three_windows_are_llama_cpps(model, long, golden):
     assert found < NOISE
 
 
+def test_log_probabilities_after_two_windows_are_llama_cpps(last_logprobs, golden):
+    theirs = np.array(golden["text"]["f32"])[-LAST:]
+    print(f"largest difference of a log-probability: {np.abs(last_logprobs - theirs).max():.5f}")
+    assert np.abs(last_logprobs - theirs).max() < 10 * NOISE
+    assert np.corrcoef(last_logprobs, theirs)[0, 1] > 0.99999
+    ours = float(np.exp(-last_logprobs.mean()))
+    assert ours == pytest.approx(float(np.exp(-theirs.mean())), rel=0.001)
+
+
+def test_a_score_is_the_log_likelihood_of_llama_cpp(model, golden):
+    (score,) = model.score([golden["text"]["ids"][:129]])
+    assert score.num_tokens == 128
+    theirs = float(np.exp(-np.mean(golden["text"]["f32"][:128])))
+    assert score.perplexity == pytest.approx(theirs, rel=0.001)
+
+
+@pytest.mark.slow
 def test_token_log_probabilities_of_a_text_are_llama_cpps(text_logprobs, golden):
     theirs = np.array(golden["text"]["f32"])
     print(f"largest difference of a log-probability: {np.abs(text_logprobs - theirs).max():.5f}")
@@ -206,6 +233,7 @@ def test_token_log_probabilities_of_a_text_are_llama_cpps(text_logprobs, golden)
     assert np.corrcoef(text_logprobs, golden["text"]["q4"])[0, 1] > 0.99
 
 
+@pytest.mark.slow
 def test_perplexity_is_llama_cpps(model, text_logprobs, golden):
     """Of the whole text by its log-probabilities, which are those that a score is made of."""
     text = (GOLDEN.parent / "text.txt").read_text("utf-8")
@@ -215,9 +243,6 @@ def test_perplexity_is_llama_cpps(model, text_logprobs, golden):
         theirs = float(np.exp(-np.mean(golden["text"][kind])))
         print(f"perplexity {ours:.4f}, llama.cpp {kind} {theirs:.4f}")
         assert ours == pytest.approx(theirs, rel=tolerance)
-    (score,) = model.score([golden["text"]["ids"][:129]])
-    assert score.num_tokens == 128
-    assert score.perplexity == pytest.approx(float(np.exp(-text_logprobs[:128].mean())), rel=1e-4)
 
 
 # Against itself.
@@ -250,28 +275,30 @@ def test_the_cache_changes_nothing_after_three_windows(model, long, golden):
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(10, marks=pytest.mark.slow)])
-def test_kernels_on_the_codes_of_the_file_say_what_its_floats_say(
-    model, stored, batch, cases, count
-):
+def test_kernels_on_the_codes_of_the_file_say_what_its_floats_say(stored, batch, cases, count):
     """Prompts one by one: the paths of the reference, except for near ties."""
-    cases = dict([*cases.items()][:count])
-    texts = [case["ids"] + case["tokens"] for case in cases.values()]
-    width = max(map(len, texts))
-    ids = np.array([row + [0] * (width - len(row)) for row in texts])
-    dense, held = (np.asarray(m.logits(ids, [len(row) for row in texts])) for m in (model, stored))
-    real = np.arange(width)[None] < np.array([len(row) for row in texts])[:, None]
-    assert np.sqrt(((dense - held)[real] ** 2).mean()) < ROUNDED
     ties = 0
-    for name, case in cases.items():
+    for name, case in [*cases.items()][:count]:
         (alone,) = stored.generate([case["ids"]], max_new_tokens=STEPS, logprobs=5)
-        same = check_path(name, alone.tokens, case | {"tokens": batch[name].tokens}, KERNELS)
+        dense = batch[name]
+        same = check_path(name, alone.tokens, case | {"tokens": dense.tokens}, KERNELS)
         ties += not same
-        first = alone.logprobs[0]
-        row = list(cases).index(name)
-        expected = np.asarray(jax.nn.log_softmax(dense[row, len(case["ids"]) - 1]))
-        assert max(abs(expected[i] - p) for i, p in first.top.items()) < KERNELS
-    print(f"{ties} of {len(cases)} paths leave the reference's at a near tie")
+        expected, found = dense.logprobs[0].top, alone.logprobs[0].top
+        assert len(found.keys() & expected.keys()) >= 4
+        shared = found.keys() & expected.keys()
+        assert max(abs(expected[i] - found[i]) for i in shared) < KERNELS
+    print(f"{ties} of {count} paths leave the reference's at a near tie")
     assert ties <= 1
+
+
+@pytest.mark.slow
+def test_kernels_move_all_logits_by_their_rounding_alone(model, stored, cases):
+    texts = [case["ids"] + case["tokens"] for case in cases.values()]
+    width, lengths = max(map(len, texts)), [len(row) for row in texts]
+    ids = np.array([row + [0] * (width - len(row)) for row in texts])
+    dense, coded = (np.asarray(m.logits(ids, lengths)) for m in (model, stored))
+    real = np.arange(width)[None] < np.array(lengths)[:, None]
+    assert np.sqrt(((dense - coded)[real] ** 2).mean()) < ROUNDED
 
 
 # Texts that repeat themselves, in part or as a whole, and others.
@@ -289,11 +316,11 @@ COPIED = (
 )
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_drafts_change_no_token(stored, cases, count):
+@pytest.mark.slow  # test_speculation.py has toys
+def test_drafts_change_no_token(stored, cases):
     """Greedy tokens with three drafts a step and without, but for near ties; and some are right."""
-    texts = [*COPIED, *(case["text"] for case in cases.values())][:count]
-    assert len(texts) == count
+    texts = [*COPIED, *(case["text"] for case in cases.values())]
+    count = len(texts)
     same = accepted = 0
     for text in texts:
         plain = stored.generate(text, max_new_tokens=24, logprobs=5)
@@ -327,6 +354,7 @@ def test_unrolled_layers_give_the_same_tokens(saved, batch, cases):
             assert completion.text == scanned.text
 
 
+@pytest.mark.slow  # of toys in test_save_checkpoints.py
 def test_a_saved_model_has_the_same_weights_bit_for_bit(model, saved):
     pairs = list(zip(named_weights(model.decoder), named_weights(saved.decoder), strict=True))
     assert len(pairs) == 236
@@ -336,6 +364,7 @@ def test_a_saved_model_has_the_same_weights_bit_for_bit(model, saved):
         assert np.array_equal(before.view(np.int32), after.view(np.int32)), name
 
 
+@pytest.mark.slow
 def test_a_saved_tokenizer_gives_the_same_ids(model, saved, cases):
     for case in cases.values():
         assert saved.tokenizer.encode(case["text"]) == case["ids"]
