@@ -20,7 +20,7 @@ from golden.conditioned import conditioned_weights
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemlax import cache, model, sharding
-from gemlax.config import GemmaConfig
+from gemlax.config import GemmaConfig, TextConfig
 from gemlax.decoder import Decoder
 from gemlax.engine import Engine, Programs, Request
 from gemlax.errors import RequestError
@@ -32,13 +32,20 @@ from gemlax.sampling import make_sampling
 from gemlax.sharding import Layout, make_mesh
 from gemlax.weights import build_decoder, default_layers, named_weights, place
 
-# (5 sliding, 1 full) twice, so that there is a scan in a scan, and 2 sliding.
-TINY = tiny(preset("gemma-3-4b"), num_hidden_layers=14).text
-MOE = tiny(preset("gemma-4-26b-a4b"), num_hidden_layers=6).text
+
+def few_layers(name: str, indices) -> TextConfig:
+    """A toy with these layers of a size: eight devices on two cores wait for each other in each."""
+    text = tiny(preset(name), num_hidden_layers=6).text
+    return dataclasses.replace(text, layers=tuple(text.layers[i] for i in indices))
+
+
+# (3 sliding, 1 full) twice, so that there is a scan in a scan; no stack has as many as rows.
+TINY = few_layers("gemma-3-4b", (2, 3, 4, 5, 2, 3, 4, 5))
+MOE = few_layers("gemma-4-26b-a4b", (4, 5))
 MESHES = ("tensor=8", "data=2,tensor=4", "fsdp=8")
 # One size of each pattern; the others are slow.
 USUAL = ("gemma-3-270m", "gemma-3-4b", "gemma-4-e2b", "gemma-4-26b-a4b")
-NEW_TOKENS = 24
+NEW_TOKENS = 8
 # Room for so many tokens makes the sliding layers' caches rings.
 ROOM = 1500
 
@@ -188,7 +195,7 @@ def test_where_tensor_does_not_divide_the_query_heads_attention_is_repeated():
     assert TINY.num_attention_heads == 4
     found = place(TINY, "scan", make_mesh("tensor=8"))
     matrices = {name for name in found.repeated if "norm" not in name}
-    kept = {f"layers.{i}.self_attn.{p}_proj.weight" for i in range(14) for p in "qkvo"}
+    kept = {f"layers.{i}.self_attn.{p}_proj.weight" for i in range(8) for p in "qkvo"}
     assert matrices == kept
     spec = found.shardings["layers", 0, "sliding_attention", "mlp", "down_proj", "weight"].spec
     assert spec == PartitionSpec(None, None, "tensor")
@@ -197,7 +204,7 @@ def test_where_tensor_does_not_divide_the_query_heads_attention_is_repeated():
 def test_where_tensor_divides_only_the_query_heads_keys_and_values_are_repeated():
     found = place(TINY, "unroll", make_mesh("data=2,tensor=4"))
     matrices = {name for name in found.repeated if "norm" not in name}
-    assert matrices == {f"layers.{i}.self_attn.{p}_proj.weight" for i in range(14) for p in "kv"}
+    assert matrices == {f"layers.{i}.self_attn.{p}_proj.weight" for i in range(8) for p in "kv"}
     attention = ("layers", 3, "self_attn")
     assert found.shardings[*attention, "q_proj", "weight"].spec[0] == "tensor"
     assert found.shardings[*attention, "o_proj", "weight"].spec[1] == "tensor"
@@ -257,7 +264,7 @@ def test_a_device_holds_its_share_of_the_experts_and_what_is_named(moe_engines, 
 
 def test_a_device_holds_its_share_of_the_caches(weights):
     engine = programs_on(TINY, weights, make_mesh("data=4,tensor=2"))
-    caches = started(engine)[0]._state.caches
+    caches = started(engine, [[5]] * 5)[0]._state.caches  # nothing to prefill
     whole = sum(a.nbytes for c in caches.values() for a in (c.k, c.v))
     assert {cache.is_ring for cache in caches.values()} == {True, False}
     held = device_bytes([(c.k, c.v) for c in caches.values()])
@@ -302,7 +309,7 @@ def peak_of(build) -> int:
 
 
 def test_the_host_holds_the_parts_and_one_weight_more():
-    config = dataclasses.replace(TINY, layers=TINY.layers[:6], vocab_size=4096)
+    config = dataclasses.replace(TINY, vocab_size=4096)
     sizes = [math.prod(w.shape) * 4 for w in random_weights(config).values()]
     limit = 1.02 * sum(sizes) + max(sizes)
     mesh = make_mesh("data=2,tensor=4")
@@ -331,9 +338,8 @@ def test_weights_come_back_from_a_mesh_bit_for_bit(weights, axes, layers):
 
 
 def test_bfloat16_experts_come_back_from_a_mesh_bit_for_bit():
-    config = dataclasses.replace(MOE, layers=MOE.layers[:2])
-    weights = random_weights(config)
-    decoder = decoder_on(config, weights, make_mesh("expert=8"), dtype=jnp.bfloat16)
+    weights = random_weights(MOE)
+    decoder = decoder_on(MOE, weights, make_mesh("expert=8"), dtype=jnp.bfloat16)
     for name, array in named_weights(decoder):
         assert array.dtype == jnp.bfloat16
         np.testing.assert_array_equal(array, weights[name].astype(jnp.bfloat16), err_msg=name)
@@ -369,7 +375,7 @@ def merged(engine) -> Decoder:
 def test_a_mesh_gives_the_tokens_of_one_device(engines, alone, expected, axes):
     found = generated(engines(axes))
     assert found.shape == expected.shape
-    assert len(np.unique(found)) > 60  # no row repeats one token
+    assert len(np.unique(found)) > 25  # no row repeats one token
     if not np.array_equal(found, expected):
         assert near_ties(found, expected, merged(alone), merged(engines(axes))) <= 1
 
