@@ -65,7 +65,9 @@ def check_aliased(aliased: int, report: dict) -> None:
     assert report["cache_bytes"] < aliased < report["cache_bytes"] + 10_000 * report["batch"]
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    "name", ["float32", "batch", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 def test_decode_reports_times_bytes_and_their_share_of_the_machine(capsys, name):
     shown, report = run(capsys, *FORMS[name])
     assert shown == ""

@@ -94,8 +94,13 @@ def run_chunks(decoder, tokens, at, chunk, dtype=jnp.float32):
 
 @pytest.mark.parametrize(
     ("stack", "chunk"),
-    [("index", c) for c in (1, 7, WINDOW - 1, WINDOW, WINDOW + 1, 100)]
-    + [("unroll", WINDOW), ("scan", 7)],
+    # Caches of blocks of 16 and rings have their own: test_cache.py.
+    [("index", c) for c in (1, 7, WINDOW + 1, 100)]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("index", WINDOW - 1), ("index", WINDOW), ("scan", 7))
+    ]
+    + [("unroll", WINDOW)],
 )
 def test_any_chunking_through_the_cache_equals_the_full_forward(
     decoders, tokens, full, stack, chunk
@@ -147,7 +152,7 @@ def test_padding_rows_stay_finite(decoders, tokens):
     assert np.isfinite(logits(decoders["index"], tokens, lengths)).all()
 
 
-@pytest.mark.parametrize("stack", ["index", "unroll"])
+@pytest.mark.parametrize("stack", ["index", pytest.param("unroll", marks=pytest.mark.slow)])
 def test_bfloat16_cache_stored_as_bits_equals_the_full_forward(weights, tokens, stack):
     narrow = {name: w.astype(jnp.bfloat16) for name, w in weights.items()}
     decoder = build(CONFIG, narrow, stack, dtype=jnp.bfloat16)

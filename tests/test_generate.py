@@ -75,7 +75,16 @@ def assert_greedy(model, prompt, tokens):
     assert (logits.max(axis=-1) - chosen).max() < NEAR
 
 
-@pytest.mark.parametrize("length", [1, 2, 40, 530, pytest.param(1100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "length",
+    [
+        1,
+        40,
+        530,
+        pytest.param(2, marks=pytest.mark.slow),
+        pytest.param(1100, marks=pytest.mark.slow),
+    ],
+)
 def test_greedy_tokens_have_the_best_logit_of_a_full_forward(ids_model, length):
     (prompt,) = prompts(length)
     (completion,) = ids_model.generate([prompt], max_new_tokens=12)
