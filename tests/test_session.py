@@ -19,7 +19,7 @@ from gemlax.engine import Event, Usage
 from gemlax.names import text_weights
 from gemlax.tokenizer import find_chat_template
 
-CONFIG = tiny(preset("gemma-3-1b"), num_hidden_layers=7)
+CONFIG = tiny(preset("gemma-3-1b"), num_hidden_layers=6)
 USER = [{"role": "user", "content": "hello there"}]
 
 
