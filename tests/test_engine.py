@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemlax.engine import Engine, Event, Programs, Request, Usage
+from gemlax.engine.compiled import prefill_width
 from gemlax.errors import RequestError
 from gemlax.names import text_weights
 from gemlax.presets import preset, tiny
@@ -131,6 +132,29 @@ def test_a_warm_engine_compiles_nothing(programs):
             engine.step()
         drain(engine)
     assert programs.counters.programs == before
+
+
+def test_a_prompt_is_padded_by_less_than_half():
+    widths = {size: prefill_width(size) for size in (1, 16, 17, 64, 65, 96, 97, 130, 200, 300, 512)}
+    assert list(widths.values()) == [16, 16, 32, 64, 96, 96, 128, 192, 256, 384, 512]
+    assert all(size <= prefill_width(size) < 1.5 * size for size in range(65, 513))
+
+
+def test_prompts_share_a_prefill_while_it_is_small(programs, monkeypatch):
+    assert programs.divide([500, 10, 12, 30, 100]) == [[1, 2, 3], [4], [0]]
+    assert programs.divide([16] * 8) == [list(range(8))]
+    monkeypatch.setattr("gemlax.ops.platform", lambda: "gpu")
+    assert programs.divide([500, 10, 12, 30, 100]) == [[1, 2, 3, 4, 0]]
+
+
+def test_prompts_of_mixed_lengths_take_the_places_of_each(programs):
+    engine = Engine(programs, 4, 128)
+    for size in (4, 6, 100):
+        engine.submit(request(prompt_of(1, size), 1))
+    widths = {key[-2:] for key in programs.compiled if key[0] == "prefill"}
+    drain(engine)
+    new = {key[-2:] for key in programs.compiled if key[0] == "prefill"} - widths
+    assert new <= {(2, 16), (1, 128)}
 
 
 def test_a_prompt_that_begins_as_an_earlier_one_is_prefilled_from_there(programs, alone):
