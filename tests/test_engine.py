@@ -9,6 +9,7 @@ from adapters import build
 from golden.conditioned import conditioned_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lora import put_table
 
 from gemlax.engine import Engine, Event, Programs, Request, Usage
 from gemlax.engine.compiled import prefill_width
@@ -22,12 +23,15 @@ CONFIG = tiny(preset("gemma-3-270m"), num_hidden_layers=6)
 PATTERN = [40, 41, 42, 43]
 
 
-def request(prompt, new, *, seed=0, stop_ids=(), num_drafts=0, logprobs=False, **sampling):
+def request(
+    prompt, new, *, seed=0, stop_ids=(), num_drafts=0, logprobs=False, adapter=0, **sampling
+):
     return Request(
         tuple(map(int, prompt)),
         len(prompt) + new,
         make_sampling(512, [seed], **sampling),
         tuple(stop_ids),
+        adapter,
         num_drafts=num_drafts,
         logprobs=logprobs,
     )
@@ -36,7 +40,8 @@ def request(prompt, new, *, seed=0, stop_ids=(), num_drafts=0, logprobs=False, *
 @pytest.fixture(scope="module")
 def programs():
     decoder = build(CONFIG, conditioned_weights("engine", text_weights(CONFIG.text)), "index")
-    return Programs(decoder, num_tokens=512, dtype=jnp.dtype("float32"))
+    put_table(decoder, {"*.q_proj": 2}, {"*.mlp.*": 3})
+    return Programs(decoder, num_tokens=512, dtype=jnp.dtype("float32"), adapters=("one", "two"))
 
 
 def drain(engine, steps=1):
@@ -79,6 +84,7 @@ HOW = st.fixed_dictionaries(
         "temperature": st.sampled_from([0.0, 0.0, 0.8]),
         "top_k": st.sampled_from([0, 20]),
         "repetition_penalty": st.sampled_from([1.0, 1.2]),
+        "adapter": st.sampled_from([0, 0, 1, 2]),
         "stop_ids": st.sampled_from([(), tuple(range(3, 60))[:16], (41,)]),
     }
 )
@@ -121,6 +127,12 @@ def test_who_shares_the_batch_changes_no_token(programs, alone, arrivals, interl
             assert said.get(number, []) == tokens[: len(said.get(number, []))]
         else:
             assert (said[number], reasons[number]) == (tokens, reason)
+
+
+def test_adapters_change_what_is_said(alone):
+    prompt = prompt_of(1, 20)
+    said = {tuple(alone(prompt, new=8, temperature=0.0, adapter=i)[0]) for i in range(3)}
+    assert len(said) == 3
 
 
 def test_a_warm_engine_compiles_nothing(programs):
