@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gemlax.ops import cpu
+from gemlax.ops.backend import choose
 from gemlax.ops.basic import softcap
 from gemlax.qtensor import QTensor, shape_of, take
 
@@ -64,7 +66,8 @@ def chunked_logprobs(
     flat = jnp.take_along_axis(flat, order[..., None], axis=1)
     targets = jnp.take_along_axis(labels.reshape(shape), order, axis=1)
     counts = wanted.reshape(shape).sum(axis=1, dtype=jnp.int32)
-    size = max(1, min(_TOKENS // groups, shape[1]))
+    blocks = -(-batch * length // _TOKENS)  # that are full if all tokens are learnt
+    size = -(-shape[1] // max(1, blocks))
     pad = -shape[1] % size
     flat = jnp.pad(flat, ((0, 0), (0, pad), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, pad)))
@@ -129,6 +132,9 @@ def _sum(
     shape = (groups, plan.shards, length)
     maximum = jnp.broadcast_to(label_logits[:, None], shape)
     weighted = jnp.zeros((*shape, width), jnp.float32) if plan.frozen else None
+    # A kernel reads stored rows; the sum of the rows themselves needs them as floats.
+    as_stored = groups == plan.shards == 1 and not plan.frozen
+    as_stored = as_stored and choose("multiply", table, plan.tokens) == "cpu"
 
     def by_rows(start: Array, rows: Array, sums: _Sums) -> _Sums:
         def by_tokens(at: Array, sums: _Sums) -> _Sums:
@@ -146,9 +152,8 @@ def _sum(
 
         return _over_tokens(plan, counts, by_tokens, sums)
 
-    return _over_table(
-        plan, table, by_rows, _Sums(maximum, jnp.zeros(shape, jnp.float32), weighted)
-    )
+    sums = _Sums(maximum, jnp.zeros(shape, jnp.float32), weighted)
+    return _over_table(plan, table, by_rows, sums, as_stored)
 
 
 def _backward(plan: _Plan, kept: Any, given: Array) -> Any:
@@ -185,10 +190,12 @@ def _backward(plan: _Plan, kept: Any, given: Array) -> Any:
 _logprobs.defvjp(_forward, _backward)
 
 
-def _over_table(plan: _Plan, table: Any, body: Callable[..., Any], carry: Any) -> Any:
-    """Run `body(start, rows, carry)` over blocks of the table's rows as floats, [shards, R, D].
+def _over_table(
+    plan: _Plan, table: Any, body: Callable[..., Any], carry: Any, as_stored: bool = False
+) -> Any:
+    """Run `body(start, rows, carry)` over blocks of the table's rows, [shards, R, D].
 
-    `start` counts within a shard. A stored table is decoded a block at a time.
+    `start` counts within a shard. Unless `as_stored`, a stored table is decoded block by block.
     """
     cut = jax.tree.map(lambda a: a.reshape(plan.shards, -1, a.shape[-1]), table)
     length = shape_of(table)[0] // plan.shards
@@ -196,7 +203,9 @@ def _over_table(plan: _Plan, table: Any, body: Callable[..., Any], carry: Any) -
 
     def block(start: Any, size: int, carry: Any) -> Any:
         rows = jax.tree.map(lambda a: _cut(a, start, size, 1), cut)
-        return body(start, rows.dense() if isinstance(rows, QTensor) else rows, carry)
+        return body(
+            start, rows if as_stored or not isinstance(rows, QTensor) else rows.dense(), carry
+        )
 
     whole = length // size
     carry = jax.lax.fori_loop(0, whole, lambda i, carry: block(i * size, size, carry), carry)
@@ -232,7 +241,9 @@ def _capped(logits: Array, cap: float | None) -> tuple[Array, Any]:
     return capped, 1.0 if cap is None else 1 - (capped / cap) ** 2  # of tanh
 
 
-def _logits(x: Float[Array, "G N D"], rows: Float[Array, "S R D"]) -> Float[Array, "G S N R"]:
+def _logits(x: Float[Array, "G N D"], rows: Any) -> Float[Array, "G S N R"]:
+    if isinstance(rows, QTensor):  # of one shard, for one group
+        return cpu.multiply(x[0], jax.tree.map(lambda a: a[0], rows))[0][None, None]
     return jnp.einsum(
         "gnd,srd->gsnr", x.astype(rows.dtype), rows, preferred_element_type=jnp.float32
     )
