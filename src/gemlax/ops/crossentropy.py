@@ -137,18 +137,18 @@ def _sum(
     as_stored = as_stored and choose("multiply", table, plan.tokens) == "cpu"
 
     def by_rows(start: Array, rows: Array, sums: _Sums) -> _Sums:
-        def by_tokens(at: Array, sums: _Sums) -> _Sums:
-            logits, bend = _capped(_logits(_cut(x, at, plan.tokens, 1), rows), plan.cap)
-            old, total, weighted = (_cut(a, at, plan.tokens, 2) for a in sums)
+        def by_tokens(first: Array, sums: _Sums) -> _Sums:
+            logits, bend = _capped(_logits(_cut(x, first, plan.tokens, 1), rows), plan.cap)
+            old, total, weighted = (_cut(a, first, plan.tokens, 2) for a in sums)
             maximum = jnp.maximum(old, logits.max(axis=-1))
             kept, weights = jnp.exp(old - maximum), jnp.exp(logits - maximum[..., None])
-            hot = _is_label(start, rows, table, _cut(labels, at, plan.tokens, 1))
+            hot = _is_label(start, rows, table, _cut(labels, first, plan.tokens, 1))
             weights = jnp.where(hot, 0.0, weights)
             total = total * kept + weights.sum(axis=-1)
             if weighted is not None:
                 weighted = weighted * kept[..., None] + _times_rows(weights * bend, rows)
             new = _Sums(maximum, total, weighted)
-            return jax.tree.map(lambda a, part: _put(a, part, at, 2), sums, new)
+            return jax.tree.map(lambda a, part: _put(a, part, first, 2), sums, new)
 
         return _over_tokens(plan, counts, by_tokens, sums)
 
@@ -163,16 +163,16 @@ def _backward(plan: _Plan, kept: Any, given: Array) -> Any:
     groups, length, width = x.shape
 
     def by_rows(start: Array, rows: Array, both: tuple[Array, Array]) -> tuple[Array, Array]:
-        def by_tokens(at: Array, both: tuple[Array, Array]) -> tuple[Array, Array]:
-            part = _cut(x, at, plan.tokens, 1)
+        def by_tokens(first: Array, both: tuple[Array, Array]) -> tuple[Array, Array]:
+            part = _cut(x, first, plan.tokens, 1)
             logits, bend = _capped(_logits(part, rows), plan.cap)
-            weights = jnp.exp(logits - _cut(log_total, at, plan.tokens, 1)[:, None, :, None])
-            hot = _is_label(start, rows, table, _cut(labels, at, plan.tokens, 1))
+            weights = jnp.exp(logits - _cut(log_total, first, plan.tokens, 1)[:, None, :, None])
+            hot = _is_label(start, rows, table, _cut(labels, first, plan.tokens, 1))
             slope = bend * (hot.astype(jnp.float32) - weights)
-            slope *= _cut(given, at, plan.tokens, 1)[:, None, :, None]
+            slope *= _cut(given, first, plan.tokens, 1)[:, None, :, None]
             added = jnp.einsum("gsnr,gnd->srd", slope, part.astype(jnp.float32))
-            of_part = _cut(both[0], at, plan.tokens, 2) + _times_rows(slope, rows)
-            return _put(both[0], of_part, at, 2), both[1] + added
+            of_part = _cut(both[0], first, plan.tokens, 2) + _times_rows(slope, rows)
+            return _put(both[0], of_part, first, 2), both[1] + added
 
         of_x, of_table = both
         none = jnp.zeros(rows.shape, jnp.float32)
