@@ -1,12 +1,13 @@
 """What joining a running batch is worth: 24 requests of mixed lengths on the real Gemma 3 270M.
 
-Run: python benchmarks/serving.py [--model demo] [--rounds 3] [--write] [--json]
-Prompts of 8 to 400 tokens and answers of 16 to 200, from a fixed seed, greedy, without stop ids.
+Run: python benchmarks/serving.py [--model demo] [--rounds 3] [--uniform] [--write] [--json]
+Prompts of 8 to 400 tokens and answers of 8 to 400, from a fixed seed, greedy, without stop ids.
+Lengths are log-uniform, as in chat logs: most are short, few are long; --uniform draws them evenly.
 "joining": one engine of 8 slots; a request joins as soon as a slot is free. "drained": 8 requests
-at a time, each batch to its end. "static": the same, but all rows of a batch run to its longest
-answer. "one by one": one slot. The ways take turns after a round of warm-up; tokens that nobody
-asked for do not count. Then the host's part of a step at batch 1: a step less its calls of compiled
-programs. The last line is JSON.
+at a time, each batch to its end. "static": a batch of one shape, prompts padded to the longest and
+all rows run to the longest answer. "one by one": one slot. The ways take turns after a round of
+warm-up; tokens that nobody asked for do not count. Then the host's part of a step at batch 1: a
+step less its calls of compiled programs. The last line is JSON.
 """
 
 import argparse
@@ -25,20 +26,22 @@ from gemlax.engine import MAX_STEPS, Engine, Request
 from gemlax.sampling import make_sampling
 
 REQUESTS, SLOTS, CAPACITY = 24, 8, 1024
-PROMPTS, ANSWERS = (8, 400), (16, 200)
+LENGTHS = 8, 400
 HOST_STEPS = 200
 
 
-def make_requests(vocab_size: int) -> list[Request]:
+def make_requests(vocab_size: int, uniform: bool) -> list[Request]:
     """Draw lengths and ids; the most likely token is taken."""
     random = np.random.default_rng(0)
     settings = make_sampling(vocab_size, [0], temperature=0.0).row(0)
+    if uniform:
+        lengths = random.integers(*LENGTHS, (REQUESTS, 2), endpoint=True)
+    else:
+        lengths = np.exp(random.uniform(*np.log(LENGTHS), (REQUESTS, 2))).astype(int)
     requests = []
-    for _ in range(REQUESTS):
-        prompt_length = random.integers(PROMPTS[0], PROMPTS[1], endpoint=True)
-        answer_length = random.integers(ANSWERS[0], ANSWERS[1], endpoint=True)
+    for prompt_length, answer_length in lengths.tolist():
         prompt = (2, *random.integers(1000, 200_000, prompt_length - 1).tolist())
-        requests.append(Request(prompt, len(prompt) + int(answer_length), settings))
+        requests.append(Request(prompt, prompt_length + answer_length, settings))
     return requests
 
 
@@ -64,10 +67,12 @@ def drained(programs: Any, requests: list[Request]) -> None:
 def static(programs: Any, requests: list[Request]) -> None:
     for first in range(0, len(requests), SLOTS):
         batch = requests[first : first + SLOTS]
-        longest = max(request.max_length - len(request.prompt) for request in batch)
+        prompt = max(len(request.prompt) for request in batch)
+        answer = max(request.max_length - len(request.prompt) for request in batch)
+        padded = [(request.prompt * prompt)[:prompt] for request in batch]
         drain(
             Engine(programs, SLOTS, CAPACITY),
-            [Request(r.prompt, len(r.prompt) + longest, r.settings) for r in batch],
+            [Request(ids, prompt + answer, batch[0].settings) for ids in padded],
         )
 
 
@@ -105,8 +110,8 @@ def measure(
                     print(f"{name}: {runs[name][-1]}", flush=True)
     return [
         {"way": name, "tokens": wanted}
-        | {key: round(statistics.median(run[key] for run in found), 2) for key in found[0]}
-        for name, found in runs.items()
+        | {key: round(statistics.median(run[key] for run in measured), 2) for key in measured[0]}
+        for name, measured in runs.items()
     ]
 
 
@@ -146,11 +151,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--uniform", action="store_true", help="lengths drawn evenly")
     parser.add_argument("--json", action="store_true", help="nothing but the JSON line")
     parser.add_argument("--write", action="store_true", help="into docs/performance.md")
     args = parser.parse_args()
     programs = gemlax.load(args.model, implementation="cpu").programs
-    requests = make_requests(programs.num_tokens)
+    requests = make_requests(programs.num_tokens, args.uniform)
     rows = measure(programs, requests, args.rounds, shown=not args.json)
     host = round(host_ms(programs, requests), 3)
     speeds = {row["way"]: row["tok_s"] for row in rows}

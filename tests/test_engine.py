@@ -9,8 +9,10 @@ from adapters import build
 from golden.conditioned import conditioned_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lora import put_table
 
 from gemlax.engine import Engine, Event, Programs, Request, Usage
+from gemlax.engine.compiled import prefill_width
 from gemlax.errors import RequestError
 from gemlax.names import text_weights
 from gemlax.presets import preset, tiny
@@ -21,12 +23,15 @@ CONFIG = tiny(preset("gemma-3-270m"), num_hidden_layers=6)
 PATTERN = [40, 41, 42, 43]
 
 
-def request(prompt, new, *, seed=0, stop_ids=(), num_drafts=0, logprobs=False, **sampling):
+def request(
+    prompt, new, *, seed=0, stop_ids=(), num_drafts=0, logprobs=False, adapter=0, **sampling
+):
     return Request(
         tuple(map(int, prompt)),
         len(prompt) + new,
         make_sampling(512, [seed], **sampling),
         tuple(stop_ids),
+        adapter,
         num_drafts=num_drafts,
         logprobs=logprobs,
     )
@@ -35,7 +40,8 @@ def request(prompt, new, *, seed=0, stop_ids=(), num_drafts=0, logprobs=False, *
 @pytest.fixture(scope="module")
 def programs():
     decoder = build(CONFIG, conditioned_weights("engine", text_weights(CONFIG.text)), "index")
-    return Programs(decoder, num_tokens=512, dtype=jnp.dtype("float32"))
+    put_table(decoder, {"*.q_proj": 2}, {"*.mlp.*": 3})
+    return Programs(decoder, num_tokens=512, dtype=jnp.dtype("float32"), adapters=("one", "two"))
 
 
 def drain(engine, steps=1):
@@ -78,6 +84,7 @@ HOW = st.fixed_dictionaries(
         "temperature": st.sampled_from([0.0, 0.0, 0.8]),
         "top_k": st.sampled_from([0, 20]),
         "repetition_penalty": st.sampled_from([1.0, 1.2]),
+        "adapter": st.sampled_from([0, 0, 1, 2]),
         "stop_ids": st.sampled_from([(), tuple(range(3, 60))[:16], (41,)]),
     }
 )
@@ -122,6 +129,12 @@ def test_who_shares_the_batch_changes_no_token(programs, alone, arrivals, interl
             assert (said[number], reasons[number]) == (tokens, reason)
 
 
+def test_adapters_change_what_is_said(alone):
+    prompt = prompt_of(1, 20)
+    said = {tuple(alone(prompt, new=8, temperature=0.0, adapter=i)[0]) for i in range(3)}
+    assert len(said) == 3
+
+
 def test_a_warm_engine_compiles_nothing(programs):
     for _ in range(2):
         before = programs.counters.programs
@@ -131,6 +144,29 @@ def test_a_warm_engine_compiles_nothing(programs):
             engine.step()
         drain(engine)
     assert programs.counters.programs == before
+
+
+def test_a_prompt_is_padded_by_less_than_half():
+    widths = {size: prefill_width(size) for size in (1, 16, 17, 64, 65, 96, 97, 130, 200, 300, 512)}
+    assert list(widths.values()) == [16, 16, 32, 64, 96, 96, 128, 192, 256, 384, 512]
+    assert all(size <= prefill_width(size) < 1.5 * size for size in range(65, 513))
+
+
+def test_prompts_share_a_prefill_while_it_is_small(programs, monkeypatch):
+    assert programs.divide([500, 10, 12, 30, 100]) == [[1, 2, 3], [4], [0]]
+    assert programs.divide([16] * 8) == [list(range(8))]
+    monkeypatch.setattr("gemlax.ops.platform", lambda: "gpu")
+    assert programs.divide([500, 10, 12, 30, 100]) == [[1, 2, 3, 4, 0]]
+
+
+def test_prompts_of_mixed_lengths_take_the_places_of_each(programs):
+    engine = Engine(programs, 4, 128)
+    for size in (4, 6, 100):
+        engine.submit(request(prompt_of(1, size), 1))
+    widths = {key[-2:] for key in programs.compiled if key[0] == "prefill"}
+    drain(engine)
+    new = {key[-2:] for key in programs.compiled if key[0] == "prefill"} - widths
+    assert new <= {(2, 16), (1, 128)}
 
 
 def test_a_prompt_that_begins_as_an_earlier_one_is_prefilled_from_there(programs, alone):

@@ -20,12 +20,25 @@ from gemlax.engine.state import Joining, State, join, new_rows
 from gemlax.ops.storage import Storage
 from gemlax.sharding import Layout, put
 
-__all__ = ["Counters", "Programs", "bucket"]
+__all__ = ["Counters", "Programs", "bucket", "prefill_width"]
+
+# How many places, tokens and padding, a prefill of several rows has at most.
+PREFILL_PLACES, MANY_PLACES = {"cpu": 128}, 4096
 
 
 def bucket(size: int, smallest: int = 1) -> int:
     """Return the power of two, at least `smallest`, that holds `size`."""
     return max(smallest, 1 << max(size - 1, 0).bit_length())
+
+
+def prefill_width(size: int) -> int:
+    """Return how many places a chunk of `size` tokens gets: 2 or 3 times a power of two.
+
+    A prompt takes the time of its places, so that powers of two alone would waste a quarter of it;
+    of the first 64, few are worth a program more.
+    """
+    width = bucket(size, 16)
+    return 3 * width // 4 if width > 64 and size <= 3 * width // 4 else width
 
 
 @dataclasses.dataclass
@@ -87,6 +100,27 @@ class Programs:
         """Bring arrays of the host, which every process has alike, to all devices."""
         return put(tree, self.layout.replicated)
 
+    def _arguments(self, tree: Any) -> Any:
+        """Return a call's arrays of the host as its program takes them: one device, as they are."""
+        return tree if self.layout.mesh is None else self.put(tree)
+
+    def divide(self, sizes: Sequence[int]) -> list[list[int]]:
+        """Divide chunks of these sizes into calls; return their indices.
+
+        Chunks share a call, as wide as the longest, while it has few places: a CPU is no faster
+        with more (docs/log.md). An accelerator is, and on a mesh all slots run.
+        """
+        if self.layout.mesh is not None:
+            return [list(range(len(sizes)))]
+        places = PREFILL_PLACES.get(ops.platform(), MANY_PLACES)
+        calls: list[list[int]] = []
+        for index in sorted(range(len(sizes)), key=sizes.__getitem__):
+            if calls and bucket(len(calls[-1]) + 1) * prefill_width(sizes[index]) <= places:
+                calls[-1].append(index)
+            else:
+                calls.append([index])
+        return calls
+
     def num_slots(self, requests: int) -> int:
         """Return how many slots the bucket of so many requests has: what cuts them divides it."""
         cuts = self.layout.parts("batch")
@@ -129,16 +163,17 @@ class Programs:
 
     def join(self, state: State, new: Joining) -> State:
         """Write a request into its slot."""
-        args = (state, self.put(new))
+        args = (state, self._arguments(new))
         return self._program("join", (), lambda: join, args, donated=0)(*args)
 
     def prefill(
         self, state: State, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray | None
     ) -> State:
         """Write tokens [b, T] of some slots into the caches."""
-        by_rows = self.layout.rows(len(tokens))
-        parts = (*put((tokens, positions), by_rows), self.put(rows))
-        args = (self._weights, state, *parts)
+        num_tokens = int((positions != ops.EMPTY).sum())
+        if (by_rows := self.layout.rows(len(tokens))) is not None:
+            tokens, positions = put((tokens, positions), by_rows)
+        args = (self._weights, state, tokens, positions, self._arguments(rows))
 
         def make() -> Any:
             return functools.partial(programs.prefill, self._graphdef)
@@ -149,7 +184,7 @@ class Programs:
         jax.block_until_ready(state.caches)
         self.counters.prefill_s += time.perf_counter() - begin
         self.counters.prefill_calls += 1
-        self.counters.prefill_tokens += int((positions != ops.EMPTY).sum())
+        self.counters.prefill_tokens += num_tokens
         return state
 
     def decode(
@@ -168,7 +203,7 @@ class Programs:
             fixed = (self._graphdef, self.num_tokens, self.layout, logprobs)
             return functools.partial(programs.decode, *fixed)
 
-        rest = self.put((rows, running, np.int32(steps), np.bool_(eager)))
+        rest = self._arguments((rows, running, np.int32(steps), np.bool_(eager)))
         return self._decode("decode", (len(running), logprobs), make, state, rest)
 
     def verify(
@@ -187,7 +222,7 @@ class Programs:
             fixed = (self._graphdef, self.num_tokens, self.layout, logprobs)
             return functools.partial(programs.verify, *fixed)
 
-        rest = self.put((rows, running, drafts, counts))
+        rest = self._arguments((rows, running, drafts, counts))
         return self._decode("verify", (*drafts.shape, logprobs), make, state, rest)
 
     def _decode(

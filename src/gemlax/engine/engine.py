@@ -7,7 +7,7 @@ from gemlax.cache import round_capacity
 from gemlax.config import CHUNK
 from gemlax.engine import drafts as lookup
 from gemlax.engine.allocator import Ring, SlotAllocator
-from gemlax.engine.compiled import Programs, bucket
+from gemlax.engine.compiled import Programs, prefill_width
 from gemlax.engine.programs import MAX_STEPS, Output
 from gemlax.engine.request import STOP_PLACES, Event, FinishReason, Request, Usage
 from gemlax.engine.scheduler import Chunk, Row, Scheduler
@@ -103,8 +103,8 @@ class Engine:
             for row in joined:
                 self._join(row)
             chunks = self._scheduler.chunks()
-            if chunks:
-                self._prefill(chunks)
+            for call in self._programs.divide([c.stop - c.start for c in chunks]):
+                self._prefill([chunks[index] for index in call])
             rows = self._scheduler.decoding()
             if rows:
                 events += self._decode(rows, min(steps, MAX_STEPS))
@@ -147,9 +147,9 @@ class Engine:
         self._state = self._programs.join(self._state, new)
 
     def _prefill(self, chunks: list[Chunk]) -> None:
-        longest = max(chunk.stop - chunk.start for chunk in chunks)
-        width = bucket(longest, 16)
-        slots, order = self._call_rows("prefill", [chunk.row for chunk in chunks], (width,))
+        width = prefill_width(max(chunk.stop - chunk.start for chunk in chunks))
+        rows = [chunk.row for chunk in chunks]
+        slots, order = self._call_rows("prefill", rows, (width,), slack=1)
         tokens = np.zeros((len(order), width), np.int32)
         positions = np.full((len(order), width), ops.EMPTY, np.int32)
         for index, chunk in zip(order[: len(chunks)], chunks, strict=True):
