@@ -406,7 +406,7 @@ def test_the_key_of_a_seed_is_that_of_jax():
 def test_a_row_that_does_not_run_asks_for_nothing_and_the_others_keep_what_they_ask():
     chosen = {"temperature": 0.7, "repetition_penalty": 1.3, "presence_penalty": 0.2,
               "frequency_penalty": 0.1, "no_repeat_ngram_size": 2, "top_k": 4,
-              "sequence_bias": {(3, 4): -1.0}, "held": {1: 3}}  # fmt: skip
+              "sequence_bias": {(3, 4): -1.0}, "forbidden_until": {1: 3}}  # fmt: skip
     asked = make_sampling(VOCAB, [0, 1], **chosen)
     found = asked.quiet(jnp.array([True, False]))
     free = make_sampling(VOCAB, [0], temperature=0.0)

@@ -241,7 +241,7 @@ def _capped(logits: Array, cap: float | None) -> tuple[Array, Any]:
     return capped, 1.0 if cap is None else 1 - (capped / cap) ** 2  # of tanh
 
 
-def _logits(x: Float[Array, "G N D"], rows: Any) -> Float[Array, "G S N R"]:
+def _logits(x: Float[Array, "G N D"], rows: Array | QTensor) -> Float[Array, "G S N R"]:
     if isinstance(rows, QTensor):  # of one shard, for one group
         return cpu.multiply(x[0], jax.tree.map(lambda a: a[0], rows))[0][None, None]
     return jnp.einsum(
