@@ -147,14 +147,14 @@ struct Scratch {
     const int64_t rows = block.queries();
     multiply(rows, block.size, queries.data(), block.size, keys.data(), kKeys, weights.data(), kKeys,
              false);
-    for (int64_t row = 0; row < rows; ++row) {
-      const Visible visible(block, positions, block.positions[row / block.groups]);
-      float* row_weights = weights.data() + row * kKeys;
-      if (visible.any())
-        add_softmax(row_weights, visible, block.scale, &peaks[row], &totals[row],
-                    out.data() + row * width, width);
-      else
-        std::fill_n(row_weights, kKeys, 0.0f);
+    for (int64_t t = 0; t < block.count; ++t) {
+      const Visible visible(block, positions, block.positions[t]);
+      for (int64_t row = t * block.groups; row < (t + 1) * block.groups; ++row)
+        if (visible.any())
+          add_softmax(weights.data() + row * kKeys, visible, block.scale, &peaks[row], &totals[row],
+                      out.data() + row * width, width);
+        else
+          std::fill_n(weights.data() + row * kKeys, kKeys, 0.0f);
     }
     for (int64_t h = 0; h < width; h += 64)
       multiply(rows, kKeys, weights.data(), kKeys, values.data() + h, width, out.data() + h, width,

@@ -500,7 +500,11 @@ def test_one_program_serves_all_settings_of_a_bucket():
         {"temperature": 0.7, "top_k": 40},
         {"temperature": 1.0, "top_p": 0.9, "min_p": 0.01},
         {"temperature": 1.0, "repetition_penalty": 1.3, "logit_bias": {5: 1.0}},
-        {"no_repeat_ngram_size": 2, "sequence_bias": {(3, 4): -1.0}, "held": {1: 3, 7: 1}},
+        {
+            "no_repeat_ngram_size": 2,
+            "sequence_bias": {(3, 4): -1.0},
+            "forbidden_until": {1: 3, 7: 1},
+        },
     ]
     for i, chosen in enumerate(settings):
         prompt = tuple(range(3, 24 + i))  # other lengths, same bucket

@@ -261,12 +261,12 @@ def test_more_and_longer_sequences_than_a_bucket_are_kept():
 def test_a_held_id_comes_when_the_output_is_long_enough():
     history = [4, 9, 8, VOCAB]
     for length, forbidden in ((1, {3, 8}), (2, {3}), (3, set())):
-        out = penalised(history, 1, length, held={3: 2, 8: 1})
+        out = penalised(history, 1, length, forbidden_until={3: 2, 8: 1})
         assert set(np.flatnonzero(np.isinf(out)).tolist()) == forbidden
 
 
 def test_each_row_holds_back_as_long_as_it_is_told():
-    made = make_sampling(VOCAB, [0, 1], held={3: [0, 5]})
+    made = make_sampling(VOCAB, [0, 1], forbidden_until={3: [0, 5]})
     ends = jnp.asarray([1, 1], jnp.int32)
     out = adjust(jnp.tile(jnp.asarray(LOGITS), (2, 1)), made, jnp.full((2, 4), 7, jnp.int32), ends,
                  ends)  # fmt: skip
@@ -275,7 +275,7 @@ def test_each_row_holds_back_as_long_as_it_is_told():
 
 @pytest.mark.parametrize("chosen", [
     {"no_repeat_ngram_size": 1}, {"sequence_bias": {(i,): -np.inf for i in range(4)}},
-    {"held": dict.fromkeys(range(4), 9)},
+    {"forbidden_until": dict.fromkeys(range(4), 9)},
     {"no_repeat_ngram_size": 1, "logit_bias": {2: -np.inf}},
 ], ids=str)  # fmt: skip
 def test_where_nothing_is_left_the_row_is_free_for_a_token(chosen):
@@ -406,7 +406,7 @@ def test_the_key_of_a_seed_is_that_of_jax():
 def test_a_row_that_does_not_run_asks_for_nothing_and_the_others_keep_what_they_ask():
     chosen = {"temperature": 0.7, "repetition_penalty": 1.3, "presence_penalty": 0.2,
               "frequency_penalty": 0.1, "no_repeat_ngram_size": 2, "top_k": 4,
-              "sequence_bias": {(3, 4): -1.0}, "held": {1: 3}}  # fmt: skip
+              "sequence_bias": {(3, 4): -1.0}, "forbidden_until": {1: 3}}  # fmt: skip
     asked = make_sampling(VOCAB, [0, 1], **chosen)
     found = asked.quiet(jnp.array([True, False]))
     free = make_sampling(VOCAB, [0], temperature=0.0)

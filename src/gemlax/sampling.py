@@ -90,15 +90,15 @@ class Sampling(NamedTuple):
 
     def widened(self, places: Sequence[int], vocab_size: int) -> "Sampling":
         """Return host copies with more places: those that `places` has."""
-        biased, count, width, held = places
+        biased, count, width, forbidden = places
         sequences = _padded(np.array(self.sequences), (0, 0), (width, _ANY), left=True)
         sequences = _padded(sequences, (count, _ANY), (0, 0))
         sequences[:, self.sequences.shape[1] :, -1] = vocab_size
         return self._replace(
             sequences=sequences,
             sequence_bias=_padded(np.asarray(self.sequence_bias), (count, 0)),
-            held_ids=_padded(np.asarray(self.held_ids), (held, vocab_size)),
-            held_until=_padded(np.asarray(self.held_until), (held, 0)),
+            held_ids=_padded(np.asarray(self.held_ids), (forbidden, vocab_size)),
+            held_until=_padded(np.asarray(self.held_until), (forbidden, 0)),
             bias_ids=_padded(np.asarray(self.bias_ids), (biased, vocab_size)),
             bias=_padded(np.asarray(self.bias), (biased, 0)),
         )
@@ -129,21 +129,22 @@ def make_sampling(
     no_repeat_ngram_size: int = 0,
     logit_bias: Mapping[int, float] | None = None,
     sequence_bias: Mapping[tuple[int, ...], float] | None = None,
-    held: Mapping[int, int | Sequence[int]] | None = None,
+    forbidden_until: Mapping[int, int | Sequence[int]] | None = None,
 ) -> Sampling:
     """Lay settings out for one row per seed, on the host. Numbers are in their ranges already.
 
     Args:
         logit_bias: By id; -inf forbids one.
         sequence_bias: By tokens, of the last after those before it; -inf forbids it there.
-        held: By id, how many tokens the output must have before it may come: for all, or by row.
+        forbidden_until: By id, how many tokens the output must have before it may come, for all or
+            by row.
 
     Raises:
         RequestError: an id outside the vocabulary, or a bias that is not a number.
     """
     bias_ids, bias = _bias(logit_bias or {}, vocab_size)
     sequences, sequence_biases = _sequences(sequence_bias or {}, vocab_size)
-    held_ids, held_until = _held(held or {}, len(seeds), vocab_size)
+    held_ids, held_until = _held(forbidden_until or {}, len(seeds), vocab_size)
 
     def rows(value: Any, dtype: Any = np.float32) -> np.ndarray:
         value = np.asarray(value, dtype)
@@ -249,13 +250,13 @@ def _sequences(
 
 
 def _held(
-    held: Mapping[int, int | Sequence[int]], batch: int, vocab_size: int
+    forbidden_until: Mapping[int, int | Sequence[int]], batch: int, vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    places = _places(len(held), _HELD)
+    places = _places(len(forbidden_until), _HELD)
     ids = np.full(places, vocab_size, np.int32)
     until = np.zeros((batch, places), np.int32)
-    ids[: len(held)] = list(held.keys())
-    for place, tokens in enumerate(held.values()):
+    ids[: len(forbidden_until)] = list(forbidden_until.keys())
+    for place, tokens in enumerate(forbidden_until.values()):
         until[:, place] = tokens
     return ids, until
 
@@ -332,8 +333,8 @@ def _repeats(history: Array, lengths: Array, size: Array) -> Array:
     same = (size > 0) & (columns >= size - 1) & (columns < lengths)
 
     def step(back: Array, same: Array) -> Array:
-        own = jnp.take_along_axis(history, jnp.maximum(lengths - back, 0), axis=1)
-        return same & ((back >= size) | (jnp.roll(history, back, axis=1) == own))
+        ending = jnp.take_along_axis(history, jnp.maximum(lengths - back, 0), axis=1)
+        return same & ((back >= size) | (jnp.roll(history, back, axis=1) == ending))
 
     return jax.lax.fori_loop(1, jnp.minimum(size.max(), history.shape[1]), step, same)
 
@@ -344,9 +345,9 @@ def _penalise(
     columns = jnp.arange(history.shape[1], dtype=jnp.int32)[None]
     is_output = (columns >= prompts[:, None]) & (columns < lengths[:, None])
     rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
-    own = logits.at[rows, history].get(mode="fill", fill_value=0)
+    old = logits.at[rows, history].get(mode="fill", fill_value=0)
     repetition = sampling.repetition_penalty[:, None]
-    new = jnp.minimum(jnp.where(own > 0, own / repetition, own * repetition), _LARGEST)
+    new = jnp.minimum(jnp.where(old > 0, old / repetition, old * repetition), _LARGEST)
     counts = jnp.zeros(logits.shape, jnp.int32)
     counts = counts.at[rows, history].add(is_output.astype(jnp.int32), mode="drop")
     count = counts.at[rows, history].get(mode="fill", fill_value=0)
@@ -380,8 +381,8 @@ def _top_k(logits: Array, count: int) -> tuple[Array, Array]:
     blocks = logits.reshape(rows, -1, size)
     # In the order of V, so that of equal logits the first comes first.
     block = jnp.sort(jax.lax.top_k(blocks.max(axis=-1), count)[1], axis=-1)
-    held = jnp.take_along_axis(blocks, block[..., None], axis=1)
-    best, place = jax.lax.top_k(held.reshape(rows, -1), count)
+    best_blocks = jnp.take_along_axis(blocks, block[..., None], axis=1)
+    best, place = jax.lax.top_k(best_blocks.reshape(rows, -1), count)
     return best, jnp.take_along_axis(block, place // size, axis=-1) * size + place % size
 
 
@@ -457,10 +458,10 @@ def _narrow(scaled: Array, sampling: Sampling) -> Array:
         level = jnp.where(jnp.isnan(level), _OFF, level)  # all of them fall short
         mark = level[:, None]
         above = jnp.sum(jnp.where(scaled > mark, probabilities, 0.0), axis=-1)
-        own = jnp.max(jnp.where(scaled == mark, probabilities, 0.0), axis=-1)
-        most = float(scaled.shape[-1])
-        room = jnp.ceil((wanted - above) / jnp.where(own > 0, own, 1.0))
-        room = jnp.where(own > 0, jnp.clip(room, 1.0, most), most).astype(jnp.int32)
+        probability = jnp.max(jnp.where(scaled == mark, probabilities, 0.0), axis=-1)
+        size = float(scaled.shape[-1])
+        room = jnp.ceil((wanted - above) / jnp.where(probability > 0, probability, 1.0))
+        room = jnp.where(probability > 0, jnp.clip(room, 1.0, size), size).astype(jnp.int32)
         return _first(scaled, level, room) | (sampling.top_p >= 1)[:, None]
 
     scaled = jax.lax.cond(jnp.any(sampling.top_k > 0), by_rank, lambda x: x, scaled)
@@ -548,6 +549,6 @@ def top_logprobs(
 ) -> tuple[Float[Array, " B"], Int[Array, "B n"], Float[Array, "B n"]]:
     """Return the log-probability of `token`, and the most likely ids with theirs."""
     total = jax.nn.logsumexp(logits, axis=-1)
-    own = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - total
+    logprob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - total
     best, ids = _top_k(logits, min(TOP_LOGPROBS, logits.shape[-1]))
-    return own, ids, best - total[:, None]
+    return logprob, ids, best - total[:, None]

@@ -99,18 +99,18 @@ def build_decoder(
     filled = {}
     for path, names in _names_by_path(config, layers).items():
         shape, metadata = flat[path].get_value().shape, flat[path].get_metadata()
-        held: Any = None
+        stored: Any = None
         if codes is not None and "matrix" in metadata:
-            held = _hold_codes(shape, names, codes, fill, dtype)
-            held = None if held is None else _cut_codes(held, placed.get(path))
-        parts = None if held is not None else _Parts(shape, dtype, placed.get(path))
+            stored = _hold_codes(shape, names, codes, fill, dtype)
+            stored = None if stored is None else _cut_codes(stored, placed.get(path))
+        parts = None if stored is not None else _Parts(shape, dtype, placed.get(path))
         for row, name in names:
             if parts is not None:
                 parts.fill(row, functools.partial(fill, name))
             done += math.prod(shape) * dtype.itemsize // len(names)
             if progress is not None:
                 progress(done, total)
-        filled[path] = flat[path].replace(held if parts is None else parts.to_devices(metadata))
+        filled[path] = flat[path].replace(stored if parts is None else parts.to_devices(metadata))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
@@ -125,25 +125,25 @@ def _hold_codes(
 
     `names` are in the order of the rows of the stack.
     """
-    found = [codes(name) for _, name in names]
-    if not any(found):
+    coded = [codes(name) for _, name in names]
+    if not any(coded):
         return None
     stacked = names[0][0] is not None
     for i, (_, name) in enumerate(names):
-        if found[i] is None:
+        if coded[i] is None:
             wide = np.empty(shape[stacked:], dtype)
             fill(name, wide)
             plain: Format = "float32" if dtype == jnp.float32 else "bfloat16"
-            found[i] = Coded(plain, wide if plain == "float32" else wide.view(np.uint16))
-    each = cast(list[Coded], found)
+            coded[i] = Coded(plain, wide if plain == "float32" else wide.view(np.uint16))
+    each = cast(list[Coded], coded)
 
     def hold(format: Format, members: list[Coded]) -> QTensor:
         scales = [x.scales for x in members if x.scales is not None]
-        held = _copy([x.codes for x in members]), _copy(scales) if scales else None
+        arrays = _copy([x.codes for x in members]), _copy(scales) if scales else None
         if not stacked:
-            held = held[0][0], None if held[1] is None else held[1][0]
-        own = jnp.dtype("bfloat16" if format == "bfloat16" else "float32")
-        return from_numpy(*held, format, None if dtype == own else dtype.name)
+            arrays = arrays[0][0], None if arrays[1] is None else arrays[1][0]
+        decoded = jnp.dtype("bfloat16" if format == "bfloat16" else "float32")
+        return from_numpy(*arrays, format, None if dtype == decoded else dtype.name)
 
     by_format: dict[Format, list[int]] = {}
     for i, one in enumerate(each):
@@ -157,25 +157,25 @@ def _hold_codes(
     return Mixed(tuple(parts), jnp.asarray(which), jnp.asarray(row))
 
 
-def _cut_codes(held: QTensor | Mixed, how: NamedSharding | None) -> Any:
+def _cut_codes(weight: QTensor | Mixed, how: NamedSharding | None) -> Any:
     """Lay out codes and scales over a mesh as their weight is; rows stay whole where not both go.
 
     No native kernel reads them there.
     """
     if how is None:
-        return held
-    spec = (*how.spec, *(None,) * (len(held.shape) - len(how.spec)))
-    arrays = [a for a in jax.tree.leaves(held) if a.ndim == len(spec)]
+        return weight
+    spec = (*how.spec, *(None,) * (len(weight.shape) - len(how.spec)))
+    arrays = [a for a in jax.tree.leaves(weight) if a.ndim == len(spec)]
     names = (spec[-1],) if isinstance(spec[-1], str) else spec[-1] or ()
     parts = math.prod(how.mesh.shape[name] for name in names)
     if any(a.shape[-1] % parts for a in arrays):
         spec = (*spec[:-1], None)
 
     def put(a: Any) -> Any:
-        own = spec if a.ndim == len(spec) else ()
-        return jax.device_put(a, NamedSharding(how.mesh, PartitionSpec(*own)))
+        axes = spec if a.ndim == len(spec) else ()
+        return jax.device_put(a, NamedSharding(how.mesh, PartitionSpec(*axes)))
 
-    return jax.tree.map(put, held)
+    return jax.tree.map(put, weight)
 
 
 class Placement(NamedTuple):
@@ -192,7 +192,7 @@ def place(config: TextConfig, layers: Layers, mesh: Mesh) -> Placement:
     """Decide from the config and the axes of each weight how `mesh` holds them."""
     _, flat = abstract_decoder(config, layers, "slice", jnp.dtype(jnp.float32))
     shardings, repeated = {}, []
-    most = math.prod(sharding.parts(mesh, axis) for axis in ("embed", "experts", "mlp"))
+    parts = math.prod(sharding.parts(mesh, axis) for axis in ("embed", "experts", "mlp"))
     for path, names in _names_by_path(config, layers).items():
         shape = flat[path].get_value().shape
         stacked = names[0][0] is not None
@@ -200,7 +200,7 @@ def place(config: TextConfig, layers: Layers, mesh: Mesh) -> Placement:
             mesh, config, names[0][1], flat[path].get_metadata()["axes"], shape[stacked:],
             stacked=stacked,
         )  # fmt: skip
-        if math.prod(shardings[path].shard_shape(shape)) * most > math.prod(shape):
+        if math.prod(shardings[path].shard_shape(shape)) * parts > math.prod(shape):
             repeated += [name for _, name in names]
     return Placement(shardings, tuple(repeated))
 
@@ -230,11 +230,11 @@ def held_weights(decoder: Decoder) -> Iterator[tuple[str, np.ndarray | Coded]]:
     """Yield every weight as it is held: codes where `held_formats` has its name, else floats."""
     flat, formats = _variables(decoder), held_formats(decoder)
     for name in text_weights(decoder.config):
-        held = _held(decoder, flat, name)
-        if isinstance(held, Coded) and name not in formats:
-            held = decode(held.codes, held.scales, held.format)
-        yield name, held
-        del held  # before the next one is read
+        weight = _held(decoder, flat, name)
+        if isinstance(weight, Coded) and name not in formats:
+            weight = decode(weight.codes, weight.scales, weight.format)
+        yield name, weight
+        del weight  # before the next one is read
 
 
 def held_formats(decoder: Decoder) -> dict[str, Format]:
@@ -243,10 +243,10 @@ def held_formats(decoder: Decoder) -> dict[str, Format]:
     A matrix whose bits are held is none of them where it has the dtype of the decoder.
     """
     flat, dtype = _variables(decoder), decoder.dtype
-    found = {name: _place(decoder, flat, name)[0] for name in text_weights(decoder.config)}
+    weights = {name: _place(decoder, flat, name)[0] for name in text_weights(decoder.config)}
     return {
         name: value.format
-        for name, value in found.items()
+        for name, value in weights.items()
         if isinstance(value, QTensor) and value.format != dtype.name
     }
 
@@ -256,10 +256,10 @@ def weight_reader(decoder: Decoder) -> Callable[[str], np.ndarray]:
     flat, dtype = _variables(decoder), decoder.dtype
 
     def read(name: str) -> np.ndarray:
-        held = _held(decoder, flat, name)
-        if not isinstance(held, Coded):
-            return held
-        return decode(held.codes, held.scales, held.format).astype(dtype, copy=False)
+        weight = _held(decoder, flat, name)
+        if not isinstance(weight, Coded):
+            return weight
+        return decode(weight.codes, weight.scales, weight.format).astype(dtype, copy=False)
 
     return read
 
@@ -328,8 +328,8 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def _copy(rows: list[np.ndarray]) -> np.ndarray:
     """Stack arrays of one shape in memory of its own that devices may take over."""
     out = _empty((len(rows), *rows[0].shape), rows[0].dtype)
-    for own, row in zip(out, rows, strict=True):
-        own[...] = row
+    for target, row in zip(out, rows, strict=True):
+        target[...] = row
     return out
 
 
@@ -340,12 +340,12 @@ class _Parts:
         """`placed` None: one part, for the default device."""
         self.shape, self.placed = shape, placed
         everything = (slice(None),) * len(shape)
-        self.at: dict[Any, Any] = {None: everything}
+        self.indices: dict[Any, Any] = {None: everything}
         if placed is not None:
-            self.at = dict(placed.addressable_devices_indices_map(shape))
+            self.indices = dict(placed.addressable_devices_indices_map(shape))
         size = shape if placed is None else placed.shard_shape(shape)
         # By what they cover; a slice has no hash in Python 3.11.
-        self.parts = {str(index): (index, _empty(size, dtype)) for index in self.at.values()}
+        self.parts = {str(index): (index, _empty(size, dtype)) for index in self.indices.values()}
 
     def fill(self, row: int | None, write: Callable[[np.ndarray], None]) -> None:
         """Take in one weight, the variable or a row of it, that `write` writes."""
@@ -375,7 +375,8 @@ class _Parts:
                 return pack_bfloat16(whole)
             return jax.device_put(whole)
         shards = [
-            jax.device_put(self.parts[str(index)][1], device) for device, index in self.at.items()
+            jax.device_put(self.parts[str(index)][1], device)
+            for device, index in self.indices.items()
         ]
         array = jax.make_array_from_single_device_arrays(self.shape, self.placed, shards)
         count = sharding.parts(self.placed.mesh, "experts")

@@ -36,11 +36,11 @@ CASES = {
         lambda n: [theirs.NoBadWordsLogitsProcessor(BAD, ENDS)],
     ),
     "least tokens": (
-        {"held": dict.fromkeys(ENDS, 3)},
+        {"forbidden_until": dict.fromkeys(ENDS, 3)},
         lambda n: [theirs.MinNewTokensLengthLogitsProcessor(n, 3, ENDS)],
     ),
     "begin": (
-        {"held": {9: 1, 4: 1}},
+        {"forbidden_until": {9: 1, 4: 1}},
         lambda n: [theirs.SuppressTokensAtBeginLogitsProcessor([9, 4], n)],
     ),
     "all": (
@@ -48,7 +48,7 @@ CASES = {
             "no_repeat_ngram_size": 2,
             "repetition_penalty": 1.7,
             "sequence_bias": BIAS | {tuple(word): -np.inf for word in BAD[:4]},
-            "held": {1: 3, 7: 3, 9: 1},
+            "forbidden_until": {1: 3, 7: 3, 9: 1},
             "logit_bias": {11: -np.inf},
         },
         lambda n: [

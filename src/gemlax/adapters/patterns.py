@@ -126,18 +126,18 @@ class _Automaton:
         """Return a part as often as the token that follows it says; `begin` is where it begins."""
         token = self._tokens[self._at][0]
         after = self._at + 1
-        least, most = _counts(token)
+        least, greatest = _counts(token)
         repeated = self._joined(_NOTHING, made) if least else made._replace(empty=True)
-        for number in range(1, max(least, 1) if most is None else most):
+        for number in range(1, max(least, 1) if greatest is None else greatest):
             self._at = begin
             again = self._one()
             repeated = self._joined(repeated, again._replace(empty=again.empty or number >= least))
             made = again
-        if most is None:
+        if greatest is None:
             for state in made.last:
                 self._follow[state] |= made.first
         self._at = after
-        return _NOTHING if most == 0 else repeated
+        return _NOTHING if greatest == 0 else repeated
 
     def _one(self) -> Part:
         token, kind = self._tokens[self._at][0], self._peek()

@@ -157,21 +157,21 @@ def resolve(config: Mapping[str, Any], where: str = "config.json") -> GemmaConfi
 
 def _take_text(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the text_config of a multimodal file, with the ids that the outer level has."""
-    outer_type, found = config["model_type"], config.get("text_config")
-    if not isinstance(found, Mapping):
+    outer_type, text_config = config["model_type"], config.get("text_config")
+    if not isinstance(text_config, Mapping):
         raise UnsupportedError(
             f"config.json: {outer_type!r} without a 'text_config'; a file of the text alone has "
             f"model_type {_TEXT_OF[outer_type]!r}"
         )
     text_type = _TEXT_OF[outer_type]
-    own = found.get("model_type")
-    if own not in (None, outer_type, text_type):
+    inside = text_config.get("model_type")
+    if inside not in (None, outer_type, text_type):
         raise UnsupportedError(
-            f"config.json: text_config.model_type is {show_value(own)}; a {outer_type!r} has "
+            f"config.json: text_config.model_type is {show_value(inside)}; a {outer_type!r} has "
             f"{text_type!r}"
         )
     ids = {key: config[key] for key in _ID_KEYS if config.get(key) is not None}
-    text = dict(found) | ids | {"model_type": text_type}
+    text = dict(text_config) | ids | {"model_type": text_type}
     # The key counts where the head lies: outside of the text model.
     text["tie_word_embeddings"] = config.get("tie_word_embeddings")
     cap = text.get("final_logit_softcapping")
@@ -188,12 +188,12 @@ def _take_text(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fill(text: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of a text config, with defaults where there is none or null."""
-    found = {key: value for key, value in text.items() if value is not None}
+    given = {key: value for key, value in text.items() if value is not None}
     # An explicit null means "off" for these, not "the default".
     off = {"use_bidirectional_attention": None, "sliding_window": None,
            "hidden_size_per_layer_input": 0}  # fmt: skip
     nulls = {key: none for key, none in off.items() if text.get(key, 0) is None}
-    c = _DEFAULTS[text["model_type"]] | found | nulls
+    c = _DEFAULTS[text["model_type"]] | given | nulls
     if c.get("pad_token_id") == -1:  # another way to say that there is none
         del c["pad_token_id"]
     for key in ("attention_k_eq_v", "use_double_wide_mlp", "enable_moe_block"):
@@ -395,8 +395,8 @@ def _sizes(c: Mapping[str, Any], kinds: list[Kind]) -> list[dict[str, int]]:
             f"config: per_layer_config must be an object, got {show_value(view)}"
         )
     for index, changes in view.items():
-        own = _layer_sizes(c, str(index), changes, len(kinds))
-        sizes[int(index)] |= {key: _count(own, key) for key in own}
+        layer = _layer_sizes(c, str(index), changes, len(kinds))
+        sizes[int(index)] |= {key: _count(layer, key) for key in layer}
     by_kind = {(kind, *sizes[i].values()) for i, kind in enumerate(kinds)}
     if len(by_kind) != len(set(kinds)):
         raise UnsupportedError(f"config: layers of one kind differ in per_layer_config: {by_kind}")
@@ -406,18 +406,18 @@ def _sizes(c: Mapping[str, Any], kinds: list[Kind]) -> list[dict[str, int]]:
 def _layer_sizes(c: Mapping[str, Any], index: str, changes: Any, count: int) -> dict[str, Any]:
     """Return head_dim and K/V heads of one layer of a view; what else it has must repeat `c`."""
     names = ("head_dim", "num_key_value_heads")
-    found = changes if isinstance(changes, Mapping) else {"": changes}
+    given = changes if isinstance(changes, Mapping) else {"": changes}
     same = all(
         key in names or (is_neutral(v) if key == "skip" else key in c and v == c[key])
-        for key, v in found.items()
+        for key, v in given.items()
     )
     if not index.isdecimal() or int(index) >= count or not same:
         raise UnsupportedError(
             f"config: per_layer_config[{index!r}] = {show_value(changes)}; expected the number of "
             f"a layer, with {' and '.join(names)}"
         )
-    own = {key: found[key] for key in names if key in found}
-    return {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in own.items()}
+    layer = {key: given[key] for key in names if key in given}
+    return {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in layer.items()}
 
 
 def _layer_types(c: Mapping[str, Any]) -> list[Kind]:

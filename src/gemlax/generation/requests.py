@@ -154,7 +154,7 @@ class RequestBatch:
             frequency_penalty=settings.frequency_penalty,
             logit_bias=bias,
             sequence_bias=defaults.sequence_bias | words,
-            held=self._forbidden_until(),
+            forbidden_until=self._forbidden_until(),
             **(defaults.sampling | chosen),
         )
 

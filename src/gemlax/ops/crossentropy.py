@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gemlax.ops import cpu
+from gemlax.ops.backend import choose
 from gemlax.ops.basic import softcap
 from gemlax.qtensor import QTensor, shape_of, take
 
@@ -64,7 +66,8 @@ def chunked_logprobs(
     flat = jnp.take_along_axis(flat, order[..., None], axis=1)
     targets = jnp.take_along_axis(labels.reshape(shape), order, axis=1)
     counts = wanted.reshape(shape).sum(axis=1, dtype=jnp.int32)
-    size = max(1, min(_TOKENS // groups, shape[1]))
+    blocks = -(-batch * length // _TOKENS)  # that are full if all tokens are learnt
+    size = -(-shape[1] // max(1, blocks))
     pad = -shape[1] % size
     flat = jnp.pad(flat, ((0, 0), (0, pad), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, pad)))
@@ -129,26 +132,28 @@ def _sum(
     shape = (groups, plan.shards, length)
     maximum = jnp.broadcast_to(label_logits[:, None], shape)
     weighted = jnp.zeros((*shape, width), jnp.float32) if plan.frozen else None
+    # A kernel reads stored rows; the sum of the rows themselves needs them as floats.
+    as_stored = groups == plan.shards == 1 and not plan.frozen
+    as_stored = as_stored and choose("multiply", table, plan.tokens) == "cpu"
 
     def by_rows(start: Array, rows: Array, sums: _Sums) -> _Sums:
-        def by_tokens(at: Array, sums: _Sums) -> _Sums:
-            logits, bend = _capped(_logits(_cut(x, at, plan.tokens, 1), rows), plan.cap)
-            old, total, weighted = (_cut(a, at, plan.tokens, 2) for a in sums)
+        def by_tokens(first: Array, sums: _Sums) -> _Sums:
+            logits, bend = _capped(_logits(_cut(x, first, plan.tokens, 1), rows), plan.cap)
+            old, total, weighted = (_cut(a, first, plan.tokens, 2) for a in sums)
             maximum = jnp.maximum(old, logits.max(axis=-1))
             kept, weights = jnp.exp(old - maximum), jnp.exp(logits - maximum[..., None])
-            hot = _is_label(start, rows, table, _cut(labels, at, plan.tokens, 1))
+            hot = _is_label(start, rows, table, _cut(labels, first, plan.tokens, 1))
             weights = jnp.where(hot, 0.0, weights)
             total = total * kept + weights.sum(axis=-1)
             if weighted is not None:
                 weighted = weighted * kept[..., None] + _times_rows(weights * bend, rows)
             new = _Sums(maximum, total, weighted)
-            return jax.tree.map(lambda a, part: _put(a, part, at, 2), sums, new)
+            return jax.tree.map(lambda a, part: _put(a, part, first, 2), sums, new)
 
         return _over_tokens(plan, counts, by_tokens, sums)
 
-    return _over_table(
-        plan, table, by_rows, _Sums(maximum, jnp.zeros(shape, jnp.float32), weighted)
-    )
+    sums = _Sums(maximum, jnp.zeros(shape, jnp.float32), weighted)
+    return _over_table(plan, table, by_rows, sums, as_stored)
 
 
 def _backward(plan: _Plan, kept: Any, given: Array) -> Any:
@@ -158,16 +163,16 @@ def _backward(plan: _Plan, kept: Any, given: Array) -> Any:
     groups, length, width = x.shape
 
     def by_rows(start: Array, rows: Array, both: tuple[Array, Array]) -> tuple[Array, Array]:
-        def by_tokens(at: Array, both: tuple[Array, Array]) -> tuple[Array, Array]:
-            part = _cut(x, at, plan.tokens, 1)
+        def by_tokens(first: Array, both: tuple[Array, Array]) -> tuple[Array, Array]:
+            part = _cut(x, first, plan.tokens, 1)
             logits, bend = _capped(_logits(part, rows), plan.cap)
-            weights = jnp.exp(logits - _cut(log_total, at, plan.tokens, 1)[:, None, :, None])
-            hot = _is_label(start, rows, table, _cut(labels, at, plan.tokens, 1))
+            weights = jnp.exp(logits - _cut(log_total, first, plan.tokens, 1)[:, None, :, None])
+            hot = _is_label(start, rows, table, _cut(labels, first, plan.tokens, 1))
             slope = bend * (hot.astype(jnp.float32) - weights)
-            slope *= _cut(given, at, plan.tokens, 1)[:, None, :, None]
+            slope *= _cut(given, first, plan.tokens, 1)[:, None, :, None]
             added = jnp.einsum("gsnr,gnd->srd", slope, part.astype(jnp.float32))
-            of_part = _cut(both[0], at, plan.tokens, 2) + _times_rows(slope, rows)
-            return _put(both[0], of_part, at, 2), both[1] + added
+            of_part = _cut(both[0], first, plan.tokens, 2) + _times_rows(slope, rows)
+            return _put(both[0], of_part, first, 2), both[1] + added
 
         of_x, of_table = both
         none = jnp.zeros(rows.shape, jnp.float32)
@@ -185,10 +190,12 @@ def _backward(plan: _Plan, kept: Any, given: Array) -> Any:
 _logprobs.defvjp(_forward, _backward)
 
 
-def _over_table(plan: _Plan, table: Any, body: Callable[..., Any], carry: Any) -> Any:
-    """Run `body(start, rows, carry)` over blocks of the table's rows as floats, [shards, R, D].
+def _over_table(
+    plan: _Plan, table: Any, body: Callable[..., Any], carry: Any, as_stored: bool = False
+) -> Any:
+    """Run `body(start, rows, carry)` over blocks of the table's rows, [shards, R, D].
 
-    `start` counts within a shard. A stored table is decoded a block at a time.
+    `start` counts within a shard. Unless `as_stored`, a stored table is decoded block by block.
     """
     cut = jax.tree.map(lambda a: a.reshape(plan.shards, -1, a.shape[-1]), table)
     length = shape_of(table)[0] // plan.shards
@@ -196,7 +203,9 @@ def _over_table(plan: _Plan, table: Any, body: Callable[..., Any], carry: Any) -
 
     def block(start: Any, size: int, carry: Any) -> Any:
         rows = jax.tree.map(lambda a: _cut(a, start, size, 1), cut)
-        return body(start, rows.dense() if isinstance(rows, QTensor) else rows, carry)
+        return body(
+            start, rows if as_stored or not isinstance(rows, QTensor) else rows.dense(), carry
+        )
 
     whole = length // size
     carry = jax.lax.fori_loop(0, whole, lambda i, carry: block(i * size, size, carry), carry)
@@ -232,7 +241,9 @@ def _capped(logits: Array, cap: float | None) -> tuple[Array, Any]:
     return capped, 1.0 if cap is None else 1 - (capped / cap) ** 2  # of tanh
 
 
-def _logits(x: Float[Array, "G N D"], rows: Float[Array, "S R D"]) -> Float[Array, "G S N R"]:
+def _logits(x: Float[Array, "G N D"], rows: Array | QTensor) -> Float[Array, "G S N R"]:
+    if isinstance(rows, QTensor):  # of one shard, for one group
+        return cpu.multiply(x[0], jax.tree.map(lambda a: a[0], rows))[0][None, None]
     return jnp.einsum(
         "gnd,srd->gsnr", x.astype(rows.dtype), rows, preferred_element_type=jnp.float32
     )

@@ -388,14 +388,14 @@ def _from_content(content: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _declarations(tool: Any) -> list[Any]:
-    found = {_snake(k): v for k, v in tool.items()} if isinstance(tool, Mapping) else {}
-    declared = found.get("function_declarations")
+    members = {_snake(k): v for k, v in tool.items()} if isinstance(tool, Mapping) else {}
+    declared = members.get("function_declarations")
     return [tool] if declared is None else _listed("functionDeclarations", declared)
 
 
 def _snake(name: str) -> str:
     """Return a name in Python's style, which Gemini's libraries write; its service has Java's."""
-    return re.sub(r"(?<=[a-z])[A-Z]", lambda found: f"_{found[0].lower()}", name)
+    return re.sub(r"(?<=[a-z])[A-Z]", lambda letter: f"_{letter[0].lower()}", name)
 
 
 def _from_openai(line: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -422,10 +422,10 @@ def _text_pair(fields: _Fields, both: list[str], chats: bool) -> tuple[Form, For
     if fields.has("instruction"):
         first, second = (_instruction(fields, text, chats) for text in both)
         return _last_only(first), _last_only(second)
-    at = _common(*both)
+    begin = _common(*both)
     # TRL takes the space before the answers into them.
-    at -= at > 0 and both[0][at - 1] == " "
-    return Texts(both[0][:at], both[0][at:]), Texts(both[1][:at], both[1][at:])
+    begin -= begin > 0 and both[0][begin - 1] == " "
+    return Texts(both[0][:begin], both[0][begin:]), Texts(both[1][:begin], both[1][begin:])
 
 
 def _last_only(form: Form) -> Form:
@@ -442,12 +442,12 @@ def _message_pair(fields: _Fields, both: list[list[Any]]) -> tuple[Form, Form]:
     if messages is None and fields.has("instruction") and all(alone):
         messages = _asked(fields)
     if messages is None:
-        at = _common(*both)
-        if not at:
+        begin = _common(*both)
+        if not begin:
             raise RequestError(
                 '"chosen" and "rejected" begin with different messages: they must answer one prompt'
             )
-        messages, both = both[0][:at], [one[at:] for one in both]
+        messages, both = both[0][:begin], [one[begin:] for one in both]
     else:
         size = len(messages)
         both = [one[size:] if one[:size] == messages and len(one) > size else one for one in both]
@@ -457,11 +457,11 @@ def _message_pair(fields: _Fields, both: list[list[Any]]) -> tuple[Form, Form]:
 def _prompt_messages(fields: _Fields) -> list[Any] | None:
     """Return the messages before the answers; a column of whole conversations is not that."""
     for key in ("prompt", *LISTS):
-        found = fields.columns.get(key)
+        column = fields.columns.get(key)
         if (
-            isinstance(found, list)
-            and found
-            and (key == "prompt" or _speaker(found[-1]) != "assistant")
+            isinstance(column, list)
+            and column
+            and (key == "prompt" or _speaker(column[-1]) != "assistant")
         ):
             return list(fields.take(key))
     return None
