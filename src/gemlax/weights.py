@@ -99,7 +99,7 @@ def build_decoder(
     filled = {}
     for path, names in _names_by_path(config, layers).items():
         shape, metadata = flat[path].get_value().shape, flat[path].get_metadata()
-        stored: Any = None
+        stored: QTensor | Mixed | None = None
         if codes is not None and "matrix" in metadata:
             stored = _hold_codes(shape, names, codes, fill, dtype)
             stored = None if stored is None else _cut_codes(stored, placed.get(path))
