@@ -154,6 +154,7 @@ def test_a_prompt_is_padded_by_less_than_half():
 
 def test_prompts_share_a_prefill_while_it_is_small(programs, monkeypatch):
     assert programs.divide([500, 10, 12, 30, 100]) == [[1, 2, 3], [4], [0]]
+    assert programs.divide([]) == []
     assert programs.divide([16] * 8) == [list(range(8))]
     monkeypatch.setattr("gemlax.ops.platform", lambda: "gpu")
     assert programs.divide([500, 10, 12, 30, 100]) == [[1, 2, 3, 4, 0]]

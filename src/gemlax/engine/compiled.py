@@ -111,7 +111,7 @@ class Programs:
         with more (docs/log.md). An accelerator is, and on a mesh all slots run.
         """
         if self.layout.mesh is not None:
-            return [list(range(len(sizes)))]
+            return [list(range(len(sizes)))] if sizes else []
         places = PREFILL_PLACES.get(ops.platform(), MANY_PLACES)
         calls: list[list[int]] = []
         for index in sorted(range(len(sizes)), key=sizes.__getitem__):

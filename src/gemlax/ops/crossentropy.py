@@ -136,7 +136,7 @@ def _sum(
     as_stored = groups == plan.shards == 1 and not plan.frozen
     as_stored = as_stored and choose("multiply", table, plan.tokens) == "cpu"
 
-    def by_rows(start: Array, rows: Array, sums: _Sums) -> _Sums:
+    def by_rows(start: Array, rows: Array | QTensor, sums: _Sums) -> _Sums:
         def by_tokens(first: Array, sums: _Sums) -> _Sums:
             logits, bend = _capped(_logits(_cut(x, first, plan.tokens, 1), rows), plan.cap)
             old, total, weighted = (_cut(a, first, plan.tokens, 2) for a in sums)
@@ -145,7 +145,7 @@ def _sum(
             hot = _is_label(start, rows, table, _cut(labels, first, plan.tokens, 1))
             weights = jnp.where(hot, 0.0, weights)
             total = total * kept + weights.sum(axis=-1)
-            if weighted is not None:
+            if weighted is not None and not isinstance(rows, QTensor):
                 weighted = weighted * kept[..., None] + _times_rows(weights * bend, rows)
             new = _Sums(maximum, total, weighted)
             return jax.tree.map(lambda a, part: _put(a, part, first, 2), sums, new)
@@ -227,9 +227,11 @@ def _put(a: Array, part: Array, start: Array, axis: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(a, part, start, axis)
 
 
-def _is_label(start: Array, rows: Array, table: Any, labels: Array) -> Bool[Array, "G S N R"]:
+def _is_label(
+    start: Array, rows: Array | QTensor, table: Any, labels: Array
+) -> Bool[Array, "G S N R"]:
     """Return which logits are those of the labels [G, N]."""
-    shards, size, _ = rows.shape
+    shards, size, _ = shape_of(rows)
     first = jnp.arange(shards, dtype=jnp.int32) * (shape_of(table)[0] // shards) + start
     ids = first[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
     return labels[:, None, :, None] == ids[None, :, None]
