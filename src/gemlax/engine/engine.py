@@ -172,7 +172,9 @@ class Engine:
         `slack`: see `Programs.smallest`.
         """
         assert self._state is not None
-        size = self._programs.smallest(name, self._state, len(rows), rest, slack)
+        size = self._num_slots
+        if len(rows) < size:
+            size = self._programs.smallest(name, self._state, len(rows), rest, slack)
         if size == self._num_slots:
             used = [row.slot for row in rows]
             return None, used + [slot for slot in range(self._num_slots) if slot not in used]
