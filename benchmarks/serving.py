@@ -2,7 +2,7 @@
 
 Run: python benchmarks/serving.py [--model demo] [--rounds 3] [--uniform] [--write] [--json]
 Prompts of 8 to 400 tokens and answers of 8 to 400, from a fixed seed, greedy, without stop ids.
-Lengths are log-uniform, as in chat logs: most are short, few are long; --uniform draws them evenly.
+Lengths are log-uniform: most are short, few are long; --uniform draws them evenly.
 "joining": one engine of 8 slots; a request joins as soon as a slot is free. "drained": 8 requests
 at a time, each batch to its end. "static": a batch of one shape, prompts padded to the longest and
 all rows run to the longest answer. "one by one": one slot. The ways take turns after a round of

@@ -22,7 +22,8 @@ from gemlax.sharding import Layout, put
 
 __all__ = ["Counters", "Programs", "bucket", "prefill_width"]
 
-# How many places, tokens and padding, a prefill of several rows has at most.
+# How many places, tokens and padding, a prefill of several rows has at most. A CPU's is measured
+# (docs/log.md); no accelerator's is.
 PREFILL_PLACES, MANY_PLACES = {"cpu": 128}, 4096
 
 
@@ -108,7 +109,7 @@ class Programs:
         """Divide chunks of these sizes into calls; return their indices.
 
         Chunks share a call, as wide as the longest, while it has few places: a CPU is no faster
-        with more (docs/log.md). An accelerator is, and on a mesh all slots run.
+        with more. On a mesh all slots run.
         """
         if self.layout.mesh is not None:
             return [list(range(len(sizes)))] if sizes else []
