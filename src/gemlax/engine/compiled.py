@@ -16,7 +16,7 @@ from gemlax import ops
 from gemlax.cache import Caches, new_caches, resume
 from gemlax.decoder import Decoder
 from gemlax.engine import programs
-from gemlax.engine.state import Joining, State, join, new_rows
+from gemlax.engine.state import Changing, Joining, Settled, State, join, new_rows
 from gemlax.ops.storage import Storage
 from gemlax.sharding import Layout, put
 
@@ -25,6 +25,8 @@ __all__ = ["Counters", "Programs", "bucket", "prefill_width"]
 # How many places, tokens and padding, a prefill of several rows has at most. A CPU's is measured
 # (docs/log.md); no accelerator's is.
 PREFILL_PLACES, MANY_PLACES = {"cpu": 128}, 4096
+
+_Function = Callable[..., tuple[State, programs.Output | None]]
 
 
 def bucket(size: int, smallest: int = 1) -> int:
@@ -180,8 +182,8 @@ class Programs:
         if (by_rows := self.layout.rows(len(tokens))) is not None:
             tokens, positions = put((tokens, positions), by_rows)
 
-        def prefill(*args: Any) -> tuple[State, None]:
-            return programs.prefill(self._graphdef, *args), None
+        def prefill(weights: object, state: State, *rest: jax.Array) -> tuple[State, None]:
+            return programs.prefill(self._graphdef, weights, state, *rest), None
 
         rest = (tokens, positions, self._arguments(rows))
         run, args = self._call(("prefill", _shape_of(state), *tokens.shape), prefill, state, rest)
@@ -227,7 +229,7 @@ class Programs:
         self,
         name: str,
         shape: tuple[int, ...],
-        function: Callable[..., Any],
+        function: _Function,
         state: State,
         rest: tuple[object, ...],
     ) -> tuple[State, programs.Output]:
@@ -247,22 +249,24 @@ class Programs:
     def _call(
         self,
         key: tuple[object, ...],
-        function: Callable[..., Any],
+        function: _Function,
         state: State,
         rest: tuple[object, ...],
-    ) -> tuple[Any, tuple[Any, ...]]:
+    ) -> tuple[Any, tuple[object, ...]]:
         """Return the program of a function (weights, state, *rest), and its arguments.
 
         What the decoder changes of the state is used up and returned; the rest is only read.
         """
         args = (self._arrays, *state.parts(), *rest)
 
-        def run(arrays: Any, changing: Any, settled: Any, *rest: Any) -> tuple[Any, Any]:
+        def run(
+            arrays: list[jax.Array], changing: Changing, settled: Settled, *rest: object
+        ) -> object:
             weights = jax.tree.unflatten(self._structure, arrays)
             state, output = function(weights, State(*changing, *settled), *rest)
             return state.parts()[0], output
 
-        def shardings() -> Any:
+        def shardings() -> object:
             # The state stays where it lies; every device gets the output.
             return _shardings(args[1]), self.layout.replicated
 
@@ -289,9 +293,9 @@ class Programs:
     def _program(
         self,
         key: tuple[object, ...],
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        shardings: Callable[[], Any],
+        function: Callable[..., object],
+        args: tuple[object, ...],
+        shardings: Callable[[], object],
         *,
         donated: int,
     ) -> Any:
@@ -314,5 +318,5 @@ def _shape_of(state: State) -> tuple[int, ...]:
     return (*state.tokens.shape, *state.settings.places())
 
 
-def _shardings(tree: Any) -> Any:
+def _shardings(tree: object) -> object:
     return jax.tree.map(lambda x: x.sharding, tree)

@@ -13,7 +13,11 @@ from gemlax.cache import Caches
 from gemlax.engine.request import STOP_PLACES, Request
 from gemlax.sampling import Sampling, make_sampling
 
-__all__ = ["Joining", "State", "join", "joining", "new_rows"]
+__all__ = ["Changing", "Joining", "Settled", "State", "join", "joining", "new_rows"]
+
+
+Changing = tuple[Caches, jax.Array, jax.Array]
+Settled = tuple[Any, ...]
 
 
 class State(NamedTuple):
@@ -32,11 +36,11 @@ class State(NamedTuple):
     settings: Sampling  # [B, ...]
     adapters: Any = None  # [B], entries of the tables of adapters; None: there are none
 
-    def parts(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def parts(self) -> tuple[Changing, Settled]:
         """Return what a call of the decoder changes, and what it only reads."""
         return self[:3], self[3:]
 
-    def changed(self, fields: tuple[Any, ...]) -> "State":
+    def changed(self, fields: Changing) -> "State":
         """Return the state with other arrays in place of those that a call changes."""
         caches, tokens, lengths = fields
         return self._replace(caches=caches, tokens=tokens, lengths=lengths)
