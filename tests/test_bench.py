@@ -98,14 +98,14 @@ def test_prefill_measures_the_prompt_after_what_the_cache_has(capsys, monkeypatc
         return prefill(self, state, tokens, positions, rows)
 
     monkeypatch.setattr(Programs, "prefill", note)
-    prompt = ["--prompt-length", "521", "--depth", "10"]
+    prompt = ["--prompt-length", "600", "--depth", "10"]
     _, report = run(capsys, "prefill", *COMMON, *prompt)
     check_common(report, "prefill")
-    assert (report["prompt_length"], report["capacity"]) == (521, 1024)
-    assert report["tok_s"] == pytest.approx(521e3 / report["prompt_ms"], rel=0.02)
+    assert (report["prompt_length"], report["capacity"]) == (600, 1024)
+    assert report["tok_s"] == pytest.approx(600e3 / report["prompt_ms"], rel=0.02)
     assert report["cache_bytes"] == cost.kv_bytes(TEXT, 1024, 4)
     check_aliased(report["alias_bytes"], report)
-    assert sizes == 3 * [9, 512, 9]
+    assert sizes == 3 * [9, 512, 88]
 
 
 def test_compile_reports_both_programs(capsys):

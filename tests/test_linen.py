@@ -68,7 +68,7 @@ def test_the_partition_spec_names_the_axis_of_layers(variables):
 
 
 def test_init_gives_other_weights_for_another_key_and_they_run():
-    module = linen.Decoder(tiny(preset("gemma-3-4b"), num_hidden_layers=6).text)
+    module = linen.Decoder(tiny(preset("gemma-3-4b"), num_hidden_layers=8).text)
     made = [jax.jit(module.init)(jax.random.key(seed), IDS, AT) for seed in (0, 1)]
     first, second = (nn.meta.unbox(v)["params"]["embed_tokens"]["weight"] for v in made)
     assert not np.allclose(first, second)
