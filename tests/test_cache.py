@@ -116,7 +116,7 @@ def test_ring_slots_are_the_formula_in_whole_blocks(window, chunk, slots):
 @pytest.mark.parametrize(
     ("chunk", "left"),
     [
-        # Token by token: of a cache that is half full below, and test_matrix.py.
+        # Token by token: test_matrix.py.
         *(pytest.param(1, left, marks=pytest.mark.slow) for left in (False, True)),
         (5, False),
         pytest.param(5, True, marks=pytest.mark.slow),
