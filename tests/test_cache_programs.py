@@ -13,7 +13,7 @@ from test_programs import CAPACITY, TINY, copy_faults, num_bytes, temporaries, t
 from gemlax import cache, linen, ops
 from gemlax.weights import build_decoder
 
-pytestmark = pytest.mark.programs
+pytestmark = [pytest.mark.programs, pytest.mark.deep]
 
 # The code that users get, where it is timed or compared.
 OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}

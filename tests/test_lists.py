@@ -14,6 +14,8 @@ from gemlax import cache, ops
 from gemlax.decoder import Decoder
 from gemlax.presets import preset, tiny
 
+pytestmark = pytest.mark.deep
+
 NAME = "gemma-4-e2b"
 # A period with its own keys and values, and one that shares them.
 _WHOLE = tiny(preset(NAME), num_hidden_layers=20)

@@ -12,6 +12,8 @@ import matrix
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.deep
+
 WHOLE = ("gemma-4-e2b",)
 ROUGH = ("gemma-3-4b", "gemma-4-26b-a4b")
 # One period and a remainder, in each segment, for experts and for unrolled layers.

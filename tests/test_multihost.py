@@ -19,6 +19,8 @@ from gemlax.generation import SamplingSettings
 from gemlax.generation.answers import Answer, drive
 from gemlax.names import text_weights
 
+pytestmark = pytest.mark.deep
+
 CONFIG = gemlax.tiny(gemlax.preset("gemma-3-4b"), num_hidden_layers=2)
 MESH = "data=2,tensor=4"
 PROMPT = "hello world"

@@ -16,6 +16,8 @@ from gemlax.errors import CheckpointError, UnsupportedError
 from gemlax.names import Weight, from_orbax, resolve, text_weights
 from gemlax.presets import PRESETS, preset
 
+pytestmark = pytest.mark.deep
+
 pytest.importorskip("orbax.checkpoint")
 
 TEXT = CONFIG.text

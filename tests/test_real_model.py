@@ -209,12 +209,14 @@ def test_text_is_the_decoded_path_of_llama_cpp(model, cases, alone):
         assert completion.finish_reason == "length"
 
 
+@pytest.mark.deep
 def test_a_prompt_of_three_windows_continues_as_llama_cpp_does(long, golden, noise):
     assert len(golden["long"]["ids"]) == 1500
     same = check_path("long", long.completion.tokens, golden["long"], noise)
     print("the long prompt's continuation is", "equal" if same else "equal up to a near tie")
 
 
+@pytest.mark.deep
 def test_logits_after_three_windows_are_llama_cpps(model, long, golden):
     case = golden["long"]
     parted = (a != b for a, b in zip(long.completion.tokens, case["tokens"], strict=True))
@@ -226,6 +228,7 @@ def test_logits_after_three_windows_are_llama_cpps(model, long, golden):
     assert found < NOISE
 
 
+@pytest.mark.deep
 def test_log_probabilities_after_two_windows_are_llama_cpps(last_logprobs, golden):
     theirs = np.array(golden["text"]["f32"])[-LAST:]
     print(f"largest difference of a log-probability: {np.abs(last_logprobs - theirs).max():.5f}")
@@ -276,6 +279,7 @@ def test_score_in_windows_loses_little(model, golden, text_logprobs):
     assert full < score.perplexity < 1.1 * full
 
 
+@pytest.mark.deep
 def test_the_cache_changes_nothing_after_three_windows(model, long, golden):
     start, tokens = len(golden["long"]["ids"]) - 1, np.array(long.completion.tokens)
     logits = np.asarray(model.decoder.logits(long.hidden[start:]))
@@ -292,6 +296,7 @@ def test_the_cache_changes_nothing_after_three_windows(model, long, golden):
     assert worst < SAME
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("count", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_kernels_on_the_codes_of_the_file_say_what_its_floats_say(stored, batches, cases, count):
     """Prompts one by one: the paths of the reference, except for near ties."""

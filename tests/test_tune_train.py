@@ -20,6 +20,8 @@ from gemlax.tune.packing import Rows, pair_rows
 from gemlax.tune.settings import TuneSettings
 from gemlax.tune.train import Trainer, learning_rate, preference_loss
 
+pytestmark = pytest.mark.deep
+
 STEPS = 10
 # Losses after ten steps, about 4: sums in another order, ten times.
 SAME_CURVE = 1e-4
