@@ -70,7 +70,7 @@ async function save(conversation) {
 }
 
 /** Stream an answer into node `index` of the conversation shown. */
-async function run(index, { goOn: on = false } = {}) {
+async function run(index, { onward = false } = {}) {
   const { conversation } = state;
   const node = conversation.nodes[index];
   let settings;
@@ -82,13 +82,13 @@ async function run(index, { goOn: on = false } = {}) {
     show();
     return;
   }
-  const path = tree.pathTo(conversation, on ? index : node.parent);
+  const path = tree.pathTo(conversation, onward ? index : node.parent);
   const body = requestBody({
     model: byId("model").value,
     messages: tree.apiMessages(conversation, path, systemPrompt()),
     settings,
     probabilities: probabilities(),
-    goOn: on,
+    goOn: onward,
   });
   const controller = new AbortController();
   node.finish = "running";
@@ -169,7 +169,9 @@ function regenerate(index) {
   else respond(parent);
 }
 
-const goOn = (index) => run(index, { goOn: true });
+function goOn(index) {
+  return run(index, { onward: true });
+}
 
 function branch(index, step) {
   const next = tree.stepBranch(state.conversation, index, step);

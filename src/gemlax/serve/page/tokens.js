@@ -49,7 +49,7 @@ function showTip(span) {
   span.setAttribute("aria-describedby", "tip");
 }
 
-function hideTip() {
+export function hideTip() {
   byId("tip").hidden = true;
 }
 

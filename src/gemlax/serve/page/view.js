@@ -3,7 +3,7 @@
 
 import { byId, copyText, el, formatCount, formatRate, icon, iconButton } from "./dom.js";
 import { renderMarkdown } from "./markdown.js";
-import { renderTokens, watchTokens } from "./tokens.js";
+import { hideTip, renderTokens, watchTokens } from "./tokens.js";
 import { openCalls, shownPath, siblings } from "./tree.js";
 
 const NAMES = { user: "You", assistant: "Answer", tool: "Tool" };
@@ -133,7 +133,9 @@ export function createView(actions) {
       );
       parts.push(group);
     }
-    if (!live) {
+    parts.push(el("span", { class: "stats" }, statsText(node, live)));
+    const failed = node.error && !node.content && !node.calls;
+    if (!live && !failed) {
       const disabled = actions.running();
       parts.push(iconButton("copy", "Copy", () => copyText(node.content), { class: "copy-message" }));
       parts.push(iconButton("edit", "Edit (E)", () => edit(index), { class: "edit", disabled }));
@@ -144,7 +146,6 @@ export function createView(actions) {
         }
       }
     }
-    parts.push(el("span", { class: "stats" }, statsText(node, live)));
     return parts;
   }
 
@@ -231,6 +232,7 @@ export function createView(actions) {
       const same = conversation === next;
       const top = scroll.scrollTop;
       const stay = same && !atEnd();
+      hideTip();
       if (!same) open.clear();
       conversation = next;
       const path = shownPath(conversation);
