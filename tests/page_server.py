@@ -1,4 +1,4 @@
-"""A server without a model, for the page: the last message chooses one of a few scripted answers."""
+"""The page before a server without a model: the last message chooses a scripted answer."""
 
 import asyncio
 import json
@@ -44,16 +44,17 @@ class Ring:
 See [the docs](https://docs.jax.dev/), never [this](javascript:alert(1)) or ![a](https://evil.example/x.png).
 """
 
+# A token, and the likeliest five in its place.
 TOKENS = [
-    ("The", -0.05, [("The", -0.05), ("A", -3.4), ("Its", -4.6), ("Most", -6.1), ("In", -7.0)]),
-    (" capital", -0.3, [(" capital", -0.3), (" city", -1.5), (" seat", -4.0), (" heart", -5.2), (" name", -6.3)]),
-    (" of", -0.02, [(" of", -0.02), (" is", -4.5), (",", -6.0), (" in", -6.4), (" was", -7.5)]),
-    (" France", -0.08, [(" France", -0.08), (" the", -2.9), (" this", -5.5), (" Gaul", -7.1), (" Europe", -7.7)]),
-    (" is", -0.1, [(" is", -0.1), (" was", -2.9), (",", -3.6), (" has", -4.9), (" lies", -6.5)]),
-    (" lovely", -2.5, [(" Paris", -0.3), (" the", -2.2), (" lovely", -2.5), (" called", -3.6), (" a", -4.4)]),
-    (" Paris", -0.8, [(" Paris", -0.8), (" and", -1.4), (" in", -2.5), (",", -3.0), (" Lyon", -5.0)]),
-    (".", -0.2, [(".", -0.2), (",", -1.9), ("!", -3.8), ("\n", -4.3), (" on", -5.0)]),
-]  # fmt: skip
+    ("The", "The -0.05|A -3.4|Its -4.6|Most -6.1|In -7.0"),
+    (" capital", " capital -0.3| city -1.5| seat -4.0| heart -5.2| name -6.3"),
+    (" of", " of -0.02| is -4.5|, -6.0| in -6.4| was -7.5"),
+    (" France", " France -0.08| the -2.9| this -5.5| Gaul -7.1| Europe -7.7"),
+    (" is", " is -0.1| was -2.9|, -3.6| has -4.9| lies -6.5"),
+    (" lovely", " Paris -0.3| the -2.2| lovely -2.5| called -3.6| a -4.4"),
+    (" Paris", " Paris -0.8| and -1.4| in -2.5|, -3.0| Lyon -5.0"),
+    (".", ". -0.2|, -1.9|! -3.8|\n -4.3| on -5.0"),
+]
 
 
 class PageServer:
@@ -70,7 +71,11 @@ class PageServer:
         routes = [Route(path, handler) for path, handler in handlers.items()]
         routes.append(Route("/v1/chat/completions", self.chat, methods=["POST"]))
         config = uvicorn.Config(
-            Starlette(routes=[*page.routes(), *routes]), port=0, log_level="error", lifespan="off", ws="none"
+            Starlette(routes=[*page.routes(), *routes]),
+            port=0,
+            log_level="error",
+            lifespan="off",
+            ws="none",
         )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
@@ -177,8 +182,10 @@ async def script(body: dict, text: str, index: int):
     elif "slow" in text:
         pieces = [f"word{i} " for i in range(1500)]
     elif body.get("logprobs"):
-        for token, logprob, top in TOKENS:
-            yield {"content": token}, [item(token, logprob, top)]
+        for token, likeliest in TOKENS:
+            pairs = [entry.rsplit(" ", 1) for entry in likeliest.split("|")]
+            top = {text: float(value) for text, value in pairs}
+            yield {"content": token}, [item(token, top)]
     else:
         pieces = [f"Answer {index}", f" to: {text}"]
     for piece in pieces:
@@ -192,11 +199,11 @@ def call(index: int, name: str | None, arguments: str) -> dict:
     return {"tool_calls": [{"index": index, "function": function, **begun}]}
 
 
-def item(token: str, logprob: float, top: list) -> dict:
+def item(token: str, top: dict[str, float]) -> dict:
     def one(text: str, value: float) -> dict:
         return {"token": text, "logprob": value, "bytes": list(text.encode())}
 
-    return one(token, logprob) | {"top_logprobs": [one(*other) for other in top]}
+    return one(token, top[token]) | {"top_logprobs": [one(*other) for other in top.items()]}
 
 
 def usage(sent: int, body: dict) -> dict:
