@@ -60,8 +60,8 @@ TOKENS = [
 class PageServer:
     """The page and a scripted API on a free port; `bodies` and `gone` tell what it saw."""
 
-    def __init__(self, *, key: str | None = None, metrics: bool = True):
-        self.key = key
+    def __init__(self, *, key: str | None = None, loading: bool = False, pace_s: float = 0):
+        self.key, self.loading, self.pace_s = key, loading, pace_s
         self.bodies: list[dict] = []
         self.paths: list[str] = []
         self.gone: list[int] = []
@@ -96,6 +96,8 @@ class PageServer:
         self.paths.append(request.url.path)
         if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
             return error(401, "No API key was given, or a wrong one.", code="invalid_api_key")
+        if self.loading:
+            return error(503, "The model is being loaded: 40 %.")
         return None
 
     async def models(self, request: Request) -> Response:
@@ -147,6 +149,7 @@ class PageServer:
             yield chunk({"role": "assistant", "content": ""})
             end = None
             async for delta, logprobs in script(body, text, index):
+                await asyncio.sleep(self.pace_s)
                 sent += 1
                 self.made += 1
                 yield chunk(delta, logprobs=logprobs, usage=usage(sent, body))

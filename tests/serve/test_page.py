@@ -564,3 +564,29 @@ def test_another_conversation_can_be_read_while_one_is_answered(tab, server):
     tab.press(ESCAPE)
     tab.idle()
     assert server.gone
+
+
+def test_a_conversation_deleted_while_it_is_answered_stays_deleted(tab, server):
+    tab.say("slow", wait=False)
+    tab.until_text(".assistant .body", "word3 ")
+    tab.until(lambda: tab.texts("#list .open") == ["slow"], "the list")
+    tab.hover(tab.one("#list .row"))
+    tab.click("#list .delete")
+    tab.until(lambda: server.gone, "the server to see that nobody listens")
+    tab.until_text("#list", "No conversations")
+    tab.say("one")
+    assert tab.texts("#list .open") == ["one"]
+
+
+def test_a_server_that_loads_is_waited_for(driver):
+    with PageServer(loading=True) as server:
+        tab = Browser(driver)
+        tab.expected_errors = ("503 (Service",)
+        tab.origin = server.url
+        driver.get(server.url)
+        tab.until_text("#banner", "The model is being loaded: 40 %.")
+        server.loading = False
+        tab.until(lambda: tab.all("#model option"), "the models")
+        assert not tab.one("#banner").is_displayed()
+        tab.check_quiet()
+        driver.get("about:blank")

@@ -43,22 +43,26 @@ export async function* readEvents(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   let data = [];
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
-    for (const raw of lines) {
-      const line = raw.endsWith("\r") ? raw.slice(0, -1) : raw;
-      if (line.startsWith("data:")) {
-        data.push(line.slice(5).replace(/^ /, ""));
-      } else if (line === "" && data.length) {
-        const text = data.join("\n");
-        data = [];
-        if (text === "[DONE]") return;
-        yield JSON.parse(text);
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      for (const raw of lines) {
+        const line = raw.endsWith("\r") ? raw.slice(0, -1) : raw;
+        if (line.startsWith("data:")) {
+          data.push(line.slice(5).replace(/^ /, ""));
+        } else if (line === "" && data.length) {
+          const text = data.join("\n");
+          data = [];
+          if (text === "[DONE]") return;
+          yield JSON.parse(text);
+        }
       }
     }
+  } finally {
+    reader.cancel().catch(() => {}); // whatever else comes is not wanted
   }
 }
 

@@ -17,7 +17,7 @@ const wide = matchMedia("(min-width: 860px)");
 
 const state = {
   conversation: tree.newConversation(),
-  jobs: new Map(), // conversation id -> {conversation, controller}
+  jobs: new Map(), // conversation id -> {conversation, controller, removed}
   context: null,
   models: [],
 };
@@ -90,25 +90,26 @@ async function run(index, { onward = false } = {}) {
     probabilities: probabilities(),
     goOn: onward,
   });
-  const controller = new AbortController();
+  const job = { conversation, controller: new AbortController(), removed: false };
   node.finish = "running";
-  state.jobs.set(conversation.id, { conversation, controller });
+  state.jobs.set(conversation.id, job);
   show();
   view.toEnd();
   announce("The answer begins");
   save(conversation);
   let saved = performance.now();
-  const failure = await generate(node, body, controller.signal, () => {
+  const failure = await generate(node, body, job.controller.signal, () => {
     if (state.conversation === conversation) {
       view.update(index);
       showContext();
     }
-    if (performance.now() - saved > SAVE_EVERY_MS) {
+    if (performance.now() - saved > SAVE_EVERY_MS && !job.removed) {
       saved = performance.now();
       save(conversation);
     }
   });
   state.jobs.delete(conversation.id);
+  if (job.removed) return;
   await save(conversation);
   if (state.conversation === conversation) show();
   announceEnd(node);
@@ -215,13 +216,19 @@ async function openConversation(id) {
   input.focus();
 }
 
+/** Stop an answer whose conversation is gone, so that it is not written again. */
+function removeJob(job) {
+  job.removed = true;
+  job.controller.abort();
+}
+
 /** A conversation was renamed or removed, here or in another tab. */
 async function reload(id) {
   const job = state.jobs.get(id);
   const stored = await store.load(id);
   if (job) {
     if (stored) job.conversation.title = stored.title;
-    else job.controller.abort();
+    else removeJob(job);
   }
   if (id !== state.conversation.id) return;
   if (stored && !job) state.conversation = stored;
@@ -298,15 +305,26 @@ function grow() {
   input.style.setProperty("height", `${Math.min(input.scrollHeight, 0.4 * innerHeight)}px`);
 }
 
+// Beside the messages the list is there unless folded; where there is no room it is a drawer that
+// is shut unless opened. Both are remembered, and the style sheet shows the one that applies.
+const drawerOpen = () => !wide.matches && document.body.classList.contains("drawer");
+
 function setSide(open) {
-  document.body.classList.toggle("side-open", open);
-  byId("side").inert = !open;
-  byId("side-open").setAttribute("aria-expanded", String(open));
-  byId("shade").hidden = wide.matches || !open;
+  if (wide.matches) document.body.classList.toggle("folded", !open);
+  else document.body.classList.toggle("drawer", open);
+  showSide();
+}
+
+function sideOpen() {
+  return wide.matches ? !document.body.classList.contains("folded") : drawerOpen();
+}
+
+function showSide() {
+  byId("side-open").setAttribute("aria-expanded", String(sideOpen()));
 }
 
 function closeSide() {
-  if (!wide.matches) setSide(false);
+  if (drawerOpen()) setSide(false);
 }
 
 function setSettings(open) {
@@ -351,7 +369,7 @@ function onKey(event) {
     if (!dialog) startNew();
   } else if (event.key === "Escape" && !dialog) {
     if (settingsOpen()) setSettings(false);
-    else if (document.body.classList.contains("side-open") && !wide.matches) setSide(false);
+    else if (drawerOpen()) setSide(false);
     else if (running()) stop();
   } else if (event.key === "?" && !dialog && !event.target.matches("input, textarea, select")) {
     byId("help").showModal();
@@ -377,7 +395,7 @@ function listen() {
   });
   click("new", startNew);
   click("new-top", startNew);
-  click("side-open", () => setSide(!document.body.classList.contains("side-open")));
+  click("side-open", () => setSide(!sideOpen()));
   click("shade", () => setSide(false));
   click("settings-open", () => setSettings(!settingsOpen()));
   click("settings-close", () => setSettings(false));
@@ -391,7 +409,7 @@ function listen() {
     localStorage.setItem("gemlax.model", event.target.value);
     showContext();
   });
-  wide.addEventListener("change", () => setSide(wide.matches));
+  wide.addEventListener("change", showSide);
   addEventListener("pagehide", () => state.jobs.forEach(({ conversation }) => store.save(conversation)));
   store.onOtherTab(async (id) => {
     if (!running(id)) await reload(id);
@@ -403,7 +421,7 @@ for (const place of document.querySelectorAll("[data-icon]")) place.prepend(icon
 buildSettings();
 setProbabilities(localStorage.getItem("gemlax.probabilities") === "1");
 setTheme(document.documentElement.dataset.theme ?? "auto");
-setSide(wide.matches);
+showSide();
 listen();
 show();
 list.draw();

@@ -24,6 +24,9 @@ export function requestBody({ model, messages, settings, probabilities, goOn }) 
 export async function generate(node, body, signal, changed) {
   const begun = performance.now();
   const clock = { begun, first: null, before: null };
+  // Tokens that cover a part of the text only are not kept.
+  const collect = body.logprobs && (!node.content || node.tokens?.length > 0);
+  if (!collect) delete node.tokens;
   const decoder = new TextDecoder();
   delete node.error;
   node.finish = "running";
@@ -31,7 +34,7 @@ export async function generate(node, body, signal, changed) {
   let failure = null;
   try {
     for await (const chunk of streamChat(body, signal)) {
-      takeChunk(node, chunk, clock, decoder);
+      takeChunk(node, chunk, clock, collect ? decoder : null);
       changed();
     }
     if (node.finish === "running") {
@@ -55,7 +58,8 @@ function takeChunk(node, chunk, clock, decoder) {
   const choice = chunk.choices?.[0];
   if (choice) {
     takeDelta(node, choice.delta ?? {}, clock);
-    for (const item of choice.logprobs?.content ?? []) takeToken(node, item, choice.delta ?? {}, decoder);
+    const items = decoder ? choice.logprobs?.content : null;
+    for (const item of items ?? []) takeToken(node, item, choice.delta ?? {}, decoder);
     if (choice.finish_reason) node.finish = choice.finish_reason;
   }
   if (chunk.usage) takeUsage(node, chunk, clock);
@@ -88,9 +92,10 @@ function takeUsage(node, chunk, clock) {
   const { usage, timings } = chunk;
   const now = performance.now();
   const completion = usage.completion_tokens ?? 0;
-  if (completion) clock.before ??= completion;
+  if (completion) clock.before ??= chunk.choices?.length ? completion : 1;
   const seconds = clock.first === null ? 0 : (now - clock.first) / 1000;
-  // The first chunk's tokens came out of the prefill; the rest took the time since.
+  // The first chunk's tokens came out of the prefill (one, if only the end told a number); the
+  // rest took the time since.
   const measured = seconds > 0 ? (completion - clock.before) / seconds : 0;
   node.stats = {
     prompt: usage.prompt_tokens ?? 0,

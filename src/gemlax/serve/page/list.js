@@ -19,10 +19,23 @@ export function createList(actions) {
   const list = byId("list");
   const find = byId("find");
 
+  let asked = 0; // only the latest draw counts: an earlier search may take longer
+
   async function draw() {
+    const turn = ++asked;
     const words = find.value.trim();
-    const hits = words ? await store.search(words) : null;
-    const heads = (await store.heads()).filter((head) => !hits || hits.has(head.id));
+    let heads;
+    try {
+      const hits = words ? await store.search(words) : null;
+      heads = (await store.heads()).filter((head) => !hits || hits.has(head.id));
+    } catch {
+      list.replaceChildren(el("li", { class: "none" }, "This browser does not let the page keep anything"));
+      return;
+    }
+    if (turn === asked) drawRows(heads, words);
+  }
+
+  function drawRows(heads, words) {
     const nodes = [];
     let group = null;
     for (const head of heads) {
