@@ -41,7 +41,7 @@ class Ring:
 
 > The price: old values are gone for good.
 
-See [the docs](https://docs.jax.dev/), never [this](javascript:alert(1)) or ![a](https://evil.example/x.png).
+See [the docs](https://docs.jax.dev/), never [this](javascript:alert(1)) or ![a](https://github.com/x.png).
 """
 
 # A token, and the likeliest five in its place.
