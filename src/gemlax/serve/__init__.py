@@ -1,0 +1,1 @@
+"""Serving over HTTP: OpenAI's and Anthropic's APIs before one engine (the `serve` extra)."""
