@@ -161,10 +161,12 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 async def either(*works: Awaitable[Any]) -> None:
     """Wait for the first to end and cancel the others."""
     tasks = [asyncio.ensure_future(work) for work in works]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def post(kitchen: Any, path: str, body: Any, headers: dict[str, str] | None = None) -> Any:

@@ -429,3 +429,9 @@ def test_a_stream_without_an_end_is_an_error():
     kitchen = FakeKitchen(content("a"))
     assert events_of(post(kitchen, MESSAGES, BASE | {"stream": True}))[-1]["type"] == "error"
     assert post(kitchen, MESSAGES, BASE).status_code == 500
+
+
+def test_an_id_that_cannot_be_shown_is_not_taken_over():
+    for given in ("", "x" * 129, "caf\xe9"):
+        response = post(FakeKitchen(), MESSAGES, BASE, {"x-request-id": given.encode("latin-1")})
+        assert response.headers["request-id"].startswith("req_")

@@ -45,7 +45,7 @@ def split(draw: Any, text: str) -> list[str]:
     return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
-words = st.text(st.characters(codec="utf-8"), max_size=8)
+words = st.text('aé😀 {}[]"\\\n', max_size=6)
 arguments = st.dictionaries(words, st.integers() | words | st.none(), max_size=2).map(json.dumps)
 
 
@@ -65,9 +65,9 @@ def updates(draw: Any) -> list[Update]:
     deltas = [delta for segment in draw(st.lists(segments(), max_size=5)) for delta in segment]
     listed: list[Update] = []
     while deltas:
-        count = draw(st.integers(0, len(deltas)))
-        listed.append(Update(0, deltas[:count], usage=Usage(prompt=5)))
-        deltas = deltas[max(count, 0) :] if count else deltas[1:] if not deltas[0].text else deltas
+        count = draw(st.integers(1, len(deltas)))
+        listed += [Update(0, deltas[:count]), Update(0, usage=Usage(prompt=5))]
+        deltas = deltas[count:]
     stop = draw(st.none() | st.just("END"))
     last = end(draw(st.sampled_from(["stop", "length", "tool_calls"])), stop=stop)
     return [*listed, last]
@@ -88,10 +88,12 @@ def message_of(events: list[dict[str, Any]]) -> dict[str, Any]:
             delta = event["delta"]
             if delta["type"] == "input_json_delta":
                 texts[event["index"]] += delta["partial_json"]
-                blocks[-1]["input"] = json.loads(texts[event["index"]] or "{}")
             else:
                 name = fields[delta["type"]]
                 blocks[-1][name] += delta[name]
+        elif event["type"] == "content_block_stop":
+            if blocks[-1]["type"] == "tool_use":
+                blocks[-1]["input"] = json.loads(texts[event["index"]] or "{}")
         elif event["type"] == "message_delta":
             message |= event["delta"] | {"usage": event["usage"]}
     assert events[-1]["type"] == "message_stop"
@@ -131,7 +133,7 @@ def without_ids(value: Any) -> Any:
 
 
 @paths
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(script=updates())
 def test_a_stream_makes_the_body_that_is_not_streamed(path, script):
     request = REQUESTS[path]
@@ -201,7 +203,7 @@ odd = st.recursive(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(transcript=st.sampled_from(VALID), data=st.data())
 def test_a_request_with_an_odd_value_anywhere_is_never_our_fault(transcript, data):
     request = transcript["request"]
@@ -232,6 +234,7 @@ def test_breakage_1_a_client_that_leaves_the_queue_is_not_admitted(path, stream)
 @pytest.mark.parametrize("stream", [False, True])
 def test_breakage_1_an_answer_is_cancelled_when_its_client_leaves(path, stream):
     async def leave() -> FakeAnswers:
+        tasks = asyncio.all_tasks()
         kitchen = FakeKitchen([*content("Hello"), asyncio.Event(), *content("never"), end()])
         caller = Caller(kitchen, path, REQUESTS[path] | {"stream": stream})
         await caller.until(lambda: bool(kitchen.answers) and kitchen.answers[0].taken == 1)
@@ -239,7 +242,7 @@ def test_breakage_1_an_answer_is_cancelled_when_its_client_leaves(path, stream):
             await caller.until(lambda: b"Hello" in caller.sent)
         await caller.leave()
         assert b"never" not in caller.sent
-        assert len(asyncio.all_tasks()) == 1, "a task of the request lives on"
+        assert asyncio.all_tasks() == tasks, "a task of the request lives on"
         return kitchen.answers[0]
 
     answers = run(leave())

@@ -246,8 +246,7 @@ def _add(turns: Turns, item: Item, where: str) -> None:
         turns.result(call_id, output, f"{where}.call_id")
     elif item.type == "reasoning":
         thought = item.content if item.content else item.summary
-        if text := "".join(_texts(thought, f"{where}.content")):
-            turns.think(text)
+        turns.think("".join(_texts(thought, f"{where}.content")))
     else:
         refuse(f"{where}.type", f"{item.type[:64]!r} is not supported")
 
