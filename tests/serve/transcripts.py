@@ -37,7 +37,6 @@ def replay(given: dict[str, Any]) -> dict[str, Any]:
         answer["body"] = response.json()
     for request in kitchen.requests:
         asked = dataclasses.asdict(request)
-        asked["settings"] = {k: v for k, v in asked["settings"].items() if k != "seed"}
         answer["asked"] = {key: value for key, value in asked.items() if value not in ((), {}, "")}
     return json.loads(plain(json.dumps(answer)))
 

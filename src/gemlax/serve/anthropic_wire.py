@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from gemlax.serve.body import EFFORTS, JsonObject, fresh_seed, json_schema_grammar, refuse
+from gemlax.serve.body import EFFORTS, JsonObject, json_schema_grammar, refuse
 from gemlax.serve.turns import Turns
 from gemlax.serve.work import ChatRequest
 
@@ -174,7 +174,7 @@ def chat_request(asked: Conversation, signer: Signer, key_id: str) -> ChatReques
 
 
 def _settings(asked: MessagesRequest) -> JsonObject:
-    settings: JsonObject = {"max_new_tokens": asked.max_tokens, "seed": fresh_seed()}
+    settings: JsonObject = {"max_new_tokens": asked.max_tokens}
     given = {"temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p}
     settings |= {name: value for name, value in given.items() if value is not None}
     return settings | ({"stop": tuple(asked.stop_sequences)} if asked.stop_sequences else {})
