@@ -186,6 +186,7 @@ def test_a_form_of_output_becomes_a_grammar(grammar):
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     form = {"type": "json_schema", "schema": schema}
     assert asked(output_config={"format": form}).grammar == ("schema", schema, True)
+    assert asked(output_format=form).grammar == ("schema", schema, True)
 
 
 def message(*blocks: dict[str, Any], role: str = "user") -> list[dict[str, Any]]:

@@ -115,6 +115,7 @@ class Conversation(msgspec.Struct, kw_only=True):
     tool_choice: ToolChoice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # of the beta API, before output_config
     mcp_servers: list[JsonObject] | None = None
 
 
@@ -158,7 +159,7 @@ def chat_request(asked: Conversation, signer: Signer, key_id: str) -> ChatReques
     tools, choice = _tools(asked.tools or []), asked.tool_choice
     max_tokens = asked.max_tokens if isinstance(asked, MessagesRequest) else None
     thinking, budget = _thinking(asked, max_tokens)
-    form = asked.output_config.format if asked.output_config else None
+    form = (asked.output_config and asked.output_config.format) or asked.output_format
     return ChatRequest(
         model=asked.model,
         messages=_messages(asked, signer),
