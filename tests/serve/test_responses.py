@@ -350,19 +350,22 @@ def test_log_probabilities_belong_to_the_text_that_their_tokens_make():
         Update(0, [Delta("reasoning", "Hm.")], logprobs=[token("Hm.", -0.1)]),
         Update(0, logprobs=[token("<", -0.2)]),
         Update(0, [Delta("content", "<é")], logprobs=[token("é", -0.5)]),
+        Update(0, logprobs=[token("E", -0.7)]),  # the beginning of a stop string, say
         end(),
     ]
     asked = BASE | {"top_logprobs": 1, "include": ["message.output_text.logprobs"]}
     kitchen = FakeKitchen(script)
     whole = post(kitchen, RESPONSES, asked).json()["output"][1]["content"][0]["logprobs"]
     events = events_of(post(kitchen, RESPONSES, asked | {"stream": True}))
-    (delta,) = [e for e in events if e["type"] == "response.output_text.delta"]
+    deltas = [e["logprobs"] for e in events if e["type"] == "response.output_text.delta"]
     top = [{"token": "x", "logprob": -9999.0, "bytes": [120]}]
     expected = [
         {"token": "<", "logprob": -0.2, "bytes": [60], "top_logprobs": top},
         {"token": "é", "logprob": -0.5, "bytes": [195, 169], "top_logprobs": top},
+        {"token": "E", "logprob": -0.7, "bytes": [69], "top_logprobs": top},
     ]
-    assert whole == delta["logprobs"] == expected
+    assert whole == expected
+    assert deltas == [expected[:2], expected[2:]]
     assert kitchen.requests[0].logprobs == 1
 
 
