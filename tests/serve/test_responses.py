@@ -311,13 +311,13 @@ def test_events_come_in_order_with_numbers_and_indices(summary):
     assert len(ids) == 1
     output = events[-1]["response"]["output"]
     for index, item in enumerate(output):
-        own = [event for event in events if event.get("output_index") == index]
-        names = list(dict.fromkeys(event["type"].removeprefix("response.") for event in own))
+        about = [event for event in events if event.get("output_index") == index]
+        names = list(dict.fromkeys(event["type"].removeprefix("response.") for event in about))
         kind = "summary" if item["type"] == "reasoning" and summary else item["type"]
         assert names == ["output_item.added", *ORDER[kind], "output_item.done"]
-        assert {event["item_id"] for event in own[1:-1]} == {item["id"]}
-        assert own[0]["item"] | {"status": "completed"} != item
-        assert own[-1]["item"] == item
+        assert {event["item_id"] for event in about[1:-1]} == {item["id"]}
+        assert about[0]["item"] | {"status": "completed"} != item
+        assert about[-1]["item"] == item
     assert "[DONE]" not in kinds
 
 
