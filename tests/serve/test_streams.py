@@ -320,6 +320,6 @@ def test_the_events_of_a_client_that_reads_nothing_end_when_it_leaves():
                 await forever()
 
         await EventStream(events(), FakeAnswers([], [[1]], 1, "gemma"))({}, receive, send)
-        return ended
+        return list(ended)
 
     assert run(leave()) == ["events"]
