@@ -384,9 +384,7 @@ class Model:
         empty_thought = not self.config.text.hidden_size_per_layer_input
         return ChatFormat(self.tokenizer, self.chat_template, empty_thought=empty_thought)
 
-    def chat_requests(
-        self, prompts: list[list[int]], settings: SamplingSettings
-    ) -> RequestBatch:
+    def chat_requests(self, prompts: list[list[int]], settings: SamplingSettings) -> RequestBatch:
         """Likewise for chats, whose answers also end at what ends a turn."""
         stops = (*self.chat_format.stop_ids, *as_ids(settings.stop_ids, "stop_ids"))
         return self.requests(prompts, dataclasses.replace(settings, stop_ids=stops))

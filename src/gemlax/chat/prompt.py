@@ -163,9 +163,7 @@ class ChatFormat:
         opened, closed = self._marker(OPEN_CHANNEL), self._marker(CLOSE_CHANNEL)
         last = next((id for id in reversed(prompt) if id in (opened, closed)), None)
         in_thought = last is not None and last == opened
-        return OutputParser(
-            self._tokenizer, stop, in_thought=in_thought, include_stop=include_stop
-        )
+        return OutputParser(self._tokenizer, stop, in_thought=in_thought, include_stop=include_stop)
 
     def turn_ids(self) -> TurnIds:
         """Return the ids that delimit what the model says."""

@@ -7,7 +7,7 @@ a lock.
 import dataclasses
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Generic, Literal, Protocol, TypeVar
 
 from gemlax.serve.options import ServeOptions
@@ -54,12 +54,14 @@ class Admission:
 
     Attributes:
         state: whether anybody may come in; set by the engine's thread and by whoever drains.
-        rejected: how many requests got no place, by reason.
     """
 
-    def __init__(self, options: ServeOptions):
+    def __init__(
+        self, options: ServeOptions, on_rejected: Callable[[str], None] = lambda reason: None
+    ):
+        """`on_rejected` is told why a request gets no place."""
         self.state: State = "loading"
-        self.rejected: Counter[str] = Counter()
+        self._on_rejected = on_rejected
         self._options = options
         self._total = options.slots + options.max_queue
         self._lock = threading.Lock()
@@ -76,7 +78,7 @@ class Admission:
         """Raise ServeError 503 unless the server is ready."""
         if self.state == "ready":
             return
-        self.rejected[self.state] += 1
+        self._on_rejected(self.state)
         said = {
             "loading": "the model is still loading",
             "draining": "the server is shutting down",
@@ -101,7 +103,7 @@ class Admission:
         return Place(self, key, answers)
 
     def _refuse(self, reason: str, what: str) -> None:
-        self.rejected[reason] += 1
+        self._on_rejected(reason)
         wait = max(1.0, self._seconds * self._places.total() / self._options.slots / 2)
         raise ServeError(
             429, f"the server is busy: {what}; try again later", code=reason,

@@ -3,8 +3,8 @@
 import asyncio
 import dataclasses
 import json
-from contextvars import ContextVar
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from gemlax.chat import OutputParser
@@ -13,15 +13,12 @@ from gemlax.generation.answers import Answer
 from gemlax.generation.answers import TokenLogprob as Logprob
 from gemlax.serve.admission import Place
 from gemlax.serve.outbox import Outbox
-from gemlax.serve.work import Delta, FinishReason, ServeError, TokenLogprob, Update, Usage
+from gemlax.serve.work import Delta, FinishReason, TokenLogprob, Update, Usage
 from gemlax.tokenizer import TextStream, Tokenizer
 
-__all__ = ["JOBS", "KEY", "Job", "Ticket", "Times", "show_logprob", "show_token"]
+__all__ = ["JOBS", "Job", "Ticket", "Times", "show_logprob", "show_token"]
 
-# What stands for the API key of the HTTP request that is being answered, for fairness; and its jobs,
-# which end with it, whatever becomes of it.
-# request that is being answered: whatever becomes of it, they end with it.
-KEY: ContextVar[str] = ContextVar("key", default="")
+# The jobs of the HTTP request that is being answered: they end with it, whatever becomes of it.
 JOBS: ContextVar[list["Job"] | None] = ContextVar("jobs", default=None)
 
 

@@ -21,7 +21,7 @@ from gemlax.generation import RequestBatch, SamplingSettings, read_prompts, read
 from gemlax.generation.answers import Answer
 from gemlax.generation.defaults import read_stop
 from gemlax.model import Model
-from gemlax.serve.jobs import KEY, Job, Ticket, show_logprob
+from gemlax.serve.jobs import Job, Ticket, show_logprob
 from gemlax.serve.metrics import Metrics
 from gemlax.serve.options import ServeOptions
 from gemlax.serve.seating import count_characters, seated
@@ -138,7 +138,7 @@ class ModelKitchen:
     async def chat(self, request: ChatRequest) -> Job:
         """See `work.Kitchen`."""
         name, settings = self._checked(request, request.n)
-        place = self.worker.admission.enter(request.key_id or KEY.get(), request.n)
+        place = self.worker.admission.enter(request.key_id, request.n)
         try:
             prepared = await self._in(self._pool, self._prepare_chat, request, settings)
             return self._submit(request, name, prepared, place)
@@ -152,7 +152,7 @@ class ModelKitchen:
             text = f"prompt: from 1 to {_MAX_PROMPTS} prompts, got {len(request.prompts)}"
             raise ServeError(400, text, param="prompt")
         name, settings = self._checked(request, request.n * len(request.prompts))
-        place = self.worker.admission.enter(request.key_id or KEY.get(), request.n * len(request.prompts))
+        place = self.worker.admission.enter(request.key_id, request.n * len(request.prompts))
         try:
             prepared = await self._in(self._pool, self._prepare_prompts, request, settings)
             if request.echo:
@@ -172,6 +172,15 @@ class ModelKitchen:
     async def render(self, request: ChatRequest) -> list[int]:
         """Return the ids of a chat's prompt."""
         return await self._in(self._pool, self.encode, request)
+
+    async def tokenize(self, text: str, special: bool) -> list[int]:
+        """Return the ids of a text; `special`: with BOS."""
+
+        def encode() -> list[int]:
+            self._bound_text(len(text))
+            return self.tokenizer.encode(text, add_bos=special)
+
+        return await self._in(self._pool, encode)
 
     # What they have in common.
 
@@ -232,9 +241,7 @@ class ModelKitchen:
         ids = self.encode(request)
         return self._prepare(request, [ids], settings, self.model.chat_requests)
 
-    def _prepare_prompts(
-        self, request: CompletionRequest, settings: SamplingSettings
-    ) -> _Prepared:
+    def _prepare_prompts(self, request: CompletionRequest, settings: SamplingSettings) -> _Prepared:
         self._bound_text(count_characters([p for p in request.prompts if isinstance(p, str)]))
         config, prompts = self.model.config.text, []
         for prompt in request.prompts:
@@ -291,7 +298,7 @@ class ModelKitchen:
         self, request: CompletionRequest, prepared: _Prepared, adapter: str | None
     ) -> list[Update]:
         """Return an update with each prompt, and with its log-probabilities if they are wanted."""
-        updates = []
+        updates: list[Update] = []
         for prompt, ids in zip(request.prompts, prepared.prompts, strict=True):
             logprobs: list[TokenLogprob] = []
             if request.logprobs is not None:
@@ -322,7 +329,7 @@ class ModelKitchen:
             tickets.append(
                 Ticket(
                     job=job, index=index, answer=Answer(one, parser, prepared.batch.num_logprobs),
-                    tokenizer=self.tokenizer, key=request.key_id or KEY.get(), priority=request.priority,
+                    tokenizer=self.tokenizer, key=request.key_id, priority=request.priority,
                     stop_names=prepared.stop_names, arrival=now,
                     single_call=isinstance(request, ChatRequest)
                     and not request.parallel_tool_calls,

@@ -1,4 +1,7 @@
-"""What is counted, under vLLM's names and labels; `gemlax:` is ours. Source: vLLM's metrics pages."""
+"""What is counted, under vLLM's names and labels; `gemlax:` is ours.
+
+Source: vLLM's documentation of its metrics.
+"""
 
 import time
 from collections.abc import Callable, Sequence

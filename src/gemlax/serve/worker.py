@@ -42,11 +42,9 @@ class Worker:
         failure: why the thread has ended, where it was not asked to.
     """
 
-    def __init__(
-        self, model: Model, options: ServeOptions, metrics: Metrics, template: Request
-    ):
+    def __init__(self, model: Model, options: ServeOptions, metrics: Metrics, template: Request):
         """`template`: a request whose settings are as wide as any will be."""
-        self.admission, self.metrics = Admission(options), metrics
+        self.admission, self.metrics = Admission(options, metrics.rejected), metrics
         self.progress, self.failure = (0, 1), ""
         self._programs, self._options, self._template = model.programs, options, template
         self._pace = Pace(options.itl_target)
@@ -90,6 +88,11 @@ class Worker:
         """Wait until the thread has ended; False: it has not."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the thread has come to its end."""
+        return self._closed and not self._thread.is_alive()
 
     @property
     def num_running(self) -> int:
@@ -151,9 +154,7 @@ class Worker:
             return self.admission.state == "loading"
 
         options = self._options
-        warm_up(
-            self.engine, self._programs, options.slots, options.context, self._template, tell
-        )
+        warm_up(self.engine, self._programs, options.slots, options.context, self._template, tell)
         if self.admission.state == "loading":
             self.admission.state = "ready"
         _log.info("ready after %.1f s of compiling", time.monotonic() - begin)
