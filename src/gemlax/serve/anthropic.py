@@ -2,7 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 
 import msgspec
 from starlette.requests import Request
@@ -158,7 +158,7 @@ class _Answer:
         return {"type": "thinking_delta", "thinking": text} if self._shows_thinking else None
 
 
-async def _events(answers: Answers, answer: _Answer, id: str) -> AsyncIterator[bytes]:
+async def _events(answers: Answers, answer: _Answer, id: str) -> AsyncGenerator[bytes, None]:
     parts = Parts()
     yield named_event(answer.start())
     try:

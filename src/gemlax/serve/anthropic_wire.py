@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from gemlax.serve.body import EFFORTS, JsonObject, fresh_seed, json_schema_grammar, refuse
+from gemlax.serve.body import EFFORTS, JsonObject, json_schema_grammar, refuse
 from gemlax.serve.turns import Turns
 from gemlax.serve.work import ChatRequest
 
@@ -115,6 +115,7 @@ class Conversation(msgspec.Struct, kw_only=True):
     tool_choice: ToolChoice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # of the beta API, before output_config
     mcp_servers: list[JsonObject] | None = None
 
 
@@ -158,7 +159,7 @@ def chat_request(asked: Conversation, signer: Signer, key_id: str) -> ChatReques
     tools, choice = _tools(asked.tools or []), asked.tool_choice
     max_tokens = asked.max_tokens if isinstance(asked, MessagesRequest) else None
     thinking, budget = _thinking(asked, max_tokens)
-    form = asked.output_config.format if asked.output_config else None
+    form = (asked.output_config and asked.output_config.format) or asked.output_format
     return ChatRequest(
         model=asked.model,
         messages=_messages(asked, signer),
@@ -174,7 +175,7 @@ def chat_request(asked: Conversation, signer: Signer, key_id: str) -> ChatReques
 
 
 def _settings(asked: MessagesRequest) -> JsonObject:
-    settings: JsonObject = {"max_new_tokens": asked.max_tokens, "seed": fresh_seed()}
+    settings: JsonObject = {"max_new_tokens": asked.max_tokens}
     given = {"temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p}
     settings |= {name: value for name, value in given.items() if value is not None}
     return settings | ({"stop": tuple(asked.stop_sequences)} if asked.stop_sequences else {})

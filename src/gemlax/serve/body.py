@@ -20,7 +20,6 @@ __all__ = [
     "JsonObject",
     "disconnected",
     "endpoint",
-    "fresh_seed",
     "json_response",
     "json_schema_grammar",
     "key_id",
@@ -128,11 +127,6 @@ def retry_headers(error: ServeError) -> dict[str, str]:
 def random_id(prefix: str = "") -> str:
     """Return a prefix and 24 characters that no other answer has."""
     return prefix + secrets.token_hex(12)
-
-
-def fresh_seed() -> int:
-    """Return a seed for a request that gives none, so that its answers differ each time."""
-    return secrets.randbits(31)
 
 
 def request_id(request: Request) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -174,7 +174,7 @@ class _Answer:
         return "reasoning_text", "content_part", {**place, "content_index": 0}
 
 
-async def _events(answers: Answers, answer: _Answer, id: str) -> AsyncIterator[bytes]:
+async def _events(answers: Answers, answer: _Answer, id: str) -> AsyncGenerator[bytes, None]:
     parts, number = Parts(), 0
 
     def written(events: list[JsonObject]) -> bytes:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from gemlax.serve.body import EFFORTS, JsonObject, fresh_seed, json_schema_grammar, refuse
+from gemlax.serve.body import EFFORTS, JsonObject, json_schema_grammar, refuse
 from gemlax.serve.turns import Turns
 from gemlax.serve.work import ChatRequest
 
@@ -155,13 +155,12 @@ def chat_request(asked: ResponsesRequest, key_id: str) -> ChatRequest:
 
 
 def _settings(asked: ResponsesRequest) -> JsonObject:
-    seed = fresh_seed() if asked.seed is None else asked.seed % 2**32
     given = {
         "max_new_tokens": asked.max_output_tokens,
         "temperature": asked.temperature,
         "top_p": asked.top_p,
         "top_k": asked.top_k,
-        "seed": seed,
+        "seed": asked.seed,
     }
     return {name: value for name, value in given.items() if value is not None}
 
@@ -246,8 +245,7 @@ def _add(turns: Turns, item: Item, where: str) -> None:
         turns.result(call_id, output, f"{where}.call_id")
     elif item.type == "reasoning":
         thought = item.content if item.content else item.summary
-        if text := "".join(_texts(thought, f"{where}.content")):
-            turns.think(text)
+        turns.think("".join(_texts(thought, f"{where}.content")))
     else:
         refuse(f"{where}.type", f"{item.type[:64]!r} is not supported")
 

@@ -1,7 +1,7 @@
 """Answers that are sent as they come: server-sent events."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 
 import msgspec
@@ -27,7 +27,7 @@ class EventStream(StreamingResponse):
 
     def __init__(
         self,
-        events: AsyncIterator[bytes],
+        events: AsyncGenerator[bytes, None],
         answers: Answers,
         *,
         ping: bytes = b": ping\n\n",
@@ -51,6 +51,7 @@ class EventStream(StreamingResponse):
             for task in (gone, sending):
                 task.cancel()
             await asyncio.gather(gone, sending, return_exceptions=True)
+            await self._events.aclose()
             await self._answers.cancel()
 
     async def _send_all(self, send: Send) -> None:

@@ -30,6 +30,8 @@ class Turns:
 
     def think(self, text: str) -> None:
         """Add what the model thought before it said what comes next."""
+        if not text:
+            return
         turn = self._turn("assistant")
         turn["reasoning"] = turn.get("reasoning", "") + text
 
