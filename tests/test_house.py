@@ -47,6 +47,7 @@ HOSTS = {
     "ai.google.dev",
     "arxiv.org",
     "docs.jax.dev",
+    "example.org",  # reserved for documentation
     "flax.readthedocs.io",
     "git-lfs.github.com",  # the first line of every pointer of Git LFS
     "github.com",

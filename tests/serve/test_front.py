@@ -99,8 +99,8 @@ def test_a_server_of_this_machine_answers_only_to_its_own_names():
 
 def test_no_origin_is_reflected_unless_it_is_listed():
     """Breakage 30 (CORS reflected any origin with credentials)."""
-    gate = Gate(origins=["https://page.example"])
-    good, bad = {"origin": "https://page.example"}, {"origin": "https://evil.example"}
+    gate = Gate(origins=["https://example.org"])
+    good, bad = {"origin": "https://example.org"}, {"origin": "https://localhost:444"}
     answered = ask(CHAT, HELLO, gate=gate, headers=good)
     assert answered.headers["access-control-allow-origin"] == good["origin"]
     assert "access-control-allow-credentials" not in answered.headers
