@@ -27,16 +27,13 @@ def seated(messages: Iterable[Mapping[str, object]], family: str | None) -> list
         if one.get("role") != "tool":
             one["content"] = _without_refusals(one.get("content"))
         before = placed[-1] if placed else {}
+        first, second = before.get("content"), one.get("content")
         joins = family == "gemma3" and one.get("role") == "user" == before.get("role")
-        if joins and _is_text(one.get("content")) and _is_text(before.get("content")):
-            before["content"] = [*_parts(before["content"]), *_parts(one["content"], "\n\n")]
+        if joins and isinstance(first, str | list) and isinstance(second, str | list):
+            before["content"] = [*_parts(first), *_parts(second, "\n\n")]
         else:
             placed.append(one)
     return placed
-
-
-def _is_text(content: object) -> bool:
-    return isinstance(content, str | list)
 
 
 def _parts(content: str | list[JsonObject], before: str = "") -> list[JsonObject]:
