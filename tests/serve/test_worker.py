@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -137,6 +138,7 @@ def test_a_request_that_waits_or_is_being_read_is_cancelled(kitchen):
 
     run(both())
     wait_until(lambda: idle(kitchen), "free slots")
+    assert not kitchen.worker.running
 
 
 def test_a_task_that_is_cancelled_while_its_prompt_is_rendered_leaves_nothing(kitchen):
@@ -209,8 +211,6 @@ def test_who_waits_too_long_is_told(model):
     step = kitchen.worker.engine.step
 
     def slow(*args):
-        import time
-
         time.sleep(0.03)
         return step(*args)
 
