@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from gemlax import bench, cli, cost, preset, tiny
+from gemlax import cli, cost, preset, tiny
+from gemlax.bench import engine as bench
 from gemlax.engine import Programs
 
 # The pattern of 270M at toy width, in three rounds of two steps.
