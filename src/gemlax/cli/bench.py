@@ -4,8 +4,9 @@ import argparse
 import asyncio
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from gemlax.bench import client, server
@@ -89,12 +90,13 @@ async def _server(args: argparse.Namespace) -> int:
     with _bar(args, len(levels) * args.num_requests) as done:
         await server.read_answer(target, workload.path, bodies.pop(), args.timeout)
         for level in levels:
-            how: dict[str, Any] = {"timeout": args.timeout, "done": done}
-            if name == "rate":
-                send = server.poisson(target, workload.path, bodies, level, seed=args.seed, **how)
-            else:
-                send = server.closed(target, workload.path, bodies, int(level), **how)
-            runs.append({name: level, **server.summarise(await send, goals)})
+            send = (
+                partial(server.closed, concurrency=int(level))
+                if name == "concurrency"
+                else partial(server.poisson, rate=level, seed=args.seed)
+            )
+            answers = await send(target, workload.path, bodies, timeout=args.timeout, done=done)
+            runs.append({name: level, **server.summarise(answers, goals)})
     if not args.json:
         _write_runs(runs, name)
     settings = workload._asdict() | {"endpoint": workload.path, "goodput": args.goodput}
@@ -125,19 +127,20 @@ def _extra(text: str | None) -> dict[str, object]:
     return extra
 
 
-def _write_runs(runs: list[dict[str, Any]], name: str) -> None:
+def _write_runs(runs: Sequence[Mapping[str, object]], name: str) -> None:
     columns = {label: key for label, key in _COLUMNS.items() if runs[0][key] is not None}
     rows = [[run[name], *(_cell(run[key]) for key in columns.values())] for run in runs]
     output.write_table(rows, ["at once" if name == "concurrency" else "rate", *columns])
     output.write("tok/s of answers; ttft, tpot and itl in ms")
     for run in runs:
-        for text, count in run.get("errors", {}).items():
+        errors = run.get("errors")
+        for text, count in errors.items() if isinstance(errors, dict) else ():
             output.write(f"{count} failed at {name} {run[name]}: {text}")
 
 
-def _cell(value: float | None) -> str:
-    if value is None or isinstance(value, int):
-        return "-" if value is None else f"{value:,}"
+def _cell(value: object) -> str:
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
     return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
 
 
