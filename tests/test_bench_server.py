@@ -136,6 +136,9 @@ def test_requests_follow_their_seed_and_share_a_prefix():
     bodies = lengths.bodies(200)
     assert bodies == lengths.bodies(200)
     assert bodies != lengths._replace(seed=1).bodies(200)
+    other = lengths.bodies(200, run=1)
+    assert [len(body["prompt"]) for body in other] == [len(body["prompt"]) for body in bodies]
+    assert all(a["prompt"][20:] != b["prompt"][20:] for a, b in zip(other, bodies, strict=True))
     sizes = [len(body["prompt"]) - 20 for body in bodies]
     assert (min(sizes), max(sizes)) >= (8, 300)
     assert max(sizes) <= 400

@@ -12,7 +12,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from gemlax.bench.client import Target, request_json, stream_events
@@ -89,20 +89,20 @@ class Workload(NamedTuple):
         """Return the path that requests go to."""
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
-    def bodies(self, count: int) -> list[dict[str, object]]:
-        """Draw the bodies of `count` requests."""
-        generator = random.Random(self.seed)
-        prefix = self._draw(generator, self.prefix_length)
+    def bodies(self, count: int, run: int = 0) -> list[dict[str, object]]:
+        """Draw the bodies of `count` requests.
+
+        Runs have the same lengths and the same prefix, and else other tokens: what a server keeps
+        of one run is of no use in the next.
+        """
+        lengths, tokens = random.Random(self.seed), random.Random(f"{self.seed} {run}")
+        prefix = _draw_ids(random.Random(f"{self.seed} prefix"), self.prefix_length)
         return [
             self._body(
-                prefix + self._draw(generator, self.prompts.draw(generator)),
-                self.answers.draw(generator),
+                prefix + _draw_ids(tokens, self.prompts.draw(lengths)), self.answers.draw(lengths)
             )
             for _ in range(count)
         ]
-
-    def _draw(self, generator: random.Random, length: int) -> list[int]:
-        return [generator.randint(_LEAST_ID, _MOST_ID) for _ in range(length)]
 
     def _body(self, ids: list[int], max_tokens: int) -> dict[str, object]:
         if self.chat:
@@ -115,6 +115,10 @@ class Workload(NamedTuple):
             "model": self.model, **prompt, "max_tokens": max_tokens, "temperature": 0, **ending,
             "stream": True, "stream_options": {"include_usage": True}, **self.extra,
         }  # fmt: skip
+
+
+def _draw_ids(generator: random.Random, length: int) -> list[int]:
+    return [generator.randint(_LEAST_ID, _MOST_ID) for _ in range(length)]
 
 
 class Answer(NamedTuple):
@@ -253,7 +257,7 @@ async def _try_answer(
 async def closed(
     target: Target,
     path: str,
-    bodies: Sequence[Mapping[str, object]],
+    bodies: Iterable[Mapping[str, object]],
     concurrency: int,
     *,
     timeout: float = 600,
@@ -269,7 +273,7 @@ async def closed(
             done(answers[-1])
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(min(concurrency, len(bodies))):
+        for _ in range(concurrency):
             group.create_task(work())
     return answers
 
@@ -277,7 +281,7 @@ async def closed(
 async def poisson(
     target: Target,
     path: str,
-    bodies: Sequence[Mapping[str, object]],
+    bodies: Iterable[Mapping[str, object]],
     rate: float,
     *,
     seed: int = 0,
@@ -298,7 +302,7 @@ async def poisson(
 
 
 async def _arrivals(
-    bodies: Sequence[Mapping[str, object]], rate: float, seed: int
+    bodies: Iterable[Mapping[str, object]], rate: float, seed: int
 ) -> AsyncIterator[Mapping[str, object]]:
     generator, due = random.Random(seed), time.perf_counter()
     for body in bodies:

@@ -85,11 +85,12 @@ async def _server(args: argparse.Namespace) -> int:
         args.chat, args.prefix_length, args.ignore_eos, args.seed, _extra(args.extra_body),
     )  # fmt: skip
     workload = workload._replace(model=args.model or await server.find_model(target))
-    bodies = workload.bodies(args.num_requests + 1)
     runs = []
     with _bar(args, len(levels) * args.num_requests) as done:
-        await server.read_answer(target, workload.path, bodies.pop(), args.timeout)
-        for level in levels:
+        (first,) = workload.bodies(1, run=-1)
+        await server.read_answer(target, workload.path, first, args.timeout)
+        for index, level in enumerate(levels):
+            bodies = workload.bodies(args.num_requests, index)
             send = (
                 partial(server.closed, concurrency=int(level))
                 if name == "concurrency"
