@@ -148,3 +148,14 @@ async def _stop(server: FakeServer) -> None:
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+
+
+async def _run() -> None:
+    fake = FakeServer((0.02,) * 20)
+    await fake.start()
+    print(fake.url, flush=True)
+    await fake.server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(_run())
