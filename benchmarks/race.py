@@ -1,7 +1,7 @@
 """gemlax serve and llama-server on the real Gemma 3 270M, in turn, over HTTP, on two processors.
 
 Run: python benchmarks/race.py [--llama-server FILE] [--cases load,long,chat,prefix,schema,engine]
-         [--servers gemlax,llama-server] [--scale X] [--write] [--json]
+         [--servers gemlax,llama-server] [--at-once 1,4,16,64] [--scale X] [--write] [--json]
 FILE is what benchmarks/llama_server.py builds, unless it is given. Each case starts each server
 anew, with the slots and the context that the case needs, on the same Q4_K_M file. Cases:
 "load": 1, 4, 16 and 64 streams at once in 16 slots; prompts of 16 to 256 tokens, answers of 64.
@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import socket
 import statistics
 import subprocess
@@ -92,6 +93,7 @@ def command(name: str, args: argparse.Namespace, port: int, slots: int, context:
     return [
         *shlex.split(args.gemlax), "--model", str(args.model), "--port", str(port),
         "--slots", str(slots), "--context", str(context), "--max-queue", "256",
+        "--compilation-cache", str(CACHE / "programs"),
     ]  # fmt: skip
 
 
@@ -163,8 +165,9 @@ async def load(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         workload = Workload(
             running.model, Lengths(16, 256), Lengths(64, 64), ignore_eos=True, extra=running.extra
         )
-        for at_once, count in ((1, 10), (4, 24), (16, 64), (64, 128)):
-            bodies = workload.bodies(max(int(count * args.scale), at_once), at_once)
+        for at_once in map(int, args.at_once.split(",")):
+            count = max(int(min(10 * at_once, 128) * args.scale), at_once)
+            bodies = workload.bodies(count, at_once)
             answers = server.closed(running.target, PATH, bodies, at_once)
             runs.append({"at_once": at_once, **await measured(running, answers)})
     return runs
@@ -350,8 +353,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gemlax", default=f"{sys.executable} -m gemlax.cli serve")
     parser.add_argument("--servers", default="gemlax,llama-server")
     parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--at-once", default="1,4,16,64", help="streams of the case load")
     parser.add_argument("--scale", type=float, default=1.0)
-    parser.add_argument("--patience", type=float, default=300, help="seconds until it is healthy")
+    parser.add_argument("--patience", type=float, default=900, help="seconds until it is healthy")
     parser.add_argument("--write", action="store_true", help="into docs/performance.md")
     parser.add_argument("--json", action="store_true", help="nothing but the JSON line")
     return parser.parse_args()
@@ -360,6 +364,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     args.llama_server = args.llama_server.resolve()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers are ended in any case
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:PROCESSORS])
     results: dict[str, list[dict[str, Any]]] = {}
     for name in args.cases.split(","):
