@@ -481,7 +481,7 @@ def test_a_model_may_hold_its_caches_in_8_bits(decoder, ids_model):
     small = Model(CONFIG, decoder, kv_cache="int8")
     prompt = prompts(40)
     engine = small._engine(1)
-    (request,) = small._requests(prompt, SamplingSettings(max_new_tokens=8)).requests
+    (request,) = small.requests(prompt, SamplingSettings(max_new_tokens=8)).requests
     engine.submit(request)
     engine.step()
     assert {c.k.codes.dtype.name for c in engine._state.caches.values()} == {"int8"}
@@ -529,7 +529,7 @@ def test_hidden_states_give_the_logits(ids_model):
 
 def test_a_caller_that_leaves_frees_its_slots(ids_model):
     settings = SamplingSettings(max_new_tokens=12)
-    batch = ids_model._requests(prompts(20), settings)
+    batch = ids_model.requests(prompts(20), settings)
     engine = ids_model._engine(1, *batch.requests)
     pieces = drive(engine, [Answer(batch.requests[0], None, None)], itertools.repeat(1))
     next(pieces)

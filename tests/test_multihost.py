@@ -54,7 +54,7 @@ def say(model) -> dict:
     engine = model._engine(len(PROMPTS))
 
     def say(prompts):
-        requests = model._requests(prompts, settings).requests
+        requests = model.requests(prompts, settings).requests
         answers = [Answer(request, None, 2) for request in requests]
         for _ in drive(engine, answers, itertools.repeat(12)):
             pass

@@ -184,7 +184,7 @@ def test_rejected_drafts_leave_no_trace_in_caches_and_rings(oracle, model):
 def test_after_each_step_caches_hold_all_but_the_last_token_and_no_draft(oracle):
     prompt, plain, model = oracle
     settings = SamplingSettings(max_new_tokens=60, speculate=4, logprobs=0)
-    (request,) = model._requests([prompt], settings).requests
+    (request,) = model.requests([prompt], settings).requests
     engine, seen, length = model._engine(1, request), set(), len(prompt)
     engine.submit(request)
     while engine.num_running or engine.num_waiting:

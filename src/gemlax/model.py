@@ -40,7 +40,7 @@ from gemlax.generation import (
     read_settings,
     spelled_marker,
 )
-from gemlax.generation.answers import Answer, drive
+from gemlax.generation.answers import Answer, TokenLogprob, drive
 from gemlax.generation.defaults import read_defaults, tell
 from gemlax.generation.settings import describe
 from gemlax.ops.storage import Storage
@@ -53,7 +53,7 @@ from gemlax.quantization import (
     codes_of,
     importance_by_rules,
 )
-from gemlax.scoring import Score, label_logprobs, windows
+from gemlax.scoring import Score, label_logprobs, top_label_logprobs, windows
 from gemlax.sharding import Layout
 from gemlax.tokenizer import TextStream, Tokenizer
 from gemlax.tokenizer.load import FILES as TOKENIZER_FILES
@@ -114,8 +114,8 @@ class Model:
         )  # fmt: skip
         graphdef, self._state = nnx.split(decoder)
 
-        def jit(function: Callable[..., Array], shardings: Any = None) -> Callable[..., Array]:
-            def whole(state: Any, tokens: Array, positions: Array, rows: Array | None) -> Array:
+        def jit(function: Callable[..., Any], shardings: Any = None) -> Callable[..., Any]:
+            def whole(state: Any, tokens: Array, positions: Array, rows: Array | None) -> Any:
                 decoder = nnx.merge(graphdef, state)
                 hidden = decoder(tokens, positions, adapter_rows=rows)[0]
                 return function(decoder, hidden, tokens)
@@ -127,6 +127,12 @@ class Model:
         self._score = jit(
             lambda decoder, hidden, tokens: label_logprobs(
                 decoder, hidden[:, :-1], tokens[:, 1:], tokens[:, 1:] >= 0, layout=self.layout
+            ),
+            self.layout.replicated,
+        )
+        self._top_logprobs = jit(
+            lambda decoder, hidden, tokens: top_label_logprobs(
+                decoder, hidden[:, :-1], tokens[:, 1:]
             ),
             self.layout.replicated,
         )
@@ -220,6 +226,26 @@ class Model:
             count += new
         return Score(total, count)
 
+    def prompt_logprobs(
+        self, prompt: Sequence[int], top: int = 0, *, adapter: str | None = DEFAULT
+    ) -> list[TokenLogprob]:
+        """Return the log-probability of each token of a prompt, given all before it.
+
+        The first one has none (NaN). `top`: how many of the likeliest tokens are reported.
+        """
+        (ids,) = read_prompts([prompt], self.tokenizer, self.config.text)
+        row = np.zeros((1, bucket(len(ids), 16)), np.int32)
+        row[0, : len(ids)] = ids
+        padded = self._padded(row, [len(ids)])
+        scores = self._top_logprobs(self._state, *padded, self._entries(adapter, 1))
+        own, likeliest, values = (np.asarray(array)[0].tolist() for array in scores)
+        logprobs = [TokenLogprob(ids[0], float("nan"), {})]
+        for token, logprob, *best in zip(ids[1:], own, likeliest, values, strict=False):
+            # Rows of the table without a token are not the text's.
+            pairs = [(i, p) for i, p in zip(*best, strict=True) if i < self.programs.num_tokens]
+            logprobs.append(TokenLogprob(token, logprob, dict(pairs[:top])))
+        return logprobs
+
     def generate(
         self, prompt: Prompt, settings: SamplingSettings | None = None, **changes: Any
     ) -> Completion | list[Completion]:
@@ -236,7 +262,7 @@ class Model:
         The settings:
         """
         chosen = read_settings(settings, changes)
-        batch = self._requests(self._ids(prompt, chosen.parse_special), chosen)
+        batch = self.requests(self._ids(prompt, chosen.parse_special), chosen)
         answers = [self._answer(batch, request) for request in batch.requests]
         texts = dict.fromkeys(map(id, answers), "")
         for answer, piece in drive(
@@ -267,7 +293,7 @@ class Model:
         """Generate for one prompt and yield the text piece by piece; settings as for `generate`."""
         chosen = read_settings(settings, changes)
         one: Prompt = prompt if isinstance(prompt, str) else [prompt]
-        batch = self._requests(self._ids(one, chosen.parse_special), chosen)
+        batch = self.requests(self._ids(one, chosen.parse_special), chosen)
         (request,) = batch.requests
         return Stream(self._engine(1, request), self._answer(batch, request))
 
@@ -343,8 +369,7 @@ class Model:
         if settings.parse_special:
             raise RequestError("no text of a chat is read as a control token: no parse_special")
         ids = self.chat_format.encode(messages, **how)
-        stops = (*self.chat_format.stop_ids, *as_ids(settings.stop_ids, "stop_ids"))
-        batch = self._requests([ids], dataclasses.replace(settings, stop_ids=stops))
+        batch = self.chat_requests([ids], settings)
         (request,) = batch.requests
         parser = self.chat_format.parser(ids, batch.stop)
         return Reply(engine or self._engine(1, request), request, parser)
@@ -359,7 +384,13 @@ class Model:
         empty_thought = not self.config.text.hidden_size_per_layer_input
         return ChatFormat(self.tokenizer, self.chat_template, empty_thought=empty_thought)
 
-    def _requests(self, prompts: list[list[int]], settings: SamplingSettings) -> RequestBatch:
+    def chat_requests(self, prompts: list[list[int]], settings: SamplingSettings) -> RequestBatch:
+        """Likewise for chats, whose answers also end at what ends a turn."""
+        stops = (*self.chat_format.stop_ids, *as_ids(settings.stop_ids, "stop_ids"))
+        return self.requests(prompts, dataclasses.replace(settings, stop_ids=stops))
+
+    def requests(self, prompts: list[list[int]], settings: SamplingSettings) -> RequestBatch:
+        """Return an engine's request for each prompt of ids, checked."""
         return RequestBatch(
             self.programs, self.config, self.tokenizer, self.generation_config, prompts, settings
         )

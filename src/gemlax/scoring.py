@@ -3,15 +3,18 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gemlax import ops
 from gemlax.decoder import Decoder
 from gemlax.qtensor import shape_of
+from gemlax.sampling import top_logprobs
 from gemlax.sharding import ONE_DEVICE, Layout
 
-__all__ = ["Score", "label_logprobs", "windows"]
+__all__ = ["Score", "label_logprobs", "top_label_logprobs", "windows"]
 
 
 class Score(NamedTuple):
@@ -66,3 +69,27 @@ def label_logprobs(
     groups = groups if len(labels) % groups == 0 else 1
     head = ops.Head(table, decoder.config.final_logit_softcapping, frozen, shards)
     return ops.chunked_logprobs(head, hidden, labels, wanted, groups=groups)
+
+
+# Positions whose logits are there at once.
+_BLOCK = 64
+
+
+def top_label_logprobs(
+    decoder: Decoder, hidden: Float[Array, "1 T D"], labels: Int[Array, "1 T"]
+) -> tuple[Float[Array, "1 T"], Int[Array, "1 T n"], Float[Array, "1 T n"]]:
+    """Return the log-probability of each label, and the most likely ids with theirs.
+
+    A label that is the most likely id has exactly its number.
+    """
+    size = labels.shape[1]
+    places = -(-size // _BLOCK) * _BLOCK
+    hidden = jnp.pad(hidden[0], ((0, places - size), (0, 0))).reshape(-1, _BLOCK, hidden.shape[2])
+    labels = jnp.pad(labels[0], (0, places - size)).reshape(-1, _BLOCK)
+
+    def block(both: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        return top_logprobs(decoder.logits(both[0]), both[1])
+
+    parts = jax.lax.map(block, (hidden, labels))
+    own, ids, values = (part.reshape(1, places, *part.shape[2:])[:, :size] for part in parts)
+    return own, ids, values

@@ -34,19 +34,34 @@ class OutputParser:
         content_ids: the ids of the content, None when it is not one run of plain tokens.
         stopped: a stop string has appeared in the content; further ids are ignored.
         num_tokens: ids taken, the one that completed a stop string included.
+        num_reasoning_tokens: how many of them are of a thought's text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, in_thought: bool = False):
-        """`in_thought`: the prompt ends inside a thought channel, after its name."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        in_thought: bool = False,
+        include_stop: bool = False,
+    ):
+        """Nothing was said yet.
+
+        Args:
+            tokenizer: of the ids.
+            stop: strings that end the content.
+            in_thought: the prompt ends inside a thought channel, after its name.
+            include_stop: the content ends after the stop string, not before it.
+        """
         self.content, self.reasoning = "", ""
         self.tool_calls: list[dict[str, Any]] = []
         self.content_ids: list[int] | None = []
-        self.num_tokens = 0
+        self.num_tokens = self.num_reasoning_tokens = 0
         self._stopped = False
         self._special = tokenizer.special_ids
         ids = ((tokenizer.id_of(piece), piece) for piece in MARKERS)
         self._markers = {id: piece for id, piece in ids if id in self._special}
-        self._text = TextStream(tokenizer, stop)
+        self._text = TextStream(tokenizer, stop, include_stop=include_stop)
         self._inner = TextStream(tokenizer)  # of reasoning and calls
         self._state: Literal["content", "thought", "call"] = "content"
         if in_thought:
@@ -59,6 +74,11 @@ class OutputParser:
     def stopped(self) -> bool:
         """Whether further ids are ignored."""
         return self._stopped or self._text.stopped
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended the content."""
+        return self._text.stop
 
     def stop(self) -> None:
         """Ignore what comes from now on."""
@@ -90,6 +110,7 @@ class OutputParser:
                 self.content_ids.append(id)
             yield from self._say("content", self._text.push([id]))
         elif self._state == "thought":
+            self.num_reasoning_tokens += 1
             yield from self._think(self._inner.push([id]))
         else:
             self._parts.append(self._inner.push([id]))

@@ -156,11 +156,14 @@ class ChatFormat:
             raise RequestError("the chat template writes nothing for these messages")
         return ids
 
-    def parser(self, prompt: Sequence[int], stop: Sequence[str] = ()) -> OutputParser:
-        """Return the parser of an answer to a prompt of ids."""
+    def parser(
+        self, prompt: Sequence[int], stop: Sequence[str] = (), *, include_stop: bool = False
+    ) -> OutputParser:
+        """Return the parser of an answer to a prompt of ids; `include_stop`: see `OutputParser`."""
         opened, closed = self._marker(OPEN_CHANNEL), self._marker(CLOSE_CHANNEL)
         last = next((id for id in reversed(prompt) if id in (opened, closed)), None)
-        return OutputParser(self._tokenizer, stop, in_thought=last is not None and last == opened)
+        in_thought = last is not None and last == opened
+        return OutputParser(self._tokenizer, stop, in_thought=in_thought, include_stop=include_stop)
 
     def turn_ids(self) -> TurnIds:
         """Return the ids that delimit what the model says."""

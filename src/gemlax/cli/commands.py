@@ -287,9 +287,27 @@ def _bench(args: argparse.Namespace) -> int:
     return bench.run(args)
 
 
+def _serve(args: argparse.Namespace) -> int:
+    try:
+        from gemlax.serve import command
+    except ImportError as error:
+        text = f'gemlax serve needs {error.name}; install it with: pip install "gemlax[serve]"'
+        raise Error(text) from error
+
+    def load_with(adapters: dict[str, Path] | None) -> Any:
+        if adapters and args.adapter is not None:
+            raise Error("give --adapter or --adapter-dir")
+        args.adapter = adapters or args.adapter
+        return load_with_tokenizer(args)
+
+    shows = output.shows_progress(args)
+    return command.run(args, load_with, model_name(args), write, output.note if shows else None)
+
+
 _COMMANDS = {
     "generate": _generate,
     "chat": _chat,
+    "serve": _serve,
     "convert": _convert,
     "quantize": _quantize,
     "tune": _tune,

@@ -71,6 +71,15 @@ A line of the data is an object with "messages" (or ShareGPT's "conversations"),
 The folder gets the adapter as peft writes it (with --full a model), log.jsonl, loss.png and
 checkpoints. --resume continues from the last checkpoint and reaches the same losses.
 """,
+    "serve": r"""
+  gemlax serve --model gemma-3-4b-it/
+  gemlax serve --model gemma-3-4b-it/ --slots 16 --context 16384 --adapter-dir adapters/
+  GEMLAX_API_KEY=secret gemlax serve --model gemma-3-4b-it/ --host 0.0.0.0 --port 8080
+
+Clients of OpenAI's and Anthropic's APIs take http://127.0.0.1:8000/v1 and http://127.0.0.1:8000 as
+their base URL. GET /health answers 200 once everything is compiled. SIGTERM lets running answers
+come to their end; a second one ends at once. docs/serve.md lists the endpoints.
+""",
     "info": """
   gemlax info gemma-3-4b --context 32768
   gemlax info model.gguf --json
@@ -136,6 +145,24 @@ prompt?  the text; '-' or nothing: read stdin without its last line end
 _CHAT = """
 --system TEXT  system text: instructions for the whole conversation
 --thinking  let the model reason before it answers (Gemma 4)
+"""
+_SERVE = """
+--host H=127.0.0.1  address to listen on; others than this machine need a key, or --no-auth
+--port N=8000  port to listen on; 0: a free one
+--api-key KEY  key that clients must send; better in GEMLAX_API_KEY or a file
+--api-key-file FILE  file with a key on each line
+--no-auth  let anybody ask, also from other machines
+--cors-origin URL  let pages of this origin ask, as https://example.org; may be repeated
+--served-model-name NAME  name of the model for clients (default: that of its folder or file)
+--adapter-dir FOLDER  folder of adapters; clients choose one by giving its name as the model
+--slots N=8  answers generated at once
+--context N  tokens of a prompt and its answer (default: 8192, or the model's limit)
+--max-queue N=64  answers that may wait for a slot
+--max-queue-tokens N=262144  prompt tokens that may wait
+--itl-target X=0.1  seconds between two tokens of an answer while prompts are read
+--queue-timeout X=300  seconds that an answer may wait
+--request-timeout X=3600  seconds that a request may take
+--drain X=30  seconds that answers may go on after SIGTERM
 """
 _REWRITE = f"""
 source  folder, .gguf file or name
@@ -241,6 +268,8 @@ def _add(parser: Any, options: str) -> None:
             parser.add_argument(name, action="store_true", help=text)
             continue
         more: dict[str, Any] = {"type": _KINDS.get(metavar, str)}
+        if text.endswith("may be repeated"):
+            more["action"] = "append"
         if metavar.startswith("{"):
             more = {"choices": metavar.strip("{}").split(",")}
         elif name.startswith("-"):
@@ -276,6 +305,7 @@ def make_parser() -> argparse.ArgumentParser:
     chat = _command(commands, "chat", "talk to a model", _MODEL + _CHAT)
     asked = [name for name in _SAMPLING if name != "parse_special"]
     _add_sampling(chat, asked, max_new_tokens=f"the checkpoint's, else {CHAT_TOKENS}")
+    _command(commands, "serve", "answer over HTTP as OpenAI and Anthropic do", _MODEL + _SERVE)
     _command(commands, "convert", "write a model as a Hugging Face folder", _REWRITE + _CONVERT)
     quantize = _command(
         commands, "quantize", "write a model with quantised matrices", _REWRITE + _QUANTIZE

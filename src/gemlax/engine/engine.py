@@ -25,6 +25,9 @@ class Engine:
 
     It is driven by one thread: `submit` and `cancel` between steps. The device state is made at
     the first step and grows with the longest request.
+
+    Attributes:
+        interleaved: see `Scheduler`; it may be set between steps.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class Engine:
         self._places: tuple[int, ...] = ()
         self._next_id = 0
         self._ended: list[Event] = []
-        self._interleaved = interleaved
+        self.interleaved = interleaved
         self._reset()
 
     @property
@@ -97,6 +100,7 @@ class Engine:
         """
         events, self._ended = self._ended, []
         try:
+            self._scheduler.interleaved = self.interleaved
             joined = self._scheduler.admit()
             if joined:
                 self._make_room(joined)
@@ -118,7 +122,7 @@ class Engine:
         """End every request and forget the device state."""
         self._state: State | None = None
         self._allocator = SlotAllocator(self._num_slots, self._rings())
-        self._scheduler = Scheduler(self._allocator, chunk=CHUNK, interleaved=self._interleaved)
+        self._scheduler = Scheduler(self._allocator, chunk=CHUNK, interleaved=self.interleaved)
 
     def _rings(self) -> list[Ring]:
         specs = {spec.kind: spec for spec in self._programs.config.layers if spec.owns_kv}

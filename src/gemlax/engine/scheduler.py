@@ -20,7 +20,8 @@ class Row:
     """A request in a slot.
 
     `tokens` are prompt and answer; the caches hold the first `num_filled` of them. `highest` is
-    one more than the highest position written.
+    one more than the highest position written. `num_passed` counts the steps in a row that
+    prefilled others instead.
     """
 
     request_id: int
@@ -34,6 +35,7 @@ class Row:
     num_steps: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    num_passed: int = 0
 
     @property
     def usage(self) -> Usage:
@@ -58,8 +60,17 @@ class Chunk(NamedTuple):
     stop: int
 
 
+# Steps after which a row that others were prefilled before goes first.
+_PATIENCE = 8
+
+
 class Scheduler:
-    """Keeps each request in one place: waiting, or in a slot."""
+    """Keeps each request in one place: waiting, or in a slot.
+
+    Attributes:
+        interleaved: the most tokens that are prefilled in a step while others decode, so that their
+            tokens keep flowing; None: prompts first. It may be set between steps.
+    """
 
     def __init__(self, allocator: SlotAllocator, *, chunk: int, interleaved: int | None = None):
         """Start with no requests.
@@ -67,10 +78,9 @@ class Scheduler:
         Args:
             allocator: of the slots.
             chunk: the most tokens of a row that are prefilled in one call.
-            interleaved: the most tokens of one row that are prefilled in a step while others
-                decode, so that their tokens keep flowing; None: prompts first.
+            interleaved: see the attribute.
         """
-        self._allocator, self._chunk, self._interleaved = allocator, chunk, interleaved
+        self._allocator, self._chunk, self.interleaved = allocator, chunk, interleaved
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: dict[int, Row] = {}
 
@@ -110,20 +120,33 @@ class Scheduler:
     def chunks(self) -> list[Chunk]:
         """Return what to prefill next: the same number of tokens at most for each row.
 
-        Prompts first: a chunk of every row that has some left. Interleaved with decoding: of the
-        row that has least left.
+        Prompts first: a chunk of every row that has some left. Interleaved: of the row that has
+        least left, or has been passed over long enough, and the whole rest of others that the same
+        bound has room for. While nobody decodes the bound is a chunk.
         """
         filling = [row for row in self._rows.values() if row.num_to_fill > 0]
         if not filling:
             return []
         size = self._chunk
-        if self._interleaved is not None and self.decoding():
-            filling = [min(filling, key=lambda row: row.num_to_fill)]
-            size = min(size, self._interleaved)
+        if self.interleaved is not None:
+            size = min(size, self.interleaved) if self.decoding() else size
+            filling = self._within(filling, size)
         return [
             Chunk(row, row.num_filled, row.num_filled + min(row.num_to_fill, size))
             for row in filling
         ]
+
+    def _within(self, filling: list[Row], bound: int) -> list[Row]:
+        """Return the rows that one step prefills, `bound` tokens in all."""
+        filling = sorted(filling, key=lambda r: (r.num_passed < _PATIENCE, r.num_to_fill))
+        chosen, room = filling[:1], bound - filling[0].num_to_fill
+        for row in filling[1:]:
+            if row.num_to_fill <= room:
+                chosen.append(row)
+                room -= row.num_to_fill
+        for row in filling:
+            row.num_passed = 0 if row in chosen else row.num_passed + 1
+        return chosen
 
     def filled(self, chunk: Chunk) -> None:
         """Note that a chunk is in the caches."""
@@ -136,7 +159,7 @@ class Scheduler:
         Prompts first: nobody decodes while a prompt is being prefilled.
         """
         rows = [row for row in self._rows.values() if row.num_to_fill <= 0]
-        if self._interleaved is None and len(rows) < len(self._rows):
+        if self.interleaved is None and len(rows) < len(self._rows):
             return []
         return sorted(rows, key=lambda row: row.slot)
 

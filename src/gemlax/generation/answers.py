@@ -57,15 +57,21 @@ class Parser(Protocol):
 
 
 class Answer:
-    """The answer to one request, so far."""
+    """The answer to one request, so far.
+
+    Attributes:
+        tokens: all that came, also those after a stop string.
+        logprobs: of each of them, where asked for.
+        usage: what they took.
+    """
 
     def __init__(self, request: Request, parser: Parser | None, num_logprobs: int | None):
         """`parser` None: ids alone are wanted."""
         self.request, self.parser = request, parser
-        self._tokens: list[int] = []
+        self.tokens: list[int] = []
         self._num_logprobs = num_logprobs
-        self._logprobs: list[TokenLogprob] = []
-        self._usage = Usage(len(request.prompt))
+        self.logprobs: list[TokenLogprob] = []
+        self.usage = Usage(len(request.prompt))
 
     @property
     def is_stopped(self) -> bool:
@@ -74,8 +80,8 @@ class Answer:
 
     def take(self, event: Event) -> Any:
         """Take in an event; return what the parser makes of it, without a parser the new ids."""
-        self._tokens += event.tokens
-        self._usage = event.usage
+        self.tokens += event.tokens
+        self.usage = event.usage
         if event.logprobs is not None:
             self._note(event.tokens, *event.logprobs)
         if self.parser is None:
@@ -87,7 +93,7 @@ class Answer:
 
     def _note(self, tokens: list[int], logprobs: Any, ids: Any, values: Any) -> None:
         count = self._num_logprobs
-        self._logprobs += [
+        self.logprobs += [
             TokenLogprob(token, float(p), dict(zip(i[:count].tolist(), v[:count].tolist(),
                                                    strict=True)))
             for token, p, i, v in zip(tokens, logprobs, ids, values, strict=True)
@@ -95,20 +101,20 @@ class Answer:
 
     def completion(self, text: str = "") -> Completion:
         """Put together what was generated."""
-        tokens = self._tokens
+        tokens = self.tokens
         if self.parser is not None and self.parser.stopped:
             tokens = tokens[: self.parser.num_tokens]
         stopped = self.is_stopped or bool(tokens and tokens[-1] in self.request.stop_ids)
         accepted = None
-        if self.request.num_drafts and self._usage.num_steps:
-            accepted = len(self._tokens) / self._usage.num_steps - 1
+        if self.request.num_drafts and self.usage.num_steps:
+            accepted = len(self.tokens) / self.usage.num_steps - 1
         return Completion(
             text=text,
             tokens=tokens,
             finish_reason="stop" if stopped else "length",
-            logprobs=None if self._num_logprobs is None else self._logprobs[: len(tokens)],
+            logprobs=None if self._num_logprobs is None else self.logprobs[: len(tokens)],
             accepted_per_step=accepted,
-            usage=self._usage,
+            usage=self.usage,
         )
 
 

@@ -22,11 +22,18 @@ class TextStream:
     Attributes:
         stopped: A stop string has appeared; further ids are ignored.
         num_tokens: The ids taken so far, the one that completed a stop string included.
+        stop: The stop string that has appeared.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, skip_special: bool = True
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        skip_special: bool = True,
+        include_stop: bool = False,
     ) -> None:
+        """`include_stop`: the text ends after the stop string, not before it."""
         if isinstance(stop, str):
             raise TypeError(f"stop is a sequence of strings, got the string {stop!r}")
         if "" in stop:
@@ -37,6 +44,8 @@ class TextStream:
         self._skip_special = skip_special
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = tuple(stop)
+        self._include_stop = include_stop
+        self.stop: str | None = None
         self._tail = ""  # what may be the start of a stop string
 
     def push(self, ids: Iterable[SupportsIndex]) -> str:
@@ -61,7 +70,9 @@ class TextStream:
         starts = [(text.find(stop), len(stop)) for stop in self._stops]
         if ends := [(start + size, start) for start, size in starts if start >= 0]:
             self.stopped = True
-            return text[: min(ends)[1]]
+            end, start = min(ends)
+            self.stop = text[start:end]
+            return text[: end if self._include_stop else start]
         certain = min((_begin(text, stop) for stop in self._stops), default=len(text))
         self._tail = text[certain:]
         return text[:certain]
