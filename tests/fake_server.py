@@ -54,12 +54,12 @@ class FakeServer:
         headers = {line.partition(":")[0].lower(): line.partition(": ")[2] for line in head[1:]}
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         self.paths.append(path)
-        if self.key and headers.get("authorization") != f"Bearer {self.key}":
+        if path == "/health":
+            self._json(writer, 200, {"status": "ok"})
+        elif self.key and headers.get("authorization") != f"Bearer {self.key}":
             self._json(writer, 401, {"error": {"message": "wrong key"}})
         elif path == "/v1/models":
             self._json(writer, 200, {"data": [{"id": "fake"}]})
-        elif path == "/health":
-            self._json(writer, 200, {"status": "ok"})
         elif path.endswith("completions"):
             self.bodies.append(json.loads(body))
             self.arrivals.append(time.perf_counter())
@@ -151,7 +151,7 @@ async def _stop(server: FakeServer) -> None:
 
 
 async def _run() -> None:
-    fake = FakeServer((0.02,) * 20)
+    fake = FakeServer((0.02,) * 20, key="secret")
     await fake.start()
     print(fake.url, flush=True)
     await fake.server.serve_forever()

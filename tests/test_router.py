@@ -1,7 +1,7 @@
 """Two servers behind vllm-router: one is killed, and only its own streams are lost.
 
 The servers speak what `gemlax serve` speaks, without a model: what is tested is that the router
-takes such servers as they are, and that it needs nothing but /health and the API of them.
+takes such servers as they are: it needs their API and an open /health, and passes keys on.
 """
 
 import asyncio
@@ -68,7 +68,7 @@ def routed(urls: list[str], log: Path) -> Iterator[Target]:
             assert router.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.2)
-        yield Target("127.0.0.1", port)
+        yield Target("127.0.0.1", port, api_key="secret")
 
 
 def is_healthy(port: int) -> bool:
