@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from gemlax import bench, cli, cost, preset, tiny
+from gemlax import cli, cost, preset, tiny
+from gemlax.bench import engine as bench
 from gemlax.engine import Programs
 
 pytestmark = pytest.mark.deep

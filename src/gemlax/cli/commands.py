@@ -1,4 +1,4 @@
-"""The commands, except `chat` and `tune`, and what becomes of their errors."""
+"""The commands, except `bench`, `chat` and `tune`, and what becomes of their errors."""
 
 import argparse
 import itertools
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemlax.cli import output
-from gemlax.cli.loading import load, load_with_tokenizer, model_name
+from gemlax.cli.loading import load_with_tokenizer, model_name
 from gemlax.cli.output import write
 from gemlax.cli.parser import make_parser
 from gemlax.errors import Error
@@ -282,42 +282,9 @@ def _perplexity(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from gemlax import bench
+    from gemlax.cli import bench
 
-    name, build = _bench_model(args)
-    common = {"rounds": args.rounds, "batch": args.batch, "capacity": args.capacity}
-    with output.status(args, "measuring"):
-        if args.what == "decode":
-            figures = bench.decode(build, depth=args.depth, steps=args.steps, **common)
-        elif args.what == "prefill":
-            length = args.prompt_length
-            figures = bench.prefill(build, prompt_length=length, depth=args.depth, **common)
-        else:
-            figures = bench.compilation(build, prompt_length=args.prompt_length, **common)
-    report = {"benchmark": args.what, "model": name, **bench.machine(), **figures}
-    if not args.json:
-        output.write_table((key, value) for key, value in report.items() if key != "versions")
-    write(json.dumps(report))
-    return 0
-
-
-def _bench_model(args: argparse.Namespace) -> tuple[str, Callable[[], Any]]:
-    """Return the name of the model and what builds it."""
-    from gemlax import bench, checkpoints
-    from gemlax.presets import PRESETS, preset, tiny
-
-    name = model_name(args)
-    if name in PRESETS and not Path(name).exists():
-        config = preset(name)
-    elif not args.tiny:
-        return name, lambda: load(args)
-    else:
-        with checkpoints.open_checkpoint(checkpoints.find(name)) as source:
-            config = source.config
-    config = tiny(config) if args.tiny else config
-    return f"tiny {name}" if args.tiny else name, lambda: bench.random_model(
-        config, dtype=args.dtype, layers=args.layers
-    )
+    return bench.run(args)
 
 
 def _serve(args: argparse.Namespace) -> int:

@@ -93,7 +93,13 @@ come to their end; a second one ends at once. docs/serve.md lists the endpoints.
   gemlax bench prefill --model gemma-3-1b --dtype bfloat16 --prompt-length 2048
   gemlax bench compile --model gemma-3-27b --tiny --layers unroll
 
-A preset gets random weights. gemlax bench decode --help lists the options.
+  gemlax bench --server http://localhost:8000 --concurrency 1,4,16 --ignore-eos
+  gemlax bench --server http://localhost:8000 --rate 0.5,2 --prompt-length 32-2048 --chat --json
+
+A preset gets random weights. gemlax bench decode --help lists the options. With --server, requests
+of random tokens are streamed from a running server of OpenAI's API, gemlax serve or another, after
+one that is not counted. The names of the figures are those of vLLM's benchmark: ttft is the time
+to the first text, tpot that of each further token, itl that between pieces of text, e2el the whole.
 """,
     "bench decode": """
   gemlax bench decode --model gemma-3-1b --batch 8 --depth 1024
@@ -220,6 +226,25 @@ _CASE = """
 --json  print nothing except the JSON line on stdout
 --quiet  show no progress on stderr
 """
+_SERVER = """
+--server URL  measure a running server, as http://localhost:8000
+--api-key KEY  key of the server (default: GEMLAX_API_KEY of the environment)
+--model M  name that requests give (default: the first that the server lists)
+--chat  ask for chats, not for completions
+--concurrency N,...  requests that run at once, one run for each number (default: 1,4,16,64)
+--rate X,...  requests a second, at random times (Poisson); instead of --concurrency
+--num-requests N=64  requests of a run
+--prompt-length N[-N]=128  tokens of a prompt; a range is drawn from log-uniformly
+--answer-length N[-N]=64  most tokens of an answer, likewise
+--prefix-length N=0  tokens before those, which all prompts share
+--ignore-eos  answers get all the tokens they may have
+--goodput NAME:MS,...  count the requests that keep below such times, as ttft:1000,tpot:100
+--extra-body JSON  object of further fields of each request
+--timeout X=600  seconds after which a request has failed
+--seed N=0  seed of lengths, tokens and arrivals
+--json  print nothing except the JSON line on stdout
+--quiet  show no progress on stderr
+"""
 # Options of `_MODEL` that `bench` does without.
 _NOT_IN_CASE = ("compilation_cache", "mesh", "coordinator", "num_processes", "process_id",
                 "kv_cache", "quantize", "implementation", "adapter")  # fmt: skip
@@ -290,8 +315,9 @@ def make_parser() -> argparse.ArgumentParser:
     _command(commands, "info", "show what a model is and costs, without loading it", _INFO)
     score = _command(commands, "perplexity", "score a text file", _PERPLEXITY + _MODEL)
     _add_sampling(score, ["parse_special"])
-    bench = _command(commands, "bench", "measure speed and memory on this machine", "")
-    kinds = bench.add_subparsers(dest="what", required=True, metavar="decode|prefill|compile")
+    bench = _command(commands, "bench", "measure speed and memory, or a server", _SERVER)
+    kinds = bench.add_subparsers(dest="what", metavar="decode|prefill|compile")
+    bench.set_defaults(usage_error=bench.error)
     for name, (text, options) in _BENCH.items():
         case = _command(kinds, name, text, options + _CASE, "bench ")
         case.set_defaults(**dict.fromkeys(_NOT_IN_CASE))

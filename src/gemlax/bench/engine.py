@@ -1,4 +1,4 @@
-"""Measures what decode steps, a prompt and a compilation cost on this machine.
+"""What decode steps, a prompt and a compilation cost on this machine.
 
 The engine that users run is timed, by the host's clock, with requests of random tokens.
 """
