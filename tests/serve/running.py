@@ -18,6 +18,7 @@ from gemlax.serve.security import Gate
 
 CONFIG = tiny(preset("gemma-3-1b"), num_hidden_layers=6)
 SECONDS = 20.0  # the most that a test waits
+COMPILING = 300.0  # likewise, for programs
 OPTIONS = {"name": "toy", "slots": 4, "context": 128, "max_queue": 8}
 
 
@@ -36,11 +37,11 @@ def of_family(model, family):
     return other
 
 
-def wait_until(condition, what="it"):
+def wait_until(condition, what="it", seconds=SECONDS):
     """Wait for something that comes soon."""
-    until = time.monotonic() + SECONDS
+    until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, f"waited {SECONDS} s for {what}"
+        assert time.monotonic() < until, f"waited {seconds} s for {what}"
         time.sleep(0.005)
 
 
@@ -48,7 +49,7 @@ def make_kitchen(model, **options):
     """A kitchen that is ready."""
     kitchen = ModelKitchen(model, ServeOptions(**{**OPTIONS, **options}))
     kitchen.start()
-    wait_until(lambda: kitchen.worker.admission.state != "loading", "compilation")
+    wait_until(lambda: kitchen.worker.admission.state != "loading", "compilation", COMPILING)
     return kitchen
 
 

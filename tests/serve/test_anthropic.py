@@ -133,6 +133,9 @@ def test_calls_and_results_become_messages_of_tools_before_what_the_user_says():
 def test_turns_of_one_side_become_one():
     messages = asked(messages=[*HELLO, *HELLO, {"role": "assistant", "content": "A"}] * 2).messages
     assert [one["content"] for one in messages] == ["Hello\n\nHello", "A"] * 2
+    halves = [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]
+    begun = asked(messages=[*HELLO, {"role": "assistant", "content": halves}]).messages[-1]
+    assert begun == {"role": "assistant", "content": "AB"}  # is continued where it stands
 
 
 def test_only_thoughts_that_this_server_signed_come_back():

@@ -311,13 +311,13 @@ def test_events_come_in_order_with_numbers_and_indices(summary):
     assert len(ids) == 1
     output = events[-1]["response"]["output"]
     for index, item in enumerate(output):
-        own = [event for event in events if event.get("output_index") == index]
-        names = list(dict.fromkeys(event["type"].removeprefix("response.") for event in own))
+        about = [event for event in events if event.get("output_index") == index]
+        names = list(dict.fromkeys(event["type"].removeprefix("response.") for event in about))
         kind = "summary" if item["type"] == "reasoning" and summary else item["type"]
         assert names == ["output_item.added", *ORDER[kind], "output_item.done"]
-        assert {event["item_id"] for event in own[1:-1]} == {item["id"]}
-        assert own[0]["item"] | {"status": "completed"} != item
-        assert own[-1]["item"] == item
+        assert {event["item_id"] for event in about[1:-1]} == {item["id"]}
+        assert about[0]["item"] | {"status": "completed"} != item
+        assert about[-1]["item"] == item
     assert "[DONE]" not in kinds
 
 
@@ -350,19 +350,22 @@ def test_log_probabilities_belong_to_the_text_that_their_tokens_make():
         Update(0, [Delta("reasoning", "Hm.")], logprobs=[token("Hm.", -0.1)]),
         Update(0, logprobs=[token("<", -0.2)]),
         Update(0, [Delta("content", "<é")], logprobs=[token("é", -0.5)]),
+        Update(0, logprobs=[token("E", -0.7)]),  # the beginning of a stop string, say
         end(),
     ]
     asked = BASE | {"top_logprobs": 1, "include": ["message.output_text.logprobs"]}
     kitchen = FakeKitchen(script)
     whole = post(kitchen, RESPONSES, asked).json()["output"][1]["content"][0]["logprobs"]
     events = events_of(post(kitchen, RESPONSES, asked | {"stream": True}))
-    (delta,) = [e for e in events if e["type"] == "response.output_text.delta"]
+    deltas = [e["logprobs"] for e in events if e["type"] == "response.output_text.delta"]
     top = [{"token": "x", "logprob": -9999.0, "bytes": [120]}]
     expected = [
         {"token": "<", "logprob": -0.2, "bytes": [60], "top_logprobs": top},
         {"token": "é", "logprob": -0.5, "bytes": [195, 169], "top_logprobs": top},
+        {"token": "E", "logprob": -0.7, "bytes": [69], "top_logprobs": top},
     ]
-    assert whole == delta["logprobs"] == expected
+    assert whole == expected
+    assert deltas == [expected[:2], expected[2:]]
     assert kitchen.requests[0].logprobs == 1
 
 

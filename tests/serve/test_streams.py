@@ -262,30 +262,64 @@ def test_the_first_bytes_of_a_stream_come_before_the_first_token(path):
     assert run(begin()).startswith((b"event: message_start\n", b"event: response.created\n"))
 
 
+async def forever() -> Any:
+    await asyncio.Event().wait()
+
+
 def test_a_silent_stream_pings_and_a_busy_one_does_not():
-    async def listen() -> list[bytes]:
+    async def listen() -> tuple[list[bytes], float]:
         sent: list[bytes] = []
+        times: list[float] = []
         silence = asyncio.Event()
 
         async def events() -> Any:
             yield b"a"
+            await asyncio.sleep(0.03)
             yield b"b"
             await silence.wait()
             yield b"c"
 
         async def send(message: Any) -> None:
             sent.append(message.get("body", b""))
-            if sent.count(PING) == 2:
+            times.append(asyncio.get_running_loop().time())
+            if sent.count(PING) == 2 and b"b" in sent:
                 silence.set()
 
-        async def receive() -> Any:
-            await asyncio.Event().wait()
-
         answers = FakeAnswers([], [[1]], 1, "gemma")
-        stream = EventStream(events(), answers, ping=PING, ping_seconds=0.01)
-        await stream({}, receive, send)
+        stream = EventStream(events(), answers, ping=PING, ping_seconds=0.05)
+        await stream({}, forever, send)
         assert answers.cancels == 1
-        return sent
+        b = sent.index(b"b")
+        return sent, times[sent.index(PING, b)] - times[b]
 
     assert PING == b'event: ping\ndata: {"type":"ping"}\n\n'
-    assert run(listen()) == [b"", b"a", b"b", PING, PING, b"c", b""]
+    sent, quiet = run(listen())
+    assert [part for part in sent if part != PING] == [b"", b"a", b"b", b"c", b""]
+    assert quiet >= 0.05
+
+
+def test_the_events_of_a_client_that_reads_nothing_end_when_it_leaves():
+    async def leave() -> list[str]:
+        ended: list[str] = []
+
+        async def events() -> Any:
+            try:
+                yield b"a"
+            finally:
+                ended.append("events")
+
+        gone = asyncio.Event()
+
+        async def receive() -> Any:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if "body" in message:
+                gone.set()
+                await forever()
+
+        await EventStream(events(), FakeAnswers([], [[1]], 1, "gemma"))({}, receive, send)
+        return list(ended)
+
+    assert run(leave()) == ["events"]

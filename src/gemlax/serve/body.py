@@ -63,7 +63,7 @@ ERROR_TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
-AT = re.compile(r" - at `\$?\.?(.*)`$")
+PLACE = re.compile(r" - at `\$?\.?(.*)`$")
 MISSING = re.compile(r"Object missing required field `(.*?)`")
 UNKNOWN = re.compile(r"Invalid (?:enum )?value (.*)", re.DOTALL)
 
@@ -86,8 +86,8 @@ def read(body: bytes, form: type[T]) -> T:
 
 
 def _as_wrong_field(text: str) -> ServeError:
-    at = AT.search(text)
-    path, reason = (at[1], text[: at.start()]) if at else ("", text)
+    place = PLACE.search(text)
+    path, reason = (place[1], text[: place.start()]) if place else ("", text)
     if missing := MISSING.fullmatch(reason):
         path, reason = f"{path}.{missing[1]}".lstrip("."), "this field is required"
     elif unknown := UNKNOWN.fullmatch(reason):

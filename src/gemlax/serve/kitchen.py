@@ -21,6 +21,7 @@ from gemlax.generation import RequestBatch, SamplingSettings, read_prompts, read
 from gemlax.generation.answers import Answer
 from gemlax.generation.defaults import read_stop
 from gemlax.model import Model
+from gemlax.serve.admission import Place
 from gemlax.serve.jobs import Job, Ticket, show_logprob
 from gemlax.serve.metrics import Metrics
 from gemlax.serve.options import ServeOptions
@@ -255,7 +256,8 @@ class ModelKitchen:
         most = self.options.context * self._longest_piece
         if characters > most:
             text = f"the prompt has {characters} characters; {most} is the most that may fit"
-            raise ServeError(400, text, code="context_length_exceeded")
+            more = {"n_ctx": self.options.context}
+            raise ServeError(400, text, code="context_length_exceeded", extra=more)
 
     def _prepare(
         self,
@@ -312,7 +314,7 @@ class ModelKitchen:
     # Back on the event loop.
 
     def _submit(
-        self, request: ChatRequest | CompletionRequest, name: str, prepared: _Prepared, place: Any
+        self, request: ChatRequest | CompletionRequest, name: str, prepared: _Prepared, place: Place
     ) -> Job:
         job = Job(prepared.prompts, name, place, self.worker.cancel)
         now, chat = time.monotonic(), isinstance(request, ChatRequest)

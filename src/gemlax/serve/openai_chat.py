@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Annotated, Literal
 
 import msgspec
@@ -326,7 +326,7 @@ async def _whole(answers: Answers, writer: _Writer) -> JsonObject:
     return writer.body(parts, logprobs)
 
 
-async def _events(answers: Answers, writer: _Writer) -> AsyncIterator[bytes]:
+async def _events(answers: Answers, writer: _Writer) -> AsyncGenerator[bytes, None]:
     yield b"".join(writer.opening())
     try:
         async for update in answers:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Annotated
 
 from msgspec import Meta
@@ -203,7 +203,7 @@ def _joined(updates: list[Update]) -> Update:
     )
 
 
-async def _events(answers: Answers, writer: _Writer) -> AsyncIterator[bytes]:
+async def _events(answers: Answers, writer: _Writer) -> AsyncGenerator[bytes, None]:
     try:
         async for update in answers:
             chunks = b"".join(writer.chunks(update))

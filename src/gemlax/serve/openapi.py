@@ -36,7 +36,7 @@ def openapi() -> JsonObject:
     """Return the description."""
     types = [body for body, _ in _BODIES.values()]
     schemas, parts = msgspec.json.schema_components(
-        types, ref_template="#/components/schemas/{name}"
+        types, ref_template="#/components/schemas/{name}", schema_hook=lambda kind: {}
     )
     error = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
     parts["Error"] = {

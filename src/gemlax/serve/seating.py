@@ -5,20 +5,21 @@ take neither.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+
+from gemlax.serve.body import JsonObject
 
 __all__ = ["count_characters", "seated"]
 
 _SYSTEM = ("system", "developer")
 
 
-def seated(messages: Iterable[Mapping[str, Any]], family: str | None) -> list[dict[str, Any]]:
+def seated(messages: Iterable[Mapping[str, object]], family: str | None) -> list[JsonObject]:
     """Return messages with system texts first.
 
     A later system message becomes the user's, for what it says concerns what follows. Where the
     template wants turns to alternate (Gemma 3), messages of the user in a row become one.
     """
-    placed: list[dict[str, Any]] = []
+    placed: list[JsonObject] = []
     for message in messages:
         one = dict(message)
         if one.get("role") in _SYSTEM and any(m.get("role") not in _SYSTEM for m in placed):
@@ -26,24 +27,21 @@ def seated(messages: Iterable[Mapping[str, Any]], family: str | None) -> list[di
         if one.get("role") != "tool":
             one["content"] = _without_refusals(one.get("content"))
         before = placed[-1] if placed else {}
+        first, second = before.get("content"), one.get("content")
         joins = family == "gemma3" and one.get("role") == "user" == before.get("role")
-        if joins and _is_text(one.get("content")) and _is_text(before.get("content")):
-            before["content"] = [*_parts(before["content"]), *_parts(one["content"], "\n\n")]
+        if joins and isinstance(first, str | list) and isinstance(second, str | list):
+            before["content"] = [*_parts(first), *_parts(second, "\n\n")]
         else:
             placed.append(one)
     return placed
 
 
-def _is_text(content: Any) -> bool:
-    return isinstance(content, str | list)
-
-
-def _parts(content: Any, before: str = "") -> list[Any]:
+def _parts(content: str | list[JsonObject], before: str = "") -> list[JsonObject]:
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
     return [{"type": "text", "text": before}, *parts] if before else parts
 
 
-def _without_refusals(content: Any) -> Any:
+def _without_refusals(content: object) -> object:
     """Return content whose refusals, which OpenAI's models write, are texts."""
     if not isinstance(content, Sequence) or isinstance(content, str):
         return content
@@ -55,7 +53,7 @@ def _without_refusals(content: Any) -> Any:
     return parts or ""
 
 
-def count_characters(value: Any) -> int:
+def count_characters(value: object) -> int:
     """Return how many characters the texts of a request have; it may be nested deeply."""
     total, left = 0, [value]
     while left:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from gemlax.engine import Engine, Event, Request
+from gemlax.errors import RequestError
 from gemlax.model import Model
 from gemlax.serve.admission import Admission, Waiting
 from gemlax.serve.jobs import Job, Ticket
@@ -19,7 +20,7 @@ from gemlax.serve.metrics import Metrics
 from gemlax.serve.options import ServeOptions
 from gemlax.serve.pace import Pace
 from gemlax.serve.warm import warm_up
-from gemlax.serve.work import ServeError, Update
+from gemlax.serve.work import FinishReason, ServeError, Update
 
 __all__ = ["Worker"]
 
@@ -217,8 +218,8 @@ class Worker:
             if waited > min(options.queue_timeout, options.request_timeout):
                 self._waiting.remove(ticket)
                 text = f"no slot became free within {waited:.0f} s; try again later"
-                error = ServeError(503, text, code="queue_timeout", retry_after=5.0)
-                self._end(ticket, error, "error")
+                late = ServeError(503, text, code="queue_timeout", retry_after=5.0)
+                self._end(ticket, late, "error")
         for ticket in list(self._running.values()):
             if now - ticket.arrival > options.request_timeout:
                 self._leave_slot(ticket)
@@ -231,7 +232,11 @@ class Worker:
             keys = Counter(ticket.key for ticket in self._running.values())
             ticket = self._waiting.take(now, keys, self._options.slots)
             request = ticket.answer.request
-            ticket.request_id = self.engine.submit(request)
+            try:
+                ticket.request_id = self.engine.submit(request)
+            except RequestError as error:
+                self._end(ticket, ServeError(400, str(error)), "error")
+                continue
             ticket.times.started = now
             ticket.job.place.started(len(request.prompt))
             self._running[ticket.request_id] = ticket
@@ -294,12 +299,9 @@ class Worker:
             raise EngineFailed(text)
         self._last_failure = text
 
-    def _end(self, ticket: Ticket, error: ServeError, reason: str) -> None:
+    def _end(self, ticket: Ticket, error: ServeError, reason: FinishReason) -> None:
         """End an answer before its time."""
-        usage = ticket.usage()
-        assert reason in ("error", "abort")
-        kind = "error" if reason == "error" else "abort"
-        update = Update(ticket.index, usage=usage, finish_reason=kind, error=error)  # type: ignore[arg-type]
+        update = Update(ticket.index, usage=ticket.usage(), finish_reason=reason, error=error)
         self._finish(ticket, update)
 
     def _finish(self, ticket: Ticket, update: Update) -> None:
