@@ -7,23 +7,11 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve.running import idle, make_kitchen, stop, toy_model, wait_until
+from serve.running import idle, make_kitchen, stop, wait_until
 
 from gemlax.serve.work import ChatRequest, CompletionRequest, ServeError
 
 USER = {"role": "user", "content": "hello there"}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return toy_model()
-
-
-@pytest.fixture(scope="module")
-def kitchen(model):
-    kitchen = make_kitchen(model)
-    yield kitchen
-    stop(kitchen)
 
 
 def chat(text="hello there", *, priority=0, key_id="", n=1, **sampling):
@@ -207,7 +195,7 @@ def test_a_step_that_hangs_is_noticed(kitchen, monkeypatch):
 
 
 def test_who_waits_too_long_is_told(model):
-    kitchen = make_kitchen(model, slots=1, queue_timeout=0.05, request_timeout=0.3)
+    kitchen = make_kitchen(model, queue_timeout=0.1, request_timeout=0.6)
     step = kitchen.worker.engine.step
 
     def slow(*args):
@@ -216,14 +204,13 @@ def test_who_waits_too_long_is_told(model):
 
     kitchen.worker.engine.step = slow
 
-    async def both():
-        first = await kitchen.chat(chat(max_new_tokens=100))
-        second = await kitchen.chat(chat(max_new_tokens=100))
-        return await asyncio.gather(text_of(first), text_of(second))
+    async def everybody():
+        asks = [await kitchen.chat(chat(max_new_tokens=100)) for _ in range(5)]
+        return await asyncio.gather(*map(text_of, asks))
 
-    (text, first), (_, second) = run(both())
-    assert text and first.error.code == "request_timeout"
-    assert second.error.code == "queue_timeout" and second.error.status == 503
+    *running, (_, waited) = run(everybody())
+    assert all(text and last.error.code == "request_timeout" for text, last in running)
+    assert waited.error.code == "queue_timeout" and waited.error.status == 503
     wait_until(lambda: idle(kitchen), "free slots")
     stop(kitchen)
 

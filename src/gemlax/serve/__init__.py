@@ -1,1 +1,3 @@
 """Serving over HTTP: OpenAI's and Anthropic's APIs before one engine (the `serve` extra)."""
+
+__all__: list[str] = []

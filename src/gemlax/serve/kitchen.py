@@ -256,7 +256,8 @@ class ModelKitchen:
         most = self.options.context * self._longest_piece
         if characters > most:
             text = f"the prompt has {characters} characters; {most} is the most that may fit"
-            raise ServeError(400, text, code="context_length_exceeded")
+            more = {"n_ctx": self.options.context}
+            raise ServeError(400, text, code="context_length_exceeded", extra=more)
 
     def _prepare(
         self,
