@@ -308,7 +308,9 @@ class ModelKitchen:
                 logprobs = [show_logprob(self.tokenizer, one) for one in scores]
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
             update = Update(0, [Delta("content", text)], ids, logprobs, Usage(len(ids)))
-            updates += [update._replace(index=len(updates) + i) for i in range(request.n)]
+            updates += [
+                dataclasses.replace(update, index=len(updates) + i) for i in range(request.n)
+            ]
         return updates
 
     # Back on the event loop.

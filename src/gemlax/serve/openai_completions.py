@@ -1,5 +1,6 @@
 """OpenAI's text completions: POST /v1/completions, with what lm-eval needs of it."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -197,7 +198,8 @@ async def _whole(answers: Answers, writer: _Writer) -> JsonObject:
 
 
 def _joined(updates: list[Update]) -> Update:
-    return updates[-1]._replace(
+    return dataclasses.replace(
+        updates[-1],
         deltas=[delta for update in updates for delta in update.deltas],
         logprobs=[logprob for update in updates for logprob in update.logprobs],
     )

@@ -4,6 +4,7 @@ A slow reader finds the updates of each answer joined, so that its outbox holds 
 of steps.
 """
 
+import dataclasses
 import threading
 from collections.abc import Iterable
 
@@ -48,7 +49,8 @@ def joined(updates: Iterable[Update]) -> list[Update]:
 
 def _join(updates: list[Update]) -> Update:
     last = updates[-1]
-    return last._replace(
+    return dataclasses.replace(
+        last,
         deltas=_join_deltas(delta for update in updates for delta in update.deltas),
         tokens=[token for update in updates for token in update.tokens],
         logprobs=[one for update in updates for one in update.logprobs],

@@ -158,7 +158,8 @@ class Usage(NamedTuple):
     decode_s: float = 0.0
 
 
-class Update(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Update:
     """What a step did for one answer. The last one has a `finish_reason`.
 
     Attributes:
@@ -171,7 +172,7 @@ class Update(NamedTuple):
     deltas: Sequence[Delta] = ()
     tokens: Sequence[int] = ()
     logprobs: Sequence[TokenLogprob] = ()
-    usage: Usage = Usage()
+    usage: Usage = dataclasses.field(default=Usage())
     finish_reason: FinishReason | None = None
     stop: str | int | None = None
     error: ServeError | None = None
