@@ -2,13 +2,16 @@
 
 import asyncio
 import functools
+import itertools
 import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve.running import idle, make_kitchen, stop, wait_until
+from serve.running import OPTIONS, idle, make_kitchen, stop, wait_until
 
+from gemlax.engine import MAX_STEPS, Engine
+from gemlax.generation import Reply, SamplingSettings
 from gemlax.serve.work import ChatRequest, CompletionRequest, ServeError
 
 USER = {"role": "user", "content": "hello there"}
@@ -34,11 +37,16 @@ def run(work):
 
 @pytest.fixture(scope="module")
 def alone(model):
+    """What the model says to a text in an engine of its own."""
+    engine = Engine(model.programs, 1, OPTIONS["context"])
+
     @functools.cache
     def say(text, seed, new):
-        message = model.chat([{"role": "user", "content": text}], seed=seed, max_new_tokens=new,
-                             temperature=1.0)  # fmt: skip
-        return message.content
+        ids = model.chat_format.encode([{"role": "user", "content": text}])
+        how = SamplingSettings(seed=seed, max_new_tokens=new, temperature=1.0, context=128)
+        (request,) = model.chat_requests([ids], how).requests
+        reply = Reply(engine, request, model.chat_format.parser(ids))
+        return reply.finish(itertools.repeat(MAX_STEPS)).content
 
     return say
 
