@@ -91,7 +91,7 @@ class Prefixes(RuleBasedStateMachine):
 
     @rule(adapter=st.integers(0, 1))
     def unload(self, adapter):
-        self.cache.forget(adapter)
+        self.cache.forget("w", adapter)
         self.saved = {one for one in self.saved if one[0].adapter != adapter}
 
     @invariant()
@@ -118,7 +118,7 @@ def test_a_budget_is_kept_and_what_is_left_is_right(saves, budget):
         cache.use(match)
     for root in ROOTS:
         for adapter in (0, 1):
-            cache.forget(adapter)
+            cache.forget("w", adapter)
         assert cache.match(root, saves[0][1] if saves else (1,), REACH).length == 0
     assert cache.num_bytes == len(cache) == 0
 

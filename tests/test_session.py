@@ -45,7 +45,7 @@ def scripted(model, text):
     """A model that says `text` whatever it is asked: only its next token has a logit."""
     ids = model.tokenizer.encode(text, add_bos=False, parse_special=True)
     other = copy.copy(model)
-    other._engine = lambda slots, *requests: ScriptedEngine(ids)
+    other._engine = lambda slots, *requests, chat: ScriptedEngine(ids)
     return other
 
 

@@ -7,12 +7,23 @@ a snapshot of the window was taken: a node may have one at its end.
 """
 
 import dataclasses
+import functools
+import os
+import threading
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-__all__ = ["WORTH_REUSING", "Match", "Payload", "PrefixCache", "Root", "Window"]
+__all__ = [
+    "WORTH_REUSING",
+    "Match",
+    "Payload",
+    "PrefixCache",
+    "Root",
+    "Window",
+    "free_memory",
+]
 
 # Fewer tokens are prefilled as fast as they are restored (docs/log.md).
 WORTH_REUSING = 16
@@ -87,6 +98,17 @@ class Match(NamedTuple):
     node: Any = None
 
 
+def _locked(method: Any) -> Any:
+    """Let one thread at a time run a method."""
+
+    @functools.wraps(method)
+    def run(self: "PrefixCache", *args: Any) -> Any:
+        with self._lock:
+            return method(self, *args)
+
+    return run
+
+
 class PrefixCache:
     """Keeps what prompts left behind, as much as fits a budget of bytes.
 
@@ -101,7 +123,9 @@ class PrefixCache:
         self._roots: dict[Root, _Node] = {}
         self._windows: dict[_Node, None] = {}  # the one that was used last comes last
         self._age = 0.0
+        self._lock = threading.RLock()  # engines of several threads may share it
 
+    @_locked
     def match(self, root: Root, tokens: Sequence[int], reach: int) -> Match:
         """Return the longest beginning of a prompt that can be gone on from.
 
@@ -120,17 +144,20 @@ class PrefixCache:
                 return Match(length, spans, node.window, known, node)
         return Match(known=known)
 
+    @_locked
     def use(self, match: Match) -> None:
         """Note that a match was used: it is kept for longer."""
         if match.node in self._windows:
             self._refresh(match.node)
 
+    @_locked
     def covered(self, root: Root, tokens: Sequence[int]) -> tuple[int, int]:
         """Return how many tokens have spans, and up to which of those the last window reaches."""
         path, known = self._walk(root, np.asarray(tokens, np.int32))
         ends = [node.end for node in path if node.window is not None and node.end <= known]
         return known, max(ends, default=0)
 
+    @_locked
     def insert(
         self, root: Root, tokens: Sequence[int], start: int, span: Any, window: Window
     ) -> None:
@@ -167,17 +194,23 @@ class PrefixCache:
             self._age = victim.priority
             self._drop(victim)
 
-    def forget(self, adapter: Hashable) -> None:
+    @_locked
+    def forget(self, weights: Hashable, adapter: Hashable) -> None:
         """Forget what was made with an adapter: it is another one now, or gone."""
-        for root in [root for root in self._roots if root.adapter == adapter]:
+        for root in [root for root in self._roots if root[:2] == (weights, adapter)]:
             for node in [node for node in self._windows if _root_of(node) is self._roots[root]]:
                 self._drop(node)
 
+    @_locked
     def clear(self) -> None:
         """Forget everything."""
         self._roots.clear()
         self._windows.clear()
         self.num_bytes = 0
+
+    def __bool__(self) -> bool:
+        """Whether there may be anything in it."""
+        return self.budget > 0
 
     def __len__(self) -> int:
         """Return how many snapshots there are."""
@@ -241,6 +274,20 @@ class PrefixCache:
             node = node.parent
         if node.parent is None and not node.children:
             self._roots = {root: one for root, one in self._roots.items() if one is not node}
+
+
+def free_memory() -> int:
+    """Return how many bytes of memory no process needs; where nobody says, a tenth of all."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            sizes = dict(line.split(":", 1) for line in file)
+        return int(sizes["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 10
+    except (AttributeError, OSError, ValueError):
+        return 2**30
 
 
 def _root_of(node: _Node) -> _Node:

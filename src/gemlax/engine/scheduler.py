@@ -20,7 +20,8 @@ class Row:
     """A request in a slot.
 
     `tokens` are prompt and answer; the caches hold the first `num_filled` of them. `highest` is
-    one more than the highest position written.
+    one more than the highest position written. `is_waiting`: it is not prefilled for now, because
+    another row prefills the same beginning. `snapshots`: see `Reuse`.
     """
 
     request_id: int
@@ -34,6 +35,8 @@ class Row:
     num_steps: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    is_waiting: bool = False
+    snapshots: list[int] | None = None
 
     @property
     def usage(self) -> Usage:
@@ -93,7 +96,7 @@ class Scheduler:
         admitted = []
         while self._waiting:
             request_id, request = self._waiting[0]
-            reservation = self._allocator.reserve(request.prompt, request.adapter)
+            reservation = self._allocator.reserve(request.prompt, request.origin)
             if reservation is None:
                 break
             self._waiting.popleft()
@@ -113,7 +116,7 @@ class Scheduler:
         Prompts first: a chunk of every row that has some left. Interleaved with decoding: of the
         row that has least left.
         """
-        filling = [row for row in self._rows.values() if row.num_to_fill > 0]
+        filling = [row for row in self.filling() if not row.is_waiting]
         if not filling:
             return []
         size = self._chunk
@@ -124,6 +127,10 @@ class Scheduler:
             Chunk(row, row.num_filled, row.num_filled + min(row.num_to_fill, size))
             for row in filling
         ]
+
+    def filling(self) -> list[Row]:
+        """Return the rows whose prompt is not all in the caches, in the order of admission."""
+        return [row for row in self._rows.values() if row.num_to_fill > 0]
 
     def filled(self, chunk: Chunk) -> None:
         """Note that a chunk is in the caches."""
@@ -150,7 +157,7 @@ class Scheduler:
         self._allocator.free(
             row.slot,
             row.tokens[: row.num_filled],
-            row.request.adapter,
+            row.request.origin,
             num_cached=row.num_cached,
             highest=row.highest,
         )
