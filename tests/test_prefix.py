@@ -36,7 +36,7 @@ def save(cache, root, tokens, reach=REACH):
     """Add a snapshot as an engine does."""
     known, _ = cache.covered(root, tokens)
     first = max(0, len(tokens) - reach + 1)
-    span = Span(labels(root, tokens, known)) if known < len(tokens) else None
+    span = Span(labels(root, tokens, known))
     cache.insert(root, tokens, known, span, Window(first, Span(labels(root, tokens, first))))
 
 

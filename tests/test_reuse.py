@@ -105,10 +105,14 @@ def test_reuse_changes_no_token_of_any_request(programs, alone, arrivals, interl
         patch.setattr(reuse, "WORTH_SAVING", 6)
         patch.setattr(reuse, "WORTH_REUSING", 3)
         patch.setattr(reuse, "EVERY", 20)
-        check(programs, alone, arrivals, interleaved, budget)
+        said = answers_of(programs, arrivals, interleaved, budget)
+    for one, tokens, cancelled in said:
+        expected = alone(one)
+        assert tokens == (expected[: len(tokens)] if cancelled else expected)
 
 
-def check(programs, alone, arrivals, interleaved, budget):
+def answers_of(programs, arrivals, interleaved, budget):
+    """Run arrivals to their ends; return each with its tokens and whether it was cancelled."""
     cache = PrefixCache(budget)
     engine = Engine(programs, 2, 128, interleaved=interleaved, prefix_cache=cache)
     requests = []
@@ -127,10 +131,7 @@ def check(programs, alone, arrivals, interleaved, budget):
         step += 1
         assert step < 200 and cache.num_bytes <= budget
     assert engine.num_free_slots == 2
-    for i, one in enumerate(requests):
-        tokens = said.get(numbers[i], [])
-        expected = alone(one)
-        assert tokens == (expected[: len(tokens)] if i in cancelled else expected)
+    return [(one, said.get(numbers[i], []), i in cancelled) for i, one in enumerate(requests)]
 
 
 def test_a_system_text_that_requests_share_is_prefilled_once(programs, alone):

@@ -10,20 +10,23 @@ import dataclasses
 import functools
 import os
 import threading
-from collections.abc import Hashable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
 __all__ = [
     "WORTH_REUSING",
+    "HostCopy",
     "Match",
-    "Payload",
     "PrefixCache",
     "Root",
     "Window",
     "free_memory",
 ]
+
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
 
 # Fewer tokens are prefilled as fast as they are restored (docs/log.md).
 WORTH_REUSING = 16
@@ -37,24 +40,28 @@ class Root(NamedTuple):
     salt: str = ""
 
 
-class Payload(Protocol):
-    """Keys and values of some tokens: opaque here."""
+@dataclasses.dataclass(frozen=True)
+class HostCopy:
+    """Keys and values of some tokens, in caches of some kinds: arrays [n, T, ...] of the host."""
+
+    leaves: tuple[np.ndarray, ...]
 
     @property
     def num_bytes(self) -> int:
         """How much memory it takes."""
-        ...
+        return sum(leaf.nbytes for leaf in self.leaves)
 
-    def split(self, count: int, /) -> tuple[Any, Any]:
-        """Return the first `count` tokens, and the rest."""
-        ...
+    def split(self, count: int) -> "tuple[HostCopy, HostCopy]":
+        """Return the first `count` tokens, and the rest; neither keeps the other's memory."""
+        first = tuple(leaf[:, :count].copy() for leaf in self.leaves)
+        return HostCopy(first), HostCopy(tuple(leaf[:, count:].copy() for leaf in self.leaves))
 
 
 class Window(NamedTuple):
     """What sliding layers hold at a position: the tokens from `start` up to it."""
 
     start: int
-    payload: Any
+    payload: HostCopy
 
 
 @dataclasses.dataclass(eq=False)
@@ -63,7 +70,7 @@ class _Node:
 
     tokens: np.ndarray
     end: int
-    span: Any = None
+    span: HostCopy = HostCopy(())
     parent: "_Node | None" = None
     children: dict[int, "_Node"] = dataclasses.field(default_factory=dict)
     window: Window | None = None
@@ -92,19 +99,21 @@ class Match(NamedTuple):
     """
 
     length: int = 0
-    spans: Sequence[Any] = ()
+    spans: Sequence[HostCopy] = ()
     window: Window | None = None
     known: int = 0
-    node: Any = None
+    node: _Node | None = None
 
 
-def _locked(method: Any) -> Any:
+def _locked(
+    method: Callable[Concatenate["PrefixCache", Args], Result],
+) -> Callable[Concatenate["PrefixCache", Args], Result]:
     """Let one thread at a time run a method."""
 
     @functools.wraps(method)
-    def run(self: "PrefixCache", *args: Any) -> Any:
+    def run(self: "PrefixCache", *args: Args.args, **options: Args.kwargs) -> Result:
         with self._lock:
-            return method(self, *args)
+            return method(self, *args, **options)
 
     return run
 
@@ -147,7 +156,7 @@ class PrefixCache:
     @_locked
     def use(self, match: Match) -> None:
         """Note that a match was used: it is kept for longer."""
-        if match.node in self._windows:
+        if match.node is not None and match.node in self._windows:
             self._refresh(match.node)
 
     @_locked
@@ -159,7 +168,7 @@ class PrefixCache:
 
     @_locked
     def insert(
-        self, root: Root, tokens: Sequence[int], start: int, span: Any, window: Window
+        self, root: Root, tokens: Sequence[int], start: int, span: HostCopy, window: Window
     ) -> None:
         """Add a snapshot.
 
@@ -167,11 +176,11 @@ class PrefixCache:
             root: what must agree besides.
             tokens: all, from position 0 on.
             start: how many have spans already (`covered`).
-            span: of the rest; None where there is no rest.
+            span: of the rest; empty where there is no rest.
             window: at their end.
         """
         array = np.asarray(tokens, np.int32)
-        added = window.payload.num_bytes + (span.num_bytes if span is not None else 0)
+        added = window.payload.num_bytes + span.num_bytes
         path, known = self._walk(root, array)
         if known != start or not len(array) or added > self.budget:
             return

@@ -7,48 +7,34 @@ to copy. Copies are in the form of the caches, so they come back bit for bit.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
+from jax import Array
+from jax.stages import Compiled
 
 from gemlax import ops
 from gemlax.cache import Caches
 from gemlax.config import Kind
 from gemlax.engine.compiled import Programs
-from gemlax.engine.prefix import Match, Window
+from gemlax.engine.prefix import HostCopy, Match, Window
 from gemlax.engine.state import State
 from gemlax.errors import UnsupportedError
 
-__all__ = ["PIECE", "HostCopy", "Snapshots", "read", "write"]
+__all__ = ["PIECE", "Snapshots", "read", "write"]
 
 PIECE = 512  # tokens
 
 
-@dataclasses.dataclass(frozen=True)
-class HostCopy:
-    """Keys and values of some tokens in caches of some kinds: arrays [n, T, ...] of the host."""
-
-    leaves: tuple[np.ndarray, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """How much memory it takes."""
-        return sum(leaf.nbytes for leaf in self.leaves)
-
-    def split(self, count: int) -> "tuple[HostCopy, HostCopy]":
-        """Return the first `count` tokens, and the rest; neither keeps the other's memory."""
-        first = tuple(leaf[:, :count].copy() for leaf in self.leaves)
-        return HostCopy(first), HostCopy(tuple(leaf[:, count:].copy() for leaf in self.leaves))
-
-
-def read(kinds: Sequence[Kind], width: int, caches: Caches, slot: Any, start: Any) -> list[Any]:
+def read(
+    kinds: Sequence[Kind], width: int, caches: Caches, slot: Array, start: Array
+) -> list[Array]:
     """Return `width` places of a slot from `start` on: [n, width, ...] for each buffer."""
 
-    def one(leaf: Any) -> Any:
+    def one(leaf: Array) -> Array:
         rest = leaf.shape[3:]
-        begin = (0, slot, start, *(0,) * len(rest))
+        begin: list[Array | int] = [0, slot, start, *[0] * len(rest)]
         size = (leaf.shape[0], 1, width, *rest)
         return jax.lax.dynamic_slice(leaf, begin, size).reshape(size[0], width, *rest)
 
@@ -58,16 +44,16 @@ def read(kinds: Sequence[Kind], width: int, caches: Caches, slot: Any, start: An
 def write(
     kinds: Sequence[Kind],
     caches: Caches,
-    slot: Any,
-    start: Any,
-    pieces: Sequence[Any],
-    positions: dict[Kind, Any],
+    slot: Array,
+    start: Array,
+    pieces: Sequence[Array],
+    positions: dict[Kind, Array],
 ) -> Caches:
     """Write what `read` returned to places from `start` on; set the slot's `positions` [S]."""
     left = iter(pieces)
 
-    def one(leaf: Any) -> Any:
-        begin = (0, slot, start, *(0,) * (leaf.ndim - 3))
+    def one(leaf: Array) -> Array:
+        begin: list[Array | int] = [0, slot, start, *[0] * (leaf.ndim - 3)]
         return jax.lax.dynamic_update_slice(leaf, next(left)[:, None], begin)
 
     written = dict(caches)
@@ -80,7 +66,7 @@ def write(
     return written
 
 
-def _leaves(caches: Caches, kinds: Sequence[Kind]) -> list[Any]:
+def _leaves(caches: Caches, kinds: Sequence[Kind]) -> list[Array]:
     return [leaf for kind in kinds for leaf in jax.tree.leaves((caches[kind].k, caches[kind].v))]
 
 
@@ -104,9 +90,7 @@ class Snapshots:
         self._sliding = [kind for kind, window in windows.items() if window is not None]
         self.reach = max((window for window in windows.values() if window is not None), default=1)
 
-    def save(
-        self, state: State, slot: int, start: int, stop: int
-    ) -> tuple[HostCopy | None, Window]:
+    def save(self, state: State, slot: int, start: int, stop: int) -> tuple[HostCopy, Window]:
         """Return what full layers hold of positions from `start` to `stop`, and the window there.
 
         The ring must still hold the window: nothing far after `stop` was written.
@@ -116,7 +100,7 @@ class Snapshots:
         taken = [np.take(row, np.arange(first, stop) % row.shape[1], axis=1) for row in rows]
         window = Window(first, HostCopy(tuple(taken)))
         if start == stop:
-            return None, window
+            return HostCopy(()), window
         size = min(PIECE, state.tokens.shape[1])
         parts = []
         for begin in range(start // size * size, stop, size):
@@ -162,25 +146,37 @@ class Snapshots:
         if kinds == self._full:
             width = min(PIECE, width)
         args = (state.caches, np.int32(slot), np.int32(start))
-        function = functools.partial(read, kinds, width)
-        return [np.asarray(leaf) for leaf in self._run("save", kinds, function, args)]
+        run = self._program("save", kinds, functools.partial(read, kinds, width), args, ())
+        return [np.asarray(leaf) for leaf in run(*args)]
 
     def _write(
-        self, caches: Caches, kinds: Sequence[Kind], slot: int, start: int, *rest: Any
-    ) -> Any:
-        args = (caches, np.int32(slot), np.int32(start), *rest)
-        return self._run("restore", kinds, functools.partial(write, kinds), args, donate=True)
+        self,
+        caches: Caches,
+        kinds: Sequence[Kind],
+        slot: int,
+        start: int,
+        pieces: Sequence[np.ndarray],
+        positions: dict[Kind, np.ndarray],
+    ) -> Caches:
+        args = (caches, np.int32(slot), np.int32(start), pieces, positions)
+        run = self._program("restore", kinds, functools.partial(write, kinds), args, 0)
+        return run(*args)
 
-    def _run(
-        self, name: str, kinds: Sequence[Kind], function: Any, args: Any, donate: bool = False
-    ) -> Any:
-        shapes = tuple(cache.positions.shape for cache in args[0].values())
-        key = (name, *kinds, *shapes)
+    def _program(
+        self,
+        name: str,
+        kinds: Sequence[Kind],
+        function: Callable[..., object],
+        args: tuple[object, ...],
+        donated: int | tuple[int, ...],
+    ) -> Compiled:
+        caches: Caches = args[0]  # type: ignore[assignment]  # the first of any of them
+        key = (name, *kinds, *(cache.positions.shape for cache in caches.values()))
         if key not in self._programs.compiled:
-            jitted = self._programs.layout.jit(function, donate_argnums=0 if donate else ())
+            jitted = self._programs.layout.jit(function, donate_argnums=donated)
             self._programs.compiled[key] = jitted.lower(*args).compile()
             self._programs.counters.programs += 1
-        return self._programs.compiled[key](*args)
+        return self._programs.compiled[key]
 
 
 def _overlaps(
