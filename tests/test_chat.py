@@ -238,6 +238,26 @@ def test_there_is_one_bos_whatever_the_template_writes(start):
     assert ids.count(tokenizer.bos_id) == 1
 
 
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_prompts_that_share_a_beginning_agree_up_to_its_boundary(family):
+    chat = ChatFormat(chat_tokenizer(family))
+    system = [{"role": "system", "content": "be kind"}]
+    tools = [{"name": "f", "description": "d"}] if family == "gemma4" else None
+    first = [*system, {"role": "user", "content": "hello"}]
+    one = chat.encode(first, tools)
+    two = chat.encode([*system, {"role": "user", "content": "no"}], tools)
+    three = [*first, {"role": "assistant", "content": "well"}, {"role": "user", "content": "so"}]
+    *begins, last, whole = chat.boundaries(one)
+    assert whole == len(one) - 1
+    # The next turn begins with all of the last user turn.
+    assert chat.encode(three, tools)[:last] == one[:last]
+    assert tuple(one[last:][: len(chat.turn_ids().opening)]) == chat.turn_ids().opening
+    # Another conversation begins with the system text and the tools; in Gemma 3 no id ends them.
+    same = next(i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
+    assert len(begins) == (family == "gemma4") and all(0 < same - place < 12 for place in begins)
+    assert len(chat.boundaries(chat.encode(first[1:]))) == 2
+
+
 def test_a_message_of_the_model_keeps_its_tokens():
     tokenizer = chat_tokenizer("gemma4")
     a, b, ab = (tokenizer.id_of(piece) for piece in ("a", "b", "ab"))

@@ -32,6 +32,12 @@ def model():
     return Model(CONFIG, decoder, chat_tokenizer("gemma3"))
 
 
+@pytest.fixture(autouse=True)
+def no_prefixes(model):
+    """Let no test go on from what another one has prefilled."""
+    model.prefix_cache.clear()
+
+
 @pytest.fixture
 def gemma4(model):
     """The same weights behind the vocabulary of a Gemma 4."""
@@ -45,7 +51,7 @@ def scripted(model, text):
     """A model that says `text` whatever it is asked: only its next token has a logit."""
     ids = model.tokenizer.encode(text, add_bos=False, parse_special=True)
     other = copy.copy(model)
-    other._engine = lambda slots, *requests: ScriptedEngine(ids)
+    other._engine = lambda slots, *requests, chat: ScriptedEngine(ids)
     return other
 
 
@@ -192,11 +198,14 @@ def test_the_second_turn_prefills_only_what_is_new(model):
     assert counters.prefill_tokens - before == second_size - 1 - (session_cached := size + 12 - 1)
     assert second_size > session_cached + 5
     fresh = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello there"}]
+    model.prefix_cache.clear()
     assert model.chat(fresh, max_new_tokens=12) == first
     before = counters.prefill_tokens
     fresh += [first, {"role": "user", "content": "and then"}]
     assert model.chat(fresh, max_new_tokens=12) == second
-    assert counters.prefill_tokens - before == second_size - 1
+    opening = len(model.chat_format.turn_ids().opening)
+    # A chat begins where the turn of the model began in the one before it.
+    assert counters.prefill_tokens - before == second_size - 1 - (size - opening)
     assert session.messages == [*fresh, second]
 
 
@@ -218,6 +227,25 @@ def test_an_edited_conversation_reuses_only_what_is_the_same(model):
     session.messages[0] = {"role": "user", "content": "hello again"}
     answer, _ = turn(session, "more")
     assert answer == model.chat(session.messages[:-1], max_new_tokens=12)
+
+
+def test_a_turn_edited_where_the_ring_has_moved_on_is_gone_on_from(model):
+    """No. 12: layers with a window force the whole prompt anew. The ring has 768 places."""
+    words = "hello there again "
+    words *= 430 // len(model.tokenizer.encode(words))
+    said = [f"{i} {words}" for i in range(4)]
+    session = model.session(max_new_tokens=4)
+    sizes = [turn(session, text)[1] for text in said]
+    assert sizes[1] + 768 < sizes[3]
+    del session.messages[4:]
+    counters = model.programs.counters
+    before = counters.prefill_tokens
+    answer, size = turn(session, "now something else")
+    opening = len(model.chat_format.turn_ids().opening)
+    # The last place before the edit that a snapshot was taken at: the end of the second turn.
+    assert counters.prefill_tokens - before == size - 1 - (sizes[1] - opening)
+    model.prefix_cache.clear()
+    assert answer == model.chat(session.messages[:-1], max_new_tokens=4)
 
 
 def test_an_answer_can_be_stopped_and_the_conversation_goes_on(model):

@@ -24,7 +24,15 @@ from gemlax.checkpoints import gguf
 from gemlax.checkpoints.mistakes import refuse_stand_ins
 from gemlax.config import GemmaConfig
 from gemlax.decoder import Decoder, Layers
-from gemlax.engine import MAX_STEPS, Engine, Programs, Request, bucket
+from gemlax.engine import (
+    MAX_STEPS,
+    Engine,
+    PrefixCache,
+    Programs,
+    Request,
+    bucket,
+    free_memory,
+)
 from gemlax.errors import RequestError, UnsupportedError, check_int
 from gemlax.generation import (
     Completion,
@@ -81,6 +89,9 @@ class Model:
         implementation: of stored weights and of attention, as for `load`.
         adapters: by name, those that `generate(adapter=...)` chooses from; `load` puts them there.
         programs: the compiled programs, which all its engines share.
+        prefix_cache: what chats and sessions begin with, so that the next one that begins so need
+            not be prefilled. It may take a tenth of the memory that was free (`budget`, in bytes; 0
+            turns it off). None on a mesh.
     """
 
     def __init__(
@@ -112,6 +123,7 @@ class Model:
             decoder, num_tokens=min(known, config.text.num_ids), dtype=self.dtype, mesh=mesh,
             storage=kv_cache, implementation=implementation, adapters=tuple(self.adapters),
         )  # fmt: skip
+        self.prefix_cache = PrefixCache(free_memory() // 10) if mesh is None else None
         graphdef, self._state = nnx.split(decoder)
 
         def jit(function: Callable[..., Any], shardings: Any = None) -> Callable[..., Any]:
@@ -275,10 +287,11 @@ class Model:
 
     generate.__doc__ = inspect.cleandoc(generate.__doc__ or "") + "\n" + describe()
 
-    def _engine(self, slots: int, *requests: Request) -> Engine:
+    def _engine(self, slots: int, *requests: Request, chat: bool = False) -> Engine:
         """Return an engine with room for requests; it grows when longer ones come."""
         capacity = max((request.max_length for request in requests), default=1)
-        return Engine(self.programs, slots, capacity)
+        prefixes = self.prefix_cache if chat and self.prefix_cache else None
+        return Engine(self.programs, slots, capacity, prefix_cache=prefixes)
 
     def _answer(self, batch: RequestBatch, request: Request) -> Answer:
         stream = TextStream(self.tokenizer, batch.stop) if self.tokenizer else None
@@ -354,7 +367,7 @@ class Model:
         def ask(messages: list[Any], engine: Engine) -> Reply:
             return self._reply(messages, how, chosen, engine)
 
-        return Session(ask, lambda: self._engine(1), context, system)
+        return Session(ask, lambda: self._engine(1, chat=True), context, system)
 
     def _reply(
         self,
@@ -372,7 +385,7 @@ class Model:
         batch = self.chat_requests([ids], settings)
         (request,) = batch.requests
         parser = self.chat_format.parser(ids, batch.stop)
-        return Reply(engine or self._engine(1, request), request, parser)
+        return Reply(engine or self._engine(1, request, chat=True), request, parser)
 
     @functools.cached_property
     def chat_format(self) -> ChatFormat:
@@ -387,7 +400,12 @@ class Model:
     def chat_requests(self, prompts: list[list[int]], settings: SamplingSettings) -> RequestBatch:
         """Likewise for chats, whose answers also end at what ends a turn."""
         stops = (*self.chat_format.stop_ids, *as_ids(settings.stop_ids, "stop_ids"))
-        return self.requests(prompts, dataclasses.replace(settings, stop_ids=stops))
+        batch = self.requests(prompts, dataclasses.replace(settings, stop_ids=stops))
+        batch.requests = [
+            dataclasses.replace(one, snapshot_at=self.chat_format.boundaries(one.prompt))
+            for one in batch.requests
+        ]
+        return batch
 
     def requests(self, prompts: list[list[int]], settings: SamplingSettings) -> RequestBatch:
         """Return an engine's request for each prompt of ids, checked."""

@@ -165,6 +165,21 @@ class ChatFormat:
         in_thought = last is not None and last == opened
         return OutputParser(self._tokenizer, stop, in_thought=in_thought, include_stop=include_stop)
 
+    def boundaries(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        """Return how many ids of a prompt other prompts are likely to begin with, in rising order.
+
+        Up to the end of a system turn with its tools, to the end of the last user turn, and all but
+        the last one. Where a system text is part of the first user turn (Gemma 3), no id says so.
+        """
+        marker = self._marker(TURN[self.family]) if self.family else None
+        turns = [place for place, id in enumerate(prompt) if id == marker]
+        places = {*turns[-1:], len(prompt) - 1}
+        if len(turns) > 1:
+            system = self._tokenizer.encode("system\n", add_bos=False)
+            if list(prompt[turns[0] + 1 :][: len(system)]) == system:
+                places.add(turns[1])
+        return tuple(sorted(places))
+
     def turn_ids(self) -> TurnIds:
         """Return the ids that delimit what the model says."""
         if self.family is None:

@@ -8,6 +8,7 @@
 from gemlax.engine.compiled import Counters, Programs, bucket
 from gemlax.engine.drafts import MAX_DRAFTS
 from gemlax.engine.engine import Engine
+from gemlax.engine.prefix import PrefixCache, free_memory
 from gemlax.engine.programs import MAX_STEPS
 from gemlax.engine.request import STOP_PLACES, Event, FinishReason, Request, Usage
 
@@ -19,8 +20,10 @@ __all__ = [
     "Engine",
     "Event",
     "FinishReason",
+    "PrefixCache",
     "Programs",
     "Request",
     "Usage",
     "bucket",
+    "free_memory",
 ]

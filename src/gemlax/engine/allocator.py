@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Reservation", "Ring", "SlotAllocator"]
+__all__ = ["Contents", "Reservation", "Ring", "SlotAllocator"]
 
 
 class Ring(NamedTuple):
@@ -25,12 +25,16 @@ class Reservation(NamedTuple):
     num_cached_tokens: int
 
 
+# What keys and values depend on besides the tokens: the adapter and the salt of a request.
+Origin = tuple[int, str]
+
+
 @dataclasses.dataclass
-class _Slot:
+class Contents:
     """What a slot's caches hold: `tokens`, of which rings have lost those before `oldest`."""
 
     tokens: tuple[int, ...] = ()
-    adapter: int = 0
+    origin: Origin = (0, "")
     oldest: tuple[int, ...] = ()
 
 
@@ -51,34 +55,43 @@ class SlotAllocator:
         """How many slots are free."""
         return len(self._free)
 
-    def match_prefix(self, prompt: Sequence[int], adapter: int) -> Reservation | None:
+    def match_prefix(self, prompt: Sequence[int], origin: Origin) -> Reservation | None:
         """Return the free slot that holds most of a prompt, except its last token.
 
         Of slots that hold equally much, the one left first. None: no slot is free.
         """
         best: Reservation | None = None
         for slot in self._free:
-            num_cached = self._num_usable(self._slots[slot], prompt, adapter)
+            num_cached = self._num_usable(self._slots[slot], prompt, origin)
             if best is None or num_cached > best.num_cached_tokens:
                 best = Reservation(slot, num_cached)
         return best
 
-    def reserve(self, prompt: Sequence[int], adapter: int) -> Reservation | None:
+    def reserve(self, prompt: Sequence[int], origin: Origin) -> Reservation | None:
         """Take the slot that `match_prefix` returns; None: no slot is free."""
-        reservation = self.match_prefix(prompt, adapter)
+        reservation = self.match_prefix(prompt, origin)
         if reservation is not None:
             self._free.remove(reservation.slot)
         return reservation
 
+    def contents(self, slot: int) -> Contents:
+        """Return what the caches of a slot held when it was last free, or what was restored."""
+        return self._slots[slot]
+
+    def restored(self, slot: int, tokens: Sequence[int], origin: Origin) -> None:
+        """Note that a reserved slot was given these tokens, and their last window, from outside."""
+        oldest = tuple(max(0, len(tokens) - ring.window + 1) for ring in self.rings)
+        self._slots[slot] = Contents(tuple(tokens), origin, oldest)
+
     def free(
-        self, slot: int, tokens: Sequence[int], adapter: int, *, num_cached: int, highest: int
+        self, slot: int, tokens: Sequence[int], origin: Origin, *, num_cached: int, highest: int
     ) -> None:
         """Take a slot back.
 
         Args:
             slot: a reserved one.
             tokens: those whose keys and values its caches hold.
-            adapter: that they were made with.
+            origin: that they were made with.
             num_cached: how many of them the slot held when it was reserved.
             highest: one more than the highest position that was written, rejected drafts included.
         """
@@ -88,20 +101,29 @@ class SlotAllocator:
         oldest = tuple(
             max(first, highest - ring.size) for first, ring in zip(before, self.rings, strict=True)
         )
-        self._slots[slot] = _Slot(tuple(tokens), adapter, oldest)
+        self._slots[slot] = Contents(tuple(tokens), origin, oldest)
         self._free.append(slot)
 
-    def forget(self) -> None:
-        """Forget what all free slots hold: their caches were lost."""
-        for slot in self._free:
-            self._slots[slot] = self._empty()
+    def forget(self, adapter: int) -> None:
+        """Forget what was made with an adapter: it is another one now, or gone."""
+        for slot, contents in enumerate(self._slots):
+            if contents.origin[0] == adapter:
+                self._slots[slot] = self._empty()
 
-    def _empty(self) -> _Slot:
-        return _Slot(oldest=(0,) * len(self.rings))
+    def holds_window(self, contents: Contents) -> bool:
+        """Whether the rings still hold all that a query after the last token sees."""
+        length = len(contents.tokens)
+        return all(
+            max(length - ring.window + 1, 0) >= oldest
+            for ring, oldest in zip(self.rings, contents.oldest, strict=True)
+        )
 
-    def _num_usable(self, held: _Slot, prompt: Sequence[int], adapter: int) -> int:
+    def _empty(self) -> Contents:
+        return Contents(oldest=(0,) * len(self.rings))
+
+    def _num_usable(self, held: Contents, prompt: Sequence[int], origin: Origin) -> int:
         """Return how many tokens of a prompt a slot's caches can go on from."""
-        if held.adapter != adapter:
+        if held.origin != origin:
             return 0
         shorter = min(len(held.tokens), len(prompt) - 1)
         same = next(

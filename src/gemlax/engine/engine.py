@@ -8,8 +8,10 @@ from gemlax.config import CHUNK
 from gemlax.engine import drafts as lookup
 from gemlax.engine.allocator import Ring, SlotAllocator
 from gemlax.engine.compiled import Programs, prefill_width
+from gemlax.engine.prefix import PrefixCache
 from gemlax.engine.programs import MAX_STEPS, Output
 from gemlax.engine.request import STOP_PLACES, Event, FinishReason, Request, Usage
+from gemlax.engine.reuse import Reuse
 from gemlax.engine.scheduler import Chunk, Row, Scheduler
 from gemlax.engine.state import State, joining
 from gemlax.errors import RequestError
@@ -31,7 +33,13 @@ class Engine:
     """
 
     def __init__(
-        self, programs: Programs, slots: int, capacity: int, *, interleaved: int | None = None
+        self,
+        programs: Programs,
+        slots: int,
+        capacity: int,
+        *,
+        interleaved: int | None = None,
+        prefix_cache: PrefixCache | None = None,
     ):
         """Allocate nothing yet.
 
@@ -40,7 +48,10 @@ class Engine:
             slots: how many requests run at once (rounded up to a bucket).
             capacity: how many tokens a slot has room for at first (rounded up to a bucket).
             interleaved: see `Scheduler`.
+            prefix_cache: what prompts begin with is kept there and not prefilled again; engines
+                and threads may share it. Not on a mesh.
         """
+        self._reuse = None if prefix_cache is None else Reuse(programs, prefix_cache)
         self._programs = programs
         self._num_slots = programs.num_slots(slots)
         self._capacity = round_capacity(capacity)
@@ -93,6 +104,15 @@ class Engine:
         self._scheduler.leave(row)
         return True
 
+    def forget_adapter(self, adapter: int) -> None:
+        """Use nothing again that was made with an entry of the tables of adapters.
+
+        To be called when another adapter takes its place, or none, and no request runs with it.
+        """
+        self._allocator.forget(adapter)
+        if self._reuse is not None:
+            self._reuse.forget(adapter)
+
     def step(self, steps: int = 1) -> list[Event]:
         """Admit who waits, prefill a chunk, decode up to `steps` tokens; return what came of it.
 
@@ -106,6 +126,7 @@ class Engine:
                 self._make_room(joined)
             for row in joined:
                 self._join(row)
+            self._restore()
             chunks = self._scheduler.chunks()
             for call in self._programs.divide([c.stop - c.start for c in chunks]):
                 self._prefill([chunks[index] for index in call])
@@ -147,8 +168,17 @@ class Engine:
 
     def _join(self, row: Row) -> None:
         assert self._state is not None
+        if self._reuse is not None:
+            self._reuse.save_slot(self._state, row, self._allocator)
         new = joining(row.request, row.slot, row.num_cached, self._state, self._programs.num_tokens)
         self._state = self._programs.join(self._state, new)
+
+    def _restore(self) -> None:
+        """Let rows whose prompt begins as another one did go on from there."""
+        rows = self._scheduler.filling()
+        if self._reuse is not None and rows:
+            assert self._state is not None
+            self._state = self._reuse.restore(self._state, rows, self._allocator)
 
     def _prefill(self, chunks: list[Chunk]) -> None:
         width = prefill_width(max(chunk.stop - chunk.start for chunk in chunks))
@@ -166,6 +196,8 @@ class Engine:
         for chunk in chunks:
             chunk.row.prefill_s += self._programs.counters.prefill_s - begin
             self._scheduler.filled(chunk)
+            if self._reuse is not None:
+                self._reuse.take(self._state, chunk.row)
 
     def _call_rows(
         self, name: str, rows: list[Row], rest: tuple[object, ...], slack: int = 2

@@ -22,6 +22,9 @@ class Request:
         adapter: its entry of the decoder's tables of adapters; 0 is none.
         num_drafts: the most tokens drafted in one step; 0 turns drafts off.
         logprobs: report log-probabilities.
+        salt: its beginning is shared only with requests of the same salt.
+        snapshot_at: how many tokens of the prompt others are likely to begin with: the end of the
+            system text and tools, of the last user turn. Only hints, for the prefix cache.
     """
 
     prompt: tuple[int, ...]
@@ -31,6 +34,13 @@ class Request:
     adapter: int = 0
     num_drafts: int = 0
     logprobs: bool = False
+    salt: str = ""
+    snapshot_at: tuple[int, ...] = ()
+
+    @property
+    def origin(self) -> tuple[int, str]:
+        """What must agree besides the tokens, so that another's keys and values can be used."""
+        return self.adapter, self.salt
 
 
 class Usage(NamedTuple):

@@ -21,7 +21,8 @@ class Row:
 
     `tokens` are prompt and answer; the caches hold the first `num_filled` of them. `highest` is
     one more than the highest position written. `num_passed` counts the steps in a row that
-    prefilled others instead.
+    prefilled others instead. `is_waiting`: it is not prefilled for now, because another row
+    prefills the same beginning. `snapshots`: see `Reuse`.
     """
 
     request_id: int
@@ -36,6 +37,8 @@ class Row:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     num_passed: int = 0
+    is_waiting: bool = False
+    snapshots: list[int] | None = None
 
     @property
     def usage(self) -> Usage:
@@ -103,7 +106,7 @@ class Scheduler:
         admitted = []
         while self._waiting:
             request_id, request = self._waiting[0]
-            reservation = self._allocator.reserve(request.prompt, request.adapter)
+            reservation = self._allocator.reserve(request.prompt, request.origin)
             if reservation is None:
                 break
             self._waiting.popleft()
@@ -124,7 +127,7 @@ class Scheduler:
         least left, or has been passed over long enough, and the whole rest of others that the same
         bound has room for. While nobody decodes the bound is a chunk.
         """
-        filling = [row for row in self._rows.values() if row.num_to_fill > 0]
+        filling = [row for row in self.filling() if not row.is_waiting]
         if not filling:
             return []
         size = self._chunk
@@ -147,6 +150,10 @@ class Scheduler:
         for row in filling:
             row.num_passed = 0 if row in chosen else row.num_passed + 1
         return chosen
+
+    def filling(self) -> list[Row]:
+        """Return the rows whose prompt is not all in the caches, in the order of admission."""
+        return [row for row in self._rows.values() if row.num_to_fill > 0]
 
     def filled(self, chunk: Chunk) -> None:
         """Note that a chunk is in the caches."""
@@ -173,7 +180,7 @@ class Scheduler:
         self._allocator.free(
             row.slot,
             row.tokens[: row.num_filled],
-            row.request.adapter,
+            row.request.origin,
             num_cached=row.num_cached,
             highest=row.highest,
         )
