@@ -86,12 +86,12 @@ class ChatFormat:
             empty = ", ".join(sorted(set(sources) - set(self.templates)))
             logger.warning("the chat template is empty (%s): it is not used", empty)
         self.family: Literal["gemma3", "gemma4"] | None = None
-        if self._marker(TURN["gemma4"]) is not None:
+        if self.marker(TURN["gemma4"]) is not None:
             self.family = "gemma4"
-        elif self._marker(TURN["gemma3"]) is not None:
+        elif self.marker(TURN["gemma3"]) is not None:
             self.family = "gemma3"
         self._built_in = None if self.templates or not self.family else BuiltIn(self.family)
-        stops = [self._marker(piece) for piece in (*STOPS.get(self.family or "", ()), *ENDS)]
+        stops = [self.marker(piece) for piece in (*STOPS.get(self.family or "", ()), *ENDS)]
         ends = [tokenizer.eos_id, *(id for id in stops if id is not None)]
         self.stop_ids = tuple(dict.fromkeys(ends))
 
@@ -156,11 +156,20 @@ class ChatFormat:
             raise RequestError("the chat template writes nothing for these messages")
         return ids
 
-    def parser(self, prompt: Sequence[int], stop: Sequence[str] = ()) -> OutputParser:
-        """Return the parser of an answer to a prompt of ids."""
-        opened, closed = self._marker(OPEN_CHANNEL), self._marker(CLOSE_CHANNEL)
+    def parser(
+        self, prompt: Sequence[int], stop: Sequence[str] = (), *, streams_arguments: bool = False
+    ) -> OutputParser:
+        """Return the parser of an answer to a prompt of ids; see `OutputParser`."""
+        return OutputParser(
+            self._tokenizer, stop, in_thought=self.in_thought(prompt),
+            streams_arguments=streams_arguments,
+        )  # fmt: skip
+
+    def in_thought(self, prompt: Sequence[int]) -> bool:
+        """Return whether a prompt of ids ends inside a thought channel."""
+        opened, closed = self.marker(OPEN_CHANNEL), self.marker(CLOSE_CHANNEL)
         last = next((id for id in reversed(prompt) if id in (opened, closed)), None)
-        return OutputParser(self._tokenizer, stop, in_thought=last is not None and last == opened)
+        return last is not None and last == opened
 
     def turn_ids(self) -> TurnIds:
         """Return the ids that delimit what the model says."""
@@ -169,7 +178,7 @@ class ChatFormat:
         opening = [self._tokenizer.id_of(TURN[self.family])]
         opening += self._tokenizer.encode("model\n", add_bos=False)
         close = self._tokenizer.id_of(STOPS[self.family][0])
-        tools = (self._marker("<|tool_response>"), self._marker("<tool_response|>"))
+        tools = (self.marker("<|tool_response>"), self.marker("<tool_response|>"))
         return TurnIds(tuple(opening), close, *tools)
 
     def _template(self, with_tools: bool) -> Template | BuiltIn:
@@ -200,7 +209,8 @@ class ChatFormat:
             name: mark_own(piece) for name, piece in {**tokenizer.named_pieces, **named}.items()
         }
 
-    def _marker(self, piece: str) -> int | None:
+    def marker(self, piece: str) -> int | None:
+        """Return the id of a control token, None if the vocabulary has none of this name."""
         id = self._tokenizer.id_of(piece)
         return id if id in self._tokenizer.special_ids else None
 
