@@ -20,6 +20,7 @@ from gemlax import checkpoints, ops
 from gemlax import tokenizer as tokenizers
 from gemlax.adapters import DEFAULT, Choice
 from gemlax.chat import ChatFormat, Message
+from gemlax.chat.messages import check_tools
 from gemlax.checkpoints import gguf
 from gemlax.checkpoints.mistakes import refuse_stand_ins
 from gemlax.config import GemmaConfig
@@ -43,6 +44,14 @@ from gemlax.generation import (
 from gemlax.generation.answers import Answer, drive
 from gemlax.generation.defaults import read_defaults, tell
 from gemlax.generation.settings import describe
+from gemlax.grammar import (
+    ChatGrammar,
+    Grammar,
+    Markers,
+    ToolChoice,
+    read_response_format,
+    read_tool_choice,
+)
 from gemlax.ops.storage import Storage
 from gemlax.options import check_options, choose_layout, read_dtype
 from gemlax.quantization import (
@@ -280,6 +289,9 @@ class Model:
         stream: bool = False,
         continue_final_message: bool | None = None,
         template_args: Mapping[str, Any] | None = None,
+        tool_choice: ToolChoice | None = None,
+        parallel_tool_calls: bool = True,
+        response_format: Mapping[str, Any] | Grammar | None = None,
         settings: SamplingSettings | None = None,
         **changes: Any,
     ) -> Message | Reply:
@@ -296,16 +308,24 @@ class Model:
                 assistant's, and holds only what is new; None: if that is the last message. False
                 begins a new answer.
             template_args: further variables of the checkpoint's chat template.
+            tool_choice: hold calls to their schemas (Gemma 4): "auto" (text, then calls), "required"
+                (calls alone), {"name": ...} (one call of it) or "none". A stream then gives calls
+                piece by piece ("call", "arguments"). None: nothing is held to.
+            parallel_tool_calls: whether an answer may call more than one, where held to.
+            response_format: what the content must match, as OpenAI writes it, or a grammar.
             settings, **changes: as for `generate`, except `logprobs`; `stop` is looked for in the
-                content alone.
+                content alone; a `grammar` is a response_format.
 
         Raises:
             RequestError: malformed messages, roles out of order, what the format cannot say, a
                 template that fails, a model that cannot chat.
         """
         how: dict[str, Any] = {"thinking": thinking, "template_args": template_args}
-        how |= {"tools": tools, "continue_final_message": continue_final_message}
-        reply = self._reply(messages, how, read_settings(settings, changes))
+        listed = tools if tools is None or isinstance(tools, (str, Mapping)) else list(tools)
+        how |= {"tools": listed, "continue_final_message": continue_final_message}
+        chosen = read_settings(settings, changes)
+        form = self._chat_form(listed, thinking, tool_choice, parallel_tool_calls, response_format)
+        reply = self._reply(messages, how, chosen, form)
         return reply if stream else reply.finish(itertools.repeat(MAX_STEPS))
 
     def session(
@@ -315,6 +335,9 @@ class Model:
         tools: Iterable[Any] | None = None,
         thinking: bool | None = None,
         template_args: Mapping[str, Any] | None = None,
+        tool_choice: ToolChoice | None = None,
+        parallel_tool_calls: bool = True,
+        response_format: Mapping[str, Any] | Grammar | None = None,
         settings: SamplingSettings | None = None,
         **changes: Any,
     ) -> Session:
@@ -325,8 +348,12 @@ class Model:
         chosen = read_settings(settings, changes)
         context = chosen.context or self.config.text.max_position_embeddings
 
+        form = self._chat_form(
+            declared, thinking, tool_choice, parallel_tool_calls, response_format
+        )
+
         def ask(messages: list[Any], engine: Engine) -> Reply:
-            return self._reply(messages, how, chosen, engine)
+            return self._reply(messages, how, chosen, form, engine)
 
         return Session(ask, lambda: self._engine(1), context, system)
 
@@ -335,6 +362,7 @@ class Model:
         messages: Iterable[Mapping[str, Any] | Message],
         how: Mapping[str, Any],
         settings: SamplingSettings,
+        form: ChatGrammar,
         engine: Engine | None = None,
     ) -> Reply:
         """`how`: keywords of `ChatFormat.encode`. `engine` None: one of its own."""
@@ -344,10 +372,35 @@ class Model:
             raise RequestError("no text of a chat is read as a control token: no parse_special")
         ids = self.chat_format.encode(messages, **how)
         stops = (*self.chat_format.stop_ids, *as_ids(settings.stop_ids, "stop_ids"))
-        batch = self._requests([ids], dataclasses.replace(settings, stop_ids=stops))
+        given = settings.grammar
+        form = form.joined(given[0] if isinstance(given, (list, tuple)) else given, ids)
+        grammar = form if form.constrains else None
+        settings = dataclasses.replace(settings, stop_ids=stops, grammar=grammar)
+        batch = self._requests([ids], settings)
         (request,) = batch.requests
-        parser = self.chat_format.parser(ids, batch.stop)
+        parser = self.chat_format.parser(
+            ids, batch.stop, streams_arguments=form.constrains and form.tool_choice != "none"
+        )
         return Reply(engine or self._engine(1, request), request, parser)
+
+    def _chat_form(
+        self,
+        tools: Iterable[Any] | None,
+        thinking: bool | None,
+        tool_choice: ToolChoice | None,
+        parallel: bool,
+        response_format: Mapping[str, Any] | Grammar | None,
+    ) -> ChatGrammar:
+        """Return what is asked of the answers of a chat; without a choice, calls are free."""
+        body = read_response_format(response_format)
+        declared = check_tools(tools) if tool_choice is not None or body is not None else []
+        chosen = read_tool_choice(tool_choice, declared)
+        has_calls = bool(declared) and chosen != "none"
+        assert self.chat_format is not None and self.tokenizer is not None
+        return ChatGrammar(
+            Markers.of(self.tokenizer), declared, chosen if tool_choice or has_calls else "none",
+            parallel, body, thinking=bool(thinking) or has_calls,
+        )  # fmt: skip
 
     @functools.cached_property
     def chat_format(self) -> ChatFormat:

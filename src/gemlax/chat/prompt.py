@@ -161,12 +161,11 @@ class ChatFormat:
     ) -> OutputParser:
         """Return the parser of an answer to a prompt of ids; see `OutputParser`."""
         return OutputParser(
-            self._tokenizer, stop, in_thought=self.in_thought(prompt),
+            self._tokenizer, stop, in_thought=self._in_thought(prompt),
             streams_arguments=streams_arguments,
         )  # fmt: skip
 
-    def in_thought(self, prompt: Sequence[int]) -> bool:
-        """Return whether a prompt of ids ends inside a thought channel."""
+    def _in_thought(self, prompt: Sequence[int]) -> bool:
         opened, closed = self.marker(OPEN_CHANNEL), self.marker(CLOSE_CHANNEL)
         last = next((id for id in reversed(prompt) if id in (opened, closed)), None)
         return last is not None and last == opened

@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
+from gemlax.grammar import Constraint
+
 __all__ = ["STOP_PLACES", "Event", "FinishReason", "Request", "Usage"]
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 # The most stop ids of a request: they lie in an array of this width.
 STOP_PLACES = 16
 
@@ -22,6 +24,7 @@ class Request:
         adapter: its entry of the decoder's tables of adapters; 0 is none.
         num_drafts: the most tokens drafted in one step; 0 turns drafts off.
         logprobs: report log-probabilities.
+        constraint: what may come, from the first token on; the engine works on a copy.
     """
 
     prompt: tuple[int, ...]
@@ -31,6 +34,7 @@ class Request:
     adapter: int = 0
     num_drafts: int = 0
     logprobs: bool = False
+    constraint: Constraint | None = None
 
 
 class Usage(NamedTuple):
@@ -57,7 +61,8 @@ class Event(NamedTuple):
     """What one step did for one request.
 
     `tokens` are new, the stop token included; `usage` includes this step. `logprobs`, where asked
-    for, are (own [n], ids [n, 20], values [n, 20]). `finish_reason` is None while it goes on.
+    for, are (own [n], ids [n, 20], values [n, 20]). `finish_reason` is None while it goes on;
+    with "error", `error` says why the constraint lets nothing more come.
     """
 
     request_id: int
@@ -65,3 +70,4 @@ class Event(NamedTuple):
     usage: Usage
     logprobs: tuple[Any, Any, Any] | None = None
     finish_reason: FinishReason | None = None
+    error: str | None = None

@@ -5,7 +5,7 @@ tools) becomes a `Constraint` of one request, which says before each token which
 """
 
 from gemlax.grammar.compile import Compiler, compiler_of
-from gemlax.grammar.constraint import Constraint
+from gemlax.grammar.constraint import Constraint, ThinkingBudget, mask_width
 from gemlax.grammar.specs import (
     Choice,
     Grammar,
@@ -15,7 +15,7 @@ from gemlax.grammar.specs import (
     Regex,
     read_response_format,
 )
-from gemlax.grammar.toolcalls import ChatGrammar, ToolChoice, read_tool_choice
+from gemlax.grammar.toolcalls import ChatGrammar, Markers, ToolChoice, read_tool_choice
 
 __all__ = [
     "ChatGrammar",
@@ -26,9 +26,12 @@ __all__ = [
     "JsonObject",
     "JsonSchema",
     "Lark",
+    "Markers",
     "Regex",
+    "ThinkingBudget",
     "ToolChoice",
     "compiler_of",
+    "mask_width",
     "read_response_format",
     "read_tool_choice",
 ]

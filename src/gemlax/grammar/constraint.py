@@ -104,21 +104,22 @@ class Constraint:
             if self._matcher.is_error():
                 self._fail()
 
-    def advance(self, tokens: Sequence[int]) -> None:
-        """Take in tokens that came; sets `is_finished` or `error`."""
-        for token in tokens:
+    def advance(self, tokens: Sequence[int]) -> int:
+        """Take in tokens that came, up to an end or an error; return how many are the answer's."""
+        for count, token in enumerate(tokens):
             if self.error is not None or self.is_finished:
-                return
+                return count
             if token in self._stop_ids:
                 self.is_finished = True
-                return
+                continue
             self._note(token)
             if self._matcher is None:
                 continue
             if not self._matcher.consume_token(token):
                 self._fail()
-            elif self._matcher.is_stopped():
-                self.is_finished = True
+                return count
+            self.is_finished = self._matcher.is_stopped()
+        return len(tokens)
 
     def forced(self) -> list[int]:
         """Return the ids that must come next, as far as they are known."""

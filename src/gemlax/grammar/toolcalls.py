@@ -15,12 +15,14 @@ from gemlax.errors import RequestError, show_value
 from gemlax.grammar.constraint import ThinkingBudget
 from gemlax.grammar.schemas import Rules
 from gemlax.grammar.specs import Grammar
+from gemlax.tokenizer import Tokenizer
 
 __all__ = ["ChatGrammar", "Markers", "ToolChoice", "read_tool_choice"]
 
 ToolChoice = Literal["none", "auto", "required"] | Mapping[str, Any]
 
 MAX_TOOLS = 512
+PIECES = ("<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +35,25 @@ class Markers:
     open_channel: int | None
     close_channel: int | None
 
-    def budget(self, most: int, *, is_open: bool) -> ThinkingBudget:
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Markers":
+        """Return those of a vocabulary."""
+        ids = (tokenizer.id_of(piece) for piece in PIECES)
+        return cls(*(id if id in tokenizer.special_ids else None for id in ids))
+
+    def is_open(self, prompt: Sequence[int]) -> bool:
+        """Return whether a prompt ends inside a thought channel."""
+        ends = (self.open_channel, self.close_channel)
+        last = next((id for id in reversed(prompt) if id in ends), None)
+        return last is not None and last == self.open_channel
+
+    def budget(self, most: int, prompt: Sequence[int]) -> ThinkingBudget:
         """Return a budget of thought; RequestError without a thought channel."""
         if self.open_channel is None or self.close_channel is None:
             raise RequestError("this model has no thinking, and so no thinking_budget (Gemma 4 has)")
-        return ThinkingBudget(most, self.open_channel, self.close_channel, is_open)
+        return ThinkingBudget(
+            most, self.open_channel, self.close_channel, self.is_open(prompt)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +80,18 @@ class ChatGrammar:
     thinking: bool = True
     is_thinking: bool = False
     any_order: bool = False
+
+    @property
+    def constrains(self) -> bool:
+        """Whether anything is asked: calls that keep to schemas, none of them, or a body."""
+        return bool(self.tools) or self.body is not None
+
+    def joined(self, body: Grammar | None, prompt: Sequence[int]) -> "ChatGrammar":
+        """Return the grammar after a prompt of ids, with a body of the settings."""
+        if body is not None and self.body is not None:
+            raise RequestError("give response_format or grammar, not both")
+        is_thinking = self.markers.is_open(prompt)
+        return dataclasses.replace(self, body=body or self.body, is_thinking=is_thinking)
 
     def source(self) -> str:
         """Return the grammar."""
