@@ -20,7 +20,6 @@ from gemlax import checkpoints, ops
 from gemlax import tokenizer as tokenizers
 from gemlax.adapters import DEFAULT, Choice
 from gemlax.chat import ChatFormat, Message
-from gemlax.chat.messages import check_tools
 from gemlax.checkpoints import gguf
 from gemlax.checkpoints.mistakes import refuse_stand_ins
 from gemlax.config import GemmaConfig
@@ -43,15 +42,9 @@ from gemlax.generation import (
 )
 from gemlax.generation.answers import Answer, drive
 from gemlax.generation.defaults import read_defaults, tell
+from gemlax.generation.forms import chat_grammar
 from gemlax.generation.settings import describe
-from gemlax.grammar import (
-    ChatGrammar,
-    Grammar,
-    Markers,
-    ToolChoice,
-    read_response_format,
-    read_tool_choice,
-)
+from gemlax.grammar import ChatGrammar, Grammar, ToolChoice
 from gemlax.ops.storage import Storage
 from gemlax.options import check_options, choose_layout, read_dtype
 from gemlax.quantization import (
@@ -324,7 +317,10 @@ class Model:
         listed = tools if tools is None or isinstance(tools, (str, Mapping)) else list(tools)
         how |= {"tools": listed, "continue_final_message": continue_final_message}
         chosen = read_settings(settings, changes)
-        form = self._chat_form(listed, thinking, tool_choice, parallel_tool_calls, response_format)
+        form = self._form(
+            tools=listed, thinking=thinking, tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls, response_format=response_format,
+        )  # fmt: skip
         reply = self._reply(messages, how, chosen, form)
         return reply if stream else reply.finish(itertools.repeat(MAX_STEPS))
 
@@ -342,15 +338,15 @@ class Model:
         **changes: Any,
     ) -> Session:
         """Start a conversation that keeps its cache: each turn prefills only what is new."""
-        _ = self.chat_format  # a model that has no tokenizer says so now
         declared = None if tools is None else list(tools)
         how = {"tools": declared, "thinking": thinking, "template_args": template_args}
         chosen = read_settings(settings, changes)
         context = chosen.context or self.config.text.max_position_embeddings
 
-        form = self._chat_form(
-            declared, thinking, tool_choice, parallel_tool_calls, response_format
-        )
+        form = self._form(
+            tools=declared, thinking=thinking, tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls, response_format=response_format,
+        )  # fmt: skip
 
         def ask(messages: list[Any], engine: Engine) -> Reply:
             return self._reply(messages, how, chosen, form, engine)
@@ -383,24 +379,10 @@ class Model:
         )
         return Reply(engine or self._engine(1, request), request, parser)
 
-    def _chat_form(
-        self,
-        tools: Iterable[Any] | None,
-        thinking: bool | None,
-        tool_choice: ToolChoice | None,
-        parallel: bool,
-        response_format: Mapping[str, Any] | Grammar | None,
-    ) -> ChatGrammar:
-        """Return what is asked of the answers of a chat; without a choice, calls are free."""
-        body = read_response_format(response_format)
-        declared = check_tools(tools) if tool_choice is not None or body is not None else []
-        chosen = read_tool_choice(tool_choice, declared)
-        has_calls = bool(declared) and chosen != "none"
-        assert self.chat_format is not None and self.tokenizer is not None
-        return ChatGrammar(
-            Markers.of(self.tokenizer), declared, chosen if tool_choice or has_calls else "none",
-            parallel, body, thinking=bool(thinking) or has_calls,
-        )  # fmt: skip
+    def _form(self, **how: Any) -> ChatGrammar:
+        _ = self.chat_format  # a model that has no tokenizer says so
+        assert self.tokenizer is not None
+        return chat_grammar(self.tokenizer, **how)
 
     @functools.cached_property
     def chat_format(self) -> ChatFormat:

@@ -392,7 +392,7 @@ def allow(logits: Float[Array, "B V"], mask: UInt32[Array, "B W"]) -> Float[Arra
 
     Taken apart word by word this costs 1% of a step; a gather of each id's word 70 times that.
     """
-    bits = mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & jnp.uint32(1)
+    bits = mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None] & jnp.uint32(1)
     is_allowed = bits.reshape(len(logits), -1)[:, : logits.shape[1]] != 0
     return jnp.where(is_allowed, logits, -jnp.inf)
 
