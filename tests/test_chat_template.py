@@ -77,18 +77,18 @@ def test_a_hostile_template_is_one_clear_error_and_the_next_render_works(name, m
 
 def test_a_worker_that_dies_is_replaced(echo):
     assert echo.render({"x": 1}) == "1"
-    first = echo._process
+    first = echo._worker.process
     os.kill(first.pid, 9)
     first.wait()
     assert echo.render({"x": 2}) == "2"
     assert echo.render({"x": 3}) == "3"
-    assert echo._process is not first
+    assert echo._worker.process is not first
 
 
 def test_a_worker_ends_with_its_template():
     template = Template("a")
     template.render({})
-    process = template._process
+    process = template._worker.process
     del template
     assert process.wait(timeout=30) != 0
 
@@ -99,7 +99,7 @@ def test_the_worker_is_told_nothing_of_the_environment_and_nothing_of_gemlax(mon
     monkeypatch.setenv("GEMLAX_SECRET", "1")
     template = Template("a")
     template.render({})
-    pid = template._process.pid
+    pid = template._worker.process.pid
     with open(f"/proc/{pid}/environ", "rb") as file:
         assert b"GEMLAX_SECRET" not in file.read()
     with open(f"/proc/{pid}/maps") as file:

@@ -357,3 +357,61 @@ def test_content_ids_are_those_of_one_run_of_text():
     assert parsed([*ids("<|channel>thought\nx<channel|>"), *tokens])[0].content_ids == tokens
     assert min(tokens) < FIRST_CHAT_WORD  # é is bytes
     assert parsed([*tokens, *ids("<|tool_call>call:f{}<tool_call|>")])[0].content_ids is None
+
+
+CALLS = [
+    ({}, "{}"),
+    (
+        {"a": 1, "b": [True, None, {"c": -2.5}], "d": {}},
+        '{"a":1,"b":[true,null,{"c":-2.5}],"d":{}}',
+    ),
+    ({"a": 'x"y\n\\', "b": ["", "é"]}, '{"a":"x\\"y\\n\\\\","b":["","é"]}'),
+    ({"a b": {"{": "}:,"}}, '{"a b":{"{":"}:,"}}'),
+]
+
+
+def completed(text):
+    """Close what is open in the beginning of a JSON text, as clients do that show it as it comes."""
+    ends, is_text, escaped = [], False, False
+    for char in text:
+        if is_text:
+            is_text, escaped = escaped or char != '"', char == "\\" and not escaped
+        elif char == '"':
+            is_text = True
+        elif char in "{[":
+            ends.append("}" if char == "{" else "]")
+        elif char in "}]":
+            ends.pop()
+    text += '"' if is_text else ""
+    text = text.rstrip(",") + ("null" if text.endswith(":") else "")
+    return text + "".join(reversed(ends))
+
+
+def whole_call(name, arguments):
+    return f"<|tool_call>{write_call(name, arguments)}<tool_call|>"
+
+
+@pytest.mark.parametrize(("arguments", "text"), CALLS, ids=range(len(CALLS)))
+def test_arguments_are_streamed_as_beginnings_of_json(arguments, text):
+    tokens = ids("".join(whole_call(name, arguments) for name in ("f.g", "h")))
+    parser = OutputParser(TOKENIZER, streams_arguments=True)
+    deltas = [delta for id in tokens for delta in parser.push([id])] + parser.flush()
+    names = [i for i, delta in enumerate(deltas) if delta.kind == "call"]
+    assert [deltas[i].text for i in names] == ["f.g", "h"]
+    assert {delta.kind for delta in deltas} <= {"call", "arguments"}
+    written = ""
+    for delta in deltas[1 : names[1]]:
+        written += delta.text
+        json.loads(completed(written))
+    assert written == text and json.loads(written) == arguments
+    assert [call["arguments"] for call in parser.tool_calls] == [arguments] * 2
+    whole = OutputParser(TOKENIZER, streams_arguments=True)
+    assert [d.kind for d in whole.push(tokens)] == ["call", "arguments"] * 2
+
+
+def test_a_streamed_call_that_is_cut_off_is_no_content():
+    tokens = ids("a" + whole_call("f", {"city": "Bern"}))
+    parser = OutputParser(TOKENIZER, streams_arguments=True)
+    deltas = parser.push(tokens[:-3]) + parser.flush()
+    assert "".join(d.text for d in deltas if d.kind == "arguments").startswith('{"city":"')
+    assert parser.content == "a" and parser.tool_calls == []

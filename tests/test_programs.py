@@ -20,6 +20,7 @@ from gemlax.decoder import Decoder
 from gemlax.engine import Engine, Programs, Request, programs
 from gemlax.engine.state import join, joining
 from gemlax.formats import Coded
+from gemlax.grammar import mask_width
 from gemlax.layers import DecoderLayer, Keys
 from gemlax.names import text_weights
 from gemlax.presets import preset, tiny
@@ -76,7 +77,8 @@ def compile_decode(of: Programs, slots: int, capacity: int, rows: int | None = N
     """The decode program of all slots, or of `rows` of them."""
     function = functools.partial(programs.decode, of._graphdef, of.num_tokens, of.layout, False)
     chosen = None if rows is None else array(rows)
-    rest = (chosen, array(rows or slots, dtype=bool), array(), array(dtype=bool))
+    masks = array(rows or slots, mask_width(of.num_tokens), dtype=jnp.uint32)
+    rest = (chosen, array(rows or slots, dtype=bool), array(), array(dtype=bool), masks)
     return compiled(of, function, slots, capacity, rest, donate)
 
 
@@ -87,7 +89,8 @@ def compile_prefill(of: Programs, width: int, capacity: int):
 
 def compile_verify(of: Programs, slots: int, capacity: int, drafts: int = 3):
     function = functools.partial(programs.verify, of._graphdef, of.num_tokens, of.layout, False)
-    rest = (None, array(slots, dtype=bool), array(slots, drafts), array(slots))
+    masks = array(slots, drafts + 1, mask_width(of.num_tokens), dtype=jnp.uint32)
+    rest = (None, array(slots, dtype=bool), array(slots, drafts), array(slots), masks)
     return compiled(of, function, slots, capacity, rest)
 
 

@@ -283,6 +283,7 @@ def test_two_sampled_tokens_have_the_distribution_of_the_model(monkeypatch):
     assert Proposer(row).propose(2) == [2, 4]
     proposed = jnp.tile(jnp.asarray([[2, 4]], jnp.int32), (batch, 1))
     counts = jnp.where(jnp.arange(batch) % 2 == 0, 2, 0)
+    masks = jnp.full((batch, 3, 1), 0xFFFFFFFF, jnp.uint32)
     fixed_args = (
         None,
         vocab,
@@ -292,11 +293,11 @@ def test_two_sampled_tokens_have_the_distribution_of_the_model(monkeypatch):
     )  # graphdef, ids, layout, log-probabilities, weights
     step = jax.jit(
         lambda s: programs.decode(
-            *fixed_args, s, None, s.lengths < 9, jnp.int32(3), jnp.bool_(False)
+            *fixed_args, s, None, s.lengths < 9, jnp.int32(3), jnp.bool_(False), masks[:, 0]
         )[0]
     )
     new = jax.jit(
-        lambda s: programs.verify(*fixed_args, s, None, s.lengths > 0, proposed, counts)[0]
+        lambda s: programs.verify(*fixed_args, s, None, s.lengths > 0, proposed, counts, masks)[0]
     )(state)
     again = step(new)
     pairs = np.asarray(again.tokens)[:, 7:9]

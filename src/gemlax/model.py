@@ -50,7 +50,9 @@ from gemlax.generation import (
 )
 from gemlax.generation.answers import Answer, TokenLogprob, drive
 from gemlax.generation.defaults import read_defaults, tell
+from gemlax.generation.forms import chat_grammar
 from gemlax.generation.settings import describe
+from gemlax.grammar import ChatGrammar, Grammar, ToolChoice
 from gemlax.ops.storage import Storage
 from gemlax.options import check_options, choose_layout, read_dtype
 from gemlax.quantization import (
@@ -319,6 +321,9 @@ class Model:
         stream: bool = False,
         continue_final_message: bool | None = None,
         template_args: Mapping[str, Any] | None = None,
+        tool_choice: ToolChoice | None = None,
+        parallel_tool_calls: bool = True,
+        response_format: Mapping[str, Any] | Grammar | None = None,
         settings: SamplingSettings | None = None,
         **changes: Any,
     ) -> Message | Reply:
@@ -335,16 +340,27 @@ class Model:
                 assistant's, and holds only what is new; None: if that is the last message. False
                 begins a new answer.
             template_args: further variables of the checkpoint's chat template.
+            tool_choice: hold calls to their schemas (Gemma 4): "auto" (text, then calls), "required"
+                (calls alone), {"name": ...} (one call of it) or "none". A stream then gives calls
+                piece by piece ("call", "arguments"). None: nothing is held to.
+            parallel_tool_calls: whether an answer may call more than one, where held to.
+            response_format: what the content must match, as OpenAI writes it, or a grammar.
             settings, **changes: as for `generate`, except `logprobs`; `stop` is looked for in the
-                content alone.
+                content alone; a `grammar` is a response_format.
 
         Raises:
             RequestError: malformed messages, roles out of order, what the format cannot say, a
                 template that fails, a model that cannot chat.
         """
         how: dict[str, Any] = {"thinking": thinking, "template_args": template_args}
-        how |= {"tools": tools, "continue_final_message": continue_final_message}
-        reply = self._reply(messages, how, read_settings(settings, changes))
+        listed = tools if tools is None or isinstance(tools, (str, Mapping)) else list(tools)
+        how |= {"tools": listed, "continue_final_message": continue_final_message}
+        chosen = read_settings(settings, changes)
+        form = self._form(
+            tools=listed, thinking=thinking, tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls, response_format=response_format,
+        )  # fmt: skip
+        reply = self._reply(messages, how, chosen, form)
         return reply if stream else reply.finish(itertools.repeat(MAX_STEPS))
 
     def session(
@@ -354,18 +370,25 @@ class Model:
         tools: Iterable[Any] | None = None,
         thinking: bool | None = None,
         template_args: Mapping[str, Any] | None = None,
+        tool_choice: ToolChoice | None = None,
+        parallel_tool_calls: bool = True,
+        response_format: Mapping[str, Any] | Grammar | None = None,
         settings: SamplingSettings | None = None,
         **changes: Any,
     ) -> Session:
         """Start a conversation that keeps its cache: each turn prefills only what is new."""
-        _ = self.chat_format  # a model that has no tokenizer says so now
         declared = None if tools is None else list(tools)
         how = {"tools": declared, "thinking": thinking, "template_args": template_args}
         chosen = read_settings(settings, changes)
         context = chosen.context or self.config.text.max_position_embeddings
 
+        form = self._form(
+            tools=declared, thinking=thinking, tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls, response_format=response_format,
+        )  # fmt: skip
+
         def ask(messages: list[Any], engine: Engine) -> Reply:
-            return self._reply(messages, how, chosen, engine)
+            return self._reply(messages, how, chosen, form, engine)
 
         return Session(ask, lambda: self._engine(1, chat=True), context, system)
 
@@ -374,6 +397,7 @@ class Model:
         messages: Iterable[Mapping[str, Any] | Message],
         how: Mapping[str, Any],
         settings: SamplingSettings,
+        form: ChatGrammar,
         engine: Engine | None = None,
     ) -> Reply:
         """`how`: keywords of `ChatFormat.encode`. `engine` None: one of its own."""
@@ -382,10 +406,20 @@ class Model:
         if settings.parse_special:
             raise RequestError("no text of a chat is read as a control token: no parse_special")
         ids = self.chat_format.encode(messages, **how)
-        batch = self.chat_requests([ids], settings)
+        given = settings.grammar
+        form = form.joined(given[0] if isinstance(given, (list, tuple)) else given, ids)
+        grammar = form if form.constrains else None
+        batch = self.chat_requests([ids], dataclasses.replace(settings, grammar=grammar))
         (request,) = batch.requests
-        parser = self.chat_format.parser(ids, batch.stop)
+        parser = self.chat_format.parser(
+            ids, batch.stop, streams_arguments=form.constrains and form.tool_choice != "none"
+        )
         return Reply(engine or self._engine(1, request, chat=True), request, parser)
+
+    def _form(self, **how: Any) -> ChatGrammar:
+        _ = self.chat_format  # a model that has no tokenizer says so
+        assert self.tokenizer is not None
+        return chat_grammar(self.tokenizer, **how)
 
     @functools.cached_property
     def chat_format(self) -> ChatFormat:

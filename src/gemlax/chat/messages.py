@@ -28,7 +28,7 @@ __all__ = [
     "tools_as_given",
 ]
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "error"]
 
 CALL_NAME = re.compile(r"[\w.:/-]+")
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
@@ -54,7 +54,8 @@ class Message:
         tool_calls: {"name": ..., "arguments": {...}} each; a call that could not be read stays
             in `content` as the model wrote it.
         tokens: all that was generated, the stop token included.
-        finish_reason: "stop", "length", or "tool_calls" when it stopped to have tools called.
+        finish_reason: "stop", "length", or "tool_calls" when it stopped to have tools called, or
+            "error" when no token could come by its grammar.
     """
 
     content: str

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
+from gemlax.chat.arguments import ArgumentStream, Piece
 from gemlax.chat.calls import read_calls
 from gemlax.tokenizer import TextStream, Tokenizer
 
@@ -17,13 +18,18 @@ QUOTE = '<|"|>'
 THOUGHT = "thought\n"
 OPEN_CALL, CLOSE_CALL = "<|tool_call>", "<tool_call|>"
 OPEN_CHANNEL, CLOSE_CHANNEL = "<|channel>", "<channel|>"
+APART = ("tool_calls", "call")  # each is one of its own
 MARKERS = (OPEN_CALL, CLOSE_CALL, OPEN_CHANNEL, CLOSE_CHANNEL, QUOTE)
 
 
 class Delta(NamedTuple):
-    """What was added: text of the content or the reasoning, or one whole call as JSON."""
+    """What was added: text of the content or the reasoning, or one whole call as JSON.
 
-    kind: Literal["content", "reasoning", "tool_calls"]
+    Where arguments are streamed, "call" is the name of a call that begins and "arguments" a piece
+    of the JSON of its arguments, instead of the whole call.
+    """
+
+    kind: Literal["content", "reasoning", "tool_calls", "call", "arguments"]
     text: str
 
 
@@ -44,6 +50,7 @@ class OutputParser:
         *,
         in_thought: bool = False,
         include_stop: bool = False,
+        streams_arguments: bool = False,
     ):
         """Nothing was said yet.
 
@@ -52,6 +59,8 @@ class OutputParser:
             stop: strings that end the content.
             in_thought: the prompt ends inside a thought channel, after its name.
             include_stop: the content ends after the stop string, not before it.
+            streams_arguments: give the arguments of calls as they come; a grammar must hold the
+                model to the notation. A call that is cut off is then not part of the content.
         """
         self.content, self.reasoning = "", ""
         self.tool_calls: list[dict[str, Any]] = []
@@ -69,6 +78,8 @@ class OutputParser:
         self._parts: list[str | None] = []  # of a call
         self._pending = ""  # of a thought
         self._named, self._begun = True, False
+        self._streams_arguments = streams_arguments
+        self._arguments = ArgumentStream()
 
     @property
     def stopped(self) -> bool:
@@ -113,17 +124,26 @@ class OutputParser:
             self.num_reasoning_tokens += 1
             yield from self._think(self._inner.push([id]))
         else:
-            self._parts.append(self._inner.push([id]))
+            yield from self._in_call(self._inner.push([id]))
+
+    def _in_call(self, text: str | None) -> Iterator[Delta]:
+        """Take text of a call, or a quote token (None)."""
+        self._parts.append(text)
+        if self._streams_arguments and text != "":
+            stream = self._arguments
+            pieces: list[Piece] = stream.quote() if text is None else stream.push(text)
+            yield from (Delta(*piece) for piece in pieces)
 
     def _marker(self, marker: str) -> Iterator[Delta]:
         if marker == QUOTE:
             if self._state == "call":
-                self._parts += [self._inner.flush(), None]
+                yield from self._in_call(self._inner.flush())
+                yield from self._in_call(None)
         elif marker == CLOSE_CALL and self._state == "call":
             yield from self._end_call(closed=True)
         elif marker == OPEN_CALL:
             yield from self._leave()
-            self._state = "call"
+            self._state, self._arguments = "call", ArgumentStream()
         elif marker == OPEN_CHANNEL and self._state != "thought":
             yield from self._leave()
             self._state, self._named, self._begun = "thought", False, False
@@ -142,10 +162,12 @@ class OutputParser:
 
     def _end_call(self, *, closed: bool) -> Iterator[Delta]:
         """Give the calls, also where their second token is missing and they are whole."""
-        self._parts.append(self._inner.flush())
+        yield from self._in_call(self._inner.flush())
         calls = read_calls(self._parts, closed=closed)
         self._state = "content"
         parts, self._parts = self._parts, []
+        if calls is None and self._streams_arguments:
+            return
         if calls is None:  # then it is the text it is
             text = "".join(QUOTE if part is None else part for part in parts)
             self.content_ids = None
@@ -153,7 +175,7 @@ class OutputParser:
             return
         self.content_ids = None if self.content_ids else self.content_ids
         self.tool_calls += calls
-        for call in calls:
+        for call in [] if self._streams_arguments else calls:
             yield Delta("tool_calls", json.dumps(call, ensure_ascii=False))
 
     def _think(self, text: str) -> Iterator[Delta]:
@@ -195,7 +217,7 @@ def _joined(deltas: Iterable[Delta]) -> list[Delta]:
     """Put neighbours of one kind together; calls stay apart."""
     joined: list[Delta] = []
     for delta in deltas:
-        if joined and joined[-1].kind == delta.kind != "tool_calls":
+        if joined and joined[-1].kind == delta.kind and delta.kind not in APART:
             joined[-1] = Delta(delta.kind, joined[-1].text + delta.text)
         else:
             joined.append(delta)

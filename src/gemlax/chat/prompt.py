@@ -86,12 +86,12 @@ class ChatFormat:
             empty = ", ".join(sorted(set(sources) - set(self.templates)))
             logger.warning("the chat template is empty (%s): it is not used", empty)
         self.family: Literal["gemma3", "gemma4"] | None = None
-        if self._marker(TURN["gemma4"]) is not None:
+        if self.marker(TURN["gemma4"]) is not None:
             self.family = "gemma4"
-        elif self._marker(TURN["gemma3"]) is not None:
+        elif self.marker(TURN["gemma3"]) is not None:
             self.family = "gemma3"
         self._built_in = None if self.templates or not self.family else BuiltIn(self.family)
-        stops = [self._marker(piece) for piece in (*STOPS.get(self.family or "", ()), *ENDS)]
+        stops = [self.marker(piece) for piece in (*STOPS.get(self.family or "", ()), *ENDS)]
         ends = [tokenizer.eos_id, *(id for id in stops if id is not None)]
         self.stop_ids = tuple(dict.fromkeys(ends))
 
@@ -157,13 +157,23 @@ class ChatFormat:
         return ids
 
     def parser(
-        self, prompt: Sequence[int], stop: Sequence[str] = (), *, include_stop: bool = False
+        self,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        streams_arguments: bool = False,
     ) -> OutputParser:
-        """Return the parser of an answer to a prompt of ids; `include_stop`: see `OutputParser`."""
-        opened, closed = self._marker(OPEN_CHANNEL), self._marker(CLOSE_CHANNEL)
+        """Return the parser of an answer to a prompt of ids; see `OutputParser`."""
+        return OutputParser(
+            self._tokenizer, stop, in_thought=self._in_thought(prompt), include_stop=include_stop,
+            streams_arguments=streams_arguments,
+        )  # fmt: skip
+
+    def _in_thought(self, prompt: Sequence[int]) -> bool:
+        opened, closed = self.marker(OPEN_CHANNEL), self.marker(CLOSE_CHANNEL)
         last = next((id for id in reversed(prompt) if id in (opened, closed)), None)
-        in_thought = last is not None and last == opened
-        return OutputParser(self._tokenizer, stop, in_thought=in_thought, include_stop=include_stop)
+        return last is not None and last == opened
 
     def boundaries(self, prompt: Sequence[int]) -> tuple[int, ...]:
         """Return how many ids of a prompt other prompts are likely to begin with, in rising order.
@@ -171,7 +181,7 @@ class ChatFormat:
         Up to the end of a system turn with its tools, to the end of the last user turn, and all but
         the last one. Where a system text is part of the first user turn (Gemma 3), no id says so.
         """
-        marker = self._marker(TURN[self.family]) if self.family else None
+        marker = self.marker(TURN[self.family]) if self.family else None
         turns = [place for place, id in enumerate(prompt) if id == marker]
         places = {*turns[-1:], len(prompt) - 1}
         if len(turns) > 1:
@@ -187,7 +197,7 @@ class ChatFormat:
         opening = [self._tokenizer.id_of(TURN[self.family])]
         opening += self._tokenizer.encode("model\n", add_bos=False)
         close = self._tokenizer.id_of(STOPS[self.family][0])
-        tools = (self._marker("<|tool_response>"), self._marker("<tool_response|>"))
+        tools = (self.marker("<|tool_response>"), self.marker("<tool_response|>"))
         return TurnIds(tuple(opening), close, *tools)
 
     def _template(self, with_tools: bool) -> Template | BuiltIn:
@@ -218,7 +228,8 @@ class ChatFormat:
             name: mark_own(piece) for name, piece in {**tokenizer.named_pieces, **named}.items()
         }
 
-    def _marker(self, piece: str) -> int | None:
+    def marker(self, piece: str) -> int | None:
+        """Return the id of a control token, None if the vocabulary has none of this name."""
         id = self._tokenizer.id_of(piece)
         return id if id in self._tokenizer.special_ids else None
 

@@ -7,21 +7,15 @@ nested loops nor memory, so the worker is what can be killed. It starts at the f
 0.1 s) and is used again until something goes wrong.
 """
 
-import contextlib
 import json
 import logging
-import os
-import subprocess
-import sys
-import threading
-import weakref
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from gemlax.chat.marked import INPUT, Marked, marks_of
 from gemlax.errors import RequestError
+from gemlax.workers import Worker
 
 __all__ = ["BuiltIn", "Template"]
 
@@ -29,23 +23,11 @@ logger = logging.getLogger(__name__)
 
 CHAT = Path(__file__).parent
 TIMEOUT_S = 5.0
-START_S = 60.0  # a busy machine may take long to start Python
 MAX_CHARS = 4_000_000
 MEMORY_BYTES = 2**29
 # JSON writes a character as at most 12 bytes, and the span of one in up to 32.
 MAX_REPLY_BYTES = 44 * MAX_CHARS + 2000
 ENVIRONMENT = ("TZ",)  # what `strftime_now` reads
-# The worker runs isolated (-I), where jinja2 may lie in a folder that only this process knows, and
-# the packages that the worker's modules lie in are empty there: nothing else of them is imported.
-START = """
-import runpy, sys, types
-chat = sys.argv.pop()
-sys.path += sys.argv[3:]
-for name in ("gemlax", "gemlax.chat"):
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [chat] if name == "gemlax.chat" else []
-runpy.run_module("gemlax.chat.worker", run_name="__main__")
-"""
 
 
 class BuiltIn:
@@ -73,9 +55,10 @@ class Template:
 
     def __init__(self, source: str, *, timeout_s: float = TIMEOUT_S):
         self.source, self.timeout_s = source, timeout_s
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen | None = None
-        self._stop: Any = None
+        self._worker = Worker(
+            "gemlax.chat.render", packages=("jinja2", "markupsafe"), memory=MEMORY_BYTES,
+            timeout_s=timeout_s, max_reply=MAX_REPLY_BYTES, environment=ENVIRONMENT,
+        )  # fmt: skip
 
     def render(self, variables: dict[str, Any]) -> Marked:
         """Render with variables that JSON can write; the marks of `Marked` ones are followed."""
@@ -90,12 +73,12 @@ class Template:
             ).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"what the template is given is not JSON: {error}") from error
-        with self._lock:
-            try:
-                answer = self._ask(line + b"\n")
-            except BaseException:
-                self._close()
-                raise
+        answer = self._worker.ask(line)
+        if answer is None:
+            raise RequestError(
+                f"the chat template failed: it took longer than {self.timeout_s:g} s or its "
+                "process died"
+            )
         if "error" in answer:
             raise RequestError(f"the chat template failed: {answer['error']}")
         if "fault" in answer:
@@ -110,70 +93,6 @@ class Template:
             done = end
         return Marked(text, "".join([*marks, INPUT * (len(text) - done)]))
 
-    def _ask(self, line: bytes) -> dict[str, Any]:
-        if self._process is None or self._process.poll() is not None:
-            self._close()
-            self._start()
-        answer = self._exchange(line, self.timeout_s)
-        if answer is None:
-            raise RequestError(
-                f"the chat template failed: it took longer than {self.timeout_s:g} s or its "
-                "process died"
-            )
-        return answer
-
-    def _start(self) -> None:
-        specs = [find_spec(name) for name in ("jinja2", "markupsafe")]
-        folders = [str(Path(s.origin).parents[1]) for s in specs if s is not None and s.origin]
-        limits = [str(MEMORY_BYTES), str(self.timeout_s + 1)]
-        try:
-            process = subprocess.Popen(
-                [_interpreter(), "-I", "-c", START, *limits, *folders, str(CHAT)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-            )
-        except OSError as error:
-            raise RequestError(
-                f"cannot start Python ({sys.executable}) for the chat template: {error}"
-            ) from error
-        self._process, self._stop = process, weakref.finalize(self, _end, process)
-        if self._exchange(b"", START_S) is None:
-            raise RequestError("cannot start the process that renders chat templates (jinja2)")
-
-    def _exchange(self, line: bytes, seconds: float) -> dict[str, Any] | None:
-        """Send a line and read one; None if the worker dies or is killed for taking too long."""
-        process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        timer = threading.Timer(seconds, process.kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            process.stdin.write(line)
-            process.stdin.flush()
-            answer = process.stdout.readline(MAX_REPLY_BYTES)
-        except BrokenPipeError:
-            return None
-        finally:
-            timer.cancel()
-        return json.loads(answer) if answer.endswith(b"\n") else None
-
-    def _close(self) -> None:
-        if self._stop is not None:
-            self._stop()
-        self._process = self._stop = None
-
-
-def _interpreter() -> str:
-    """Return the path of Python; an embedded or frozen one does not say it, or says another."""
-    if not sys.executable or vars(sys).get("frozen"):
-        raise RequestError(
-            "a chat template is rendered in a Python process of its own, and this program does not "
-            f"say where Python is (sys.executable is {sys.executable!r}): set sys.executable"
-        )
-    return sys.executable
-
 
 def _marks_in(value: Any, path: tuple[Any, ...]) -> Iterator[list[Any]]:
     """Yield [*keys, mark] for each marked text among variables; such a text has one mark."""
@@ -185,12 +104,3 @@ def _marks_in(value: Any, path: tuple[Any, ...]) -> Iterator[list[Any]]:
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             yield from _marks_in(item, (*path, index))
-
-
-def _end(process: subprocess.Popen) -> None:
-    process.kill()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):  # what was left to write has no reader
-                pipe.close()
-    process.wait()

@@ -45,7 +45,7 @@ def _generate(args: argparse.Namespace) -> int:
     from gemlax.generation import SamplingSettings
 
     prompt = read_prompt(args)
-    settings = SamplingSettings(**args.settings)
+    settings = SamplingSettings(**args.settings, grammar=_read_grammar(args))
     begin = time.perf_counter()
     model = load_with_tokenizer(args)
     with output.status(args, "compiling and reading the prompt") as quiet_down:
@@ -56,6 +56,8 @@ def _generate(args: argparse.Namespace) -> int:
     for piece in itertools.chain(first, stream):
         write(piece, end="")
     write("")
+    if stream.completion.error is not None:
+        raise Error(stream.completion.error)
     if args.json:
         write(json.dumps(_report(model, stream.completion, first_s)))
     return 0
@@ -78,6 +80,16 @@ def _report(model: Any, completion: Any, first_s: float) -> dict[str, Any]:
 
 def _rate(count: int, seconds: float) -> float | None:
     return round(count / seconds, 2) if count and seconds > 0 else None
+
+
+def _read_grammar(args: argparse.Namespace) -> Any:
+    from gemlax.grammar import JsonSchema, Regex
+
+    if args.json_schema is not None and args.regex is not None:
+        raise Error("give --json-schema or --regex, not both")
+    if args.json_schema is not None:
+        return JsonSchema(args.json_schema.read_text(encoding="utf-8-sig"))
+    return None if args.regex is None else Regex(args.regex)
 
 
 def read_prompt(args: argparse.Namespace) -> str:

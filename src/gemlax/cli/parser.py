@@ -20,7 +20,10 @@ __all__ = ["CHAT_TOKENS", "make_parser"]
 # The most tokens of an answer in a chat, where neither the user nor the checkpoint says how many.
 CHAT_TOKENS = 1024
 # Settings without an option. (--adapter is an option of the model.)
-_NO_OPTION = ("bad_words", "logit_bias", "stop_ids", "logprobs", "adapter")
+_NO_OPTION = (
+    "bad_words", "logit_bias", "stop_ids", "logprobs", "adapter", "grammar", "allowed_ids",
+    "thinking_budget",
+)  # fmt: skip
 _SAMPLING = [f.name for f in dataclasses.fields(SamplingSettings) if f.name not in _NO_OPTION]
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -29,6 +32,8 @@ _EXAMPLES = {
   gemlax generate "The capital of France is"
   gemlax generate --model gemma-3-1b-pt/ --temperature 0.8 --top-k 64 --seed 7 "Once upon a time"
   cat story.txt | gemlax generate - --max-new-tokens 64 --stop '\n\n' --json
+  gemlax generate --json-schema person.json "Ada Lovelace as JSON: "
+  gemlax generate --regex " (yes|no)" "Is the sky blue? Answer:"
   gemlax generate --model gemma-3-27b-it/ --mesh data=2,tensor=4 "Once upon a time"
 
 In --stop, \n, \t and \\ stand for newline, tab and backslash. On several hosts, run the same
@@ -141,6 +146,8 @@ _MODEL = f"""
 _GENERATE = """
 prompt?  the text; '-' or nothing: read stdin without its last line end
 --file FILE  read the prompt from a file
+--json-schema FILE  answer with JSON that the schema in FILE accepts
+--regex PATTERN  answer with text that the pattern matches as a whole
 """
 _CHAT = """
 --system TEXT  system text: instructions for the whole conversation

@@ -17,6 +17,7 @@ from gemlax.cache import Caches, new_caches, resume
 from gemlax.decoder import Decoder
 from gemlax.engine import programs
 from gemlax.engine.state import Changing, Joining, Settled, State, join, new_rows
+from gemlax.grammar import mask_width
 from gemlax.ops.storage import Storage
 from gemlax.sharding import Layout, put
 
@@ -100,6 +101,7 @@ class Programs:
         # A call takes the arrays as a list: walking the tree of modules takes as long as the call.
         self._arrays, self._structure = jax.tree.flatten(self._weights)
         self.compiled: dict[tuple[object, ...], Any] = {}
+        self._all_ids: dict[tuple[int, ...], jax.Array] = {}
 
     def put(self, tree: Any) -> Any:
         """Bring arrays of the host, which every process has alike, to all devices."""
@@ -204,9 +206,14 @@ class Programs:
         steps: int,
         eager: bool,
         logprobs: bool,
+        masks: np.ndarray | None = None,
     ) -> tuple[State, programs.Output]:
-        """Run up to `steps` decode steps of some slots; see `programs.decode`."""
-        rest = self._arguments((rows, running, np.int32(steps), np.bool_(eager)))
+        """Run up to `steps` decode steps of some slots; see `programs.decode`.
+
+        `masks` [b, W]: which ids may come; None: all.
+        """
+        masks = self._masks(masks, len(running))
+        rest = (*self._arguments((rows, running, np.int32(steps), np.bool_(eager))), masks)
         shape = (len(running), logprobs)
         return self._decode("decode", shape, programs.decode, state, rest)
 
@@ -219,11 +226,25 @@ class Programs:
         counts: np.ndarray,
         *,
         logprobs: bool,
+        masks: np.ndarray | None = None,
     ) -> tuple[State, programs.Output]:
-        """Run one step of some slots with drafts; see `programs.verify`."""
-        rest = self._arguments((rows, running, drafts, counts))
+        """Run one step of some slots with drafts; see `programs.verify`.
+
+        `masks` [b, d + 1, W]: which ids may come at each place; None: all.
+        """
+        masks = self._masks(masks, len(drafts), drafts.shape[1] + 1)
+        rest = (*self._arguments((rows, running, drafts, counts)), masks)
         shape = (*drafts.shape, logprobs)
         return self._decode("verify", shape, programs.verify, state, rest)
+
+    def _masks(self, masks: np.ndarray | None, *shape: int) -> Any:
+        """Return masks as a program takes them; those that allow all ids stay on the devices."""
+        if masks is not None:
+            return self._arguments(masks)
+        if shape not in self._all_ids:
+            full = np.full((*shape, mask_width(self.num_tokens)), 0xFFFFFFFF, np.uint32)
+            self._all_ids[shape] = self.put(full)
+        return self._all_ids[shape]
 
     def _decode(
         self,

@@ -15,6 +15,7 @@ from gemlax.engine.reuse import Reuse
 from gemlax.engine.scheduler import Chunk, Row, Scheduler
 from gemlax.engine.state import State, joining
 from gemlax.errors import RequestError
+from gemlax.grammar import mask_width
 
 __all__ = ["Engine"]
 
@@ -219,10 +220,15 @@ class Engine:
         return slots, list(range(size))
 
     def _decode(self, rows: list[Row], steps: int) -> list[Event]:
-        logprobs = any(row.request.logprobs for row in rows)
         begin = self._programs.counters.decode_s
         proposals = self._propose(rows)
         tried = lookup.is_worthwhile([len(one) for one in proposals], self._num_drafts(rows))
+        if not tried:
+            proposals = [[] for _ in rows]
+        events = self._fill_masks(rows, proposals)
+        if events:  # the others decode in the next step
+            return events
+        logprobs = any(row.request.logprobs for row in rows)
         assert self._state is not None
         if tried:
             output, order = self._verify(rows, proposals, logprobs)
@@ -232,10 +238,12 @@ class Engine:
             slots, order = self._call_rows("decode", rows, (logprobs,), slack)
             running = np.zeros(len(order), bool)
             running[order[: len(rows)]] = True
-            drafting = any(row.proposer is not None for row in rows)
+            # What a row drafts, or may say, depends on its last token.
+            alone = any(row.proposer is not None or row.constraint is not None for row in rows)
             self._state, output = self._programs.decode(
-                self._state, slots, running, steps=1 if drafting else steps,
+                self._state, slots, running, steps=1 if alone else steps,
                 eager=self._scheduler.num_waiting > 0, logprobs=logprobs,
+                masks=self._masks(rows, order, 0),
             )  # fmt: skip
         extra = lookup.extra_steps(len(rows), self._num_drafts(rows)) if tried else None
         for row in rows:
@@ -253,8 +261,38 @@ class Engine:
         for row in rows:
             room = row.request.max_length - len(row.tokens) - 1
             most = min(row.request.num_drafts, room)
-            proposals.append(row.proposer.propose(most) if row.proposer is not None else [])
+            drafts = [] if row.constraint is None else row.constraint.forced()[:most]
+            if not drafts and row.proposer is not None:
+                drafts = row.proposer.propose(most)
+                if row.constraint is not None:
+                    drafts = drafts[: row.constraint.check(drafts)]
+            proposals.append(drafts)
         return proposals
+
+    def _fill_masks(self, rows: list[Row], proposals: list[list[int]]) -> list[Event]:
+        """Fill the masks of rows with a constraint; end those whose constraint fails."""
+        events = []
+        for row, drafts in zip(rows, proposals, strict=True):
+            if row.constraint is not None:
+                width = mask_width(self._programs.num_tokens)
+                row.masks = np.empty((len(drafts) + 1, width), np.uint32)
+                row.constraint.fill(row.masks, drafts)
+                if row.constraint.error is not None:
+                    self._scheduler.leave(row)
+                    error = row.constraint.error
+                    events.append(Event(row.request_id, [], row.usage, None, "error", error))
+        return events
+
+    def _masks(self, rows: list[Row], order: list[int], num_drafts: int) -> np.ndarray | None:
+        """Return the masks of a call, [b, W] without drafts; None: all ids may come everywhere."""
+        if all(row.constraint is None for row in rows):
+            return None
+        shape = (len(order), num_drafts + 1, mask_width(self._programs.num_tokens))
+        masks = np.full(shape, 0xFFFFFFFF, np.uint32)
+        for index, row in zip(order, rows, strict=False):
+            if row.constraint is not None:
+                masks[index, : len(row.masks)] = row.masks
+        return masks if num_drafts else masks[:, 0]
 
     def _verify(
         self, rows: list[Row], proposals: list[list[int]], logprobs: bool
@@ -270,8 +308,9 @@ class Engine:
             counts[index] = len(proposal)
         assert self._state is not None
         self._state, output = self._programs.verify(
-            self._state, slots, running, drafts, counts, logprobs=logprobs
-        )
+            self._state, slots, running, drafts, counts, logprobs=logprobs,
+            masks=self._masks(rows, order, width),
+        )  # fmt: skip
         return output, order
 
     def _take(
@@ -282,6 +321,11 @@ class Engine:
         tokens = output.tokens[index, :count].tolist()
         # The last token and the drafts were written; the caches keep what came before the new last.
         row.highest = max(row.highest, len(row.tokens) + max(num_drafts, count - 1))
+        error, is_finished = None, False
+        if row.constraint is not None:
+            count = row.constraint.advance(tokens)
+            error, is_finished = row.constraint.error, row.constraint.is_finished
+            tokens = tokens[:count]
         row.tokens += tokens
         row.num_filled = len(row.tokens) - 1
         row.num_steps += count if extra is None else 1
@@ -293,10 +337,12 @@ class Engine:
             own, ids, values = (part[index, :count] for part in output.logprobs)
             logprobs = (own, ids, values)
         reason: FinishReason | None = None
-        if tokens and tokens[-1] in row.request.stop_ids:
+        if error is not None:
+            reason = "error"
+        elif is_finished or (tokens and tokens[-1] in row.request.stop_ids):
             reason = "stop"
         elif len(row.tokens) >= row.request.max_length:
             reason = "length"
         if reason is not None:
             self._scheduler.leave(row)
-        return Event(row.request_id, tokens, row.usage, logprobs, reason)
+        return Event(row.request_id, tokens, row.usage, logprobs, reason, error)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, UInt32
 
 from gemlax import ops, sampling
 from gemlax.cache import Caches, rollback
@@ -82,8 +82,12 @@ def decode(
     running: Bool[Array, "b"],
     steps: Int[Array, ""],
     eager: Bool[Array, ""],
+    masks: UInt32[Array, "b W"],
 ) -> tuple[State, Output]:
-    """Run up to `steps` decode steps; stop when no row runs, or with `eager` when one ends."""
+    """Run up to `steps` decode steps; stop when no row runs, or with `eager` when one ends.
+
+    `masks` say in bits which ids may come, in each step alike (`sampling.allow`).
+    """
     fixed = _fixed(graphdef, num_tokens, weights, state, rows, running)
     local = _local(fixed, state, running, MAX_STEPS, logprobs)
 
@@ -104,7 +108,7 @@ def decode(
             current, positions, caches, cache_rows=rows, adapter_rows=fixed.adapters
         )
         raw = fixed.decoder.logits(hidden[:, 0])[:, :num_tokens]
-        return index + 1, caches, _append(fixed, raw, now, index)
+        return index + 1, caches, _append(fixed, raw, now, index, masks)
 
     _, caches, local = jax.lax.while_loop(more, step, (jnp.int32(0), state.caches, local))
     return _write_back(state, caches, local, rows, running), local.output
@@ -121,11 +125,13 @@ def verify(
     running: Bool[Array, "b"],
     drafts: Int[Array, "b d"],
     counts: Int[Array, "b"],
+    masks: UInt32[Array, "b places W"],
 ) -> tuple[State, Output]:
     """Run the last token and `counts` drafts of each row at once, and append what is sampled.
 
     A row goes on while what it samples is what was drafted. So each token is drawn from the logits
-    after the tokens before it, with its own key, as without drafts: nothing has to be corrected.
+    after the tokens before it, with its own key and its own mask, as without drafts: nothing has
+    to be corrected.
     """
     fixed = _fixed(graphdef, num_tokens, weights, state, rows, running)
     width = drafts.shape[1] + 1
@@ -147,8 +153,10 @@ def verify(
 
     def one(carry: tuple[Array, Array, _Local]) -> tuple[Array, Array, _Local]:
         index, going, now = carry
-        logits = jax.lax.dynamic_index_in_dim(raw, index, 1, keepdims=False)
-        new = _append(fixed, logits, now._replace(running=going), index)
+        logits, mask = (
+            jax.lax.dynamic_index_in_dim(each, index, 1, keepdims=False) for each in (raw, masks)
+        )
+        new = _append(fixed, logits, now._replace(running=going), index, mask)
         token = jax.lax.dynamic_index_in_dim(new.output.tokens, index, 1, keepdims=False)
         right = token == jax.lax.dynamic_index_in_dim(tried, index, 1, keepdims=False)
         runs = jnp.where(going, new.running, now.running)
@@ -203,10 +211,11 @@ def _local(fixed: _Fixed, state: State, running: Array, width: int, logprobs: bo
     return _Local(tokens, lengths, running, output)
 
 
-def _append(fixed: _Fixed, raw: Array, local: _Local, index: Array) -> _Local:
+def _append(fixed: _Fixed, raw: Array, local: _Local, index: Array, mask: Array) -> _Local:
     """Sample a token from the logits `raw` [b, V] for each row that runs; note it at `index`."""
     tokens, lengths, running, output = local
     logits = sampling.adjust(raw, fixed.settings, tokens, fixed.prompts, lengths)
+    logits = sampling.allow(logits, mask)
     native = {"arg_max": ops.cpu.arg_max} if ops.choose("arg_max") == "cpu" else {}
     token = sampling.sample(logits, fixed.settings, lengths - fixed.prompts, **native)
     each = jnp.arange(len(lengths), dtype=jnp.int32)

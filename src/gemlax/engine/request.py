@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
+from gemlax.grammar import Constraint
+
 __all__ = ["STOP_PLACES", "Event", "FinishReason", "Request", "Usage"]
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 # The most stop ids of a request: they lie in an array of this width.
 STOP_PLACES = 16
 
@@ -25,6 +27,7 @@ class Request:
         salt: its beginning is shared only with requests of the same salt.
         snapshot_at: how many tokens of the prompt others are likely to begin with: the end of the
             system text and tools, of the last user turn. Only hints, for the prefix cache.
+        constraint: what may come, from the first token on; the engine works on a copy.
     """
 
     prompt: tuple[int, ...]
@@ -36,6 +39,7 @@ class Request:
     logprobs: bool = False
     salt: str = ""
     snapshot_at: tuple[int, ...] = ()
+    constraint: Constraint | None = None
 
     @property
     def origin(self) -> tuple[int, str]:
@@ -67,7 +71,8 @@ class Event(NamedTuple):
     """What one step did for one request.
 
     `tokens` are new, the stop token included; `usage` includes this step. `logprobs`, where asked
-    for, are (own [n], ids [n, 20], values [n, 20]). `finish_reason` is None while it goes on.
+    for, are (own [n], ids [n, 20], values [n, 20]). `finish_reason` is None while it goes on;
+    with "error", `error` says why the constraint lets nothing more come.
     """
 
     request_id: int
@@ -75,3 +80,4 @@ class Event(NamedTuple):
     usage: Usage
     logprobs: tuple[Any, Any, Any] | None = None
     finish_reason: FinishReason | None = None
+    error: str | None = None

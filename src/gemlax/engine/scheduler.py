@@ -8,9 +8,12 @@ import dataclasses
 from collections import deque
 from typing import NamedTuple
 
+import numpy as np
+
 from gemlax.engine.allocator import SlotAllocator
 from gemlax.engine.drafts import Proposer
 from gemlax.engine.request import Request, Usage
+from gemlax.grammar import Constraint
 
 __all__ = ["Chunk", "Row", "Scheduler"]
 
@@ -22,7 +25,8 @@ class Row:
     `tokens` are prompt and answer; the caches hold the first `num_filled` of them. `highest` is
     one more than the highest position written. `num_passed` counts the steps in a row that
     prefilled others instead. `is_waiting`: it is not prefilled for now, because another row
-    prefills the same beginning. `snapshots`: see `Reuse`.
+    prefills the same beginning. `snapshots`: see `Reuse`. `masks`: of the next step, where there
+    is a constraint.
     """
 
     request_id: int
@@ -33,6 +37,8 @@ class Row:
     num_filled: int
     highest: int
     proposer: Proposer | None = None
+    constraint: Constraint | None = None
+    masks: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.uint32))
     num_steps: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -116,6 +122,8 @@ class Scheduler:
             )
             if request.num_drafts:
                 row.proposer = Proposer(request.prompt)
+            if request.constraint is not None:
+                row.constraint = request.constraint.copy()
             self._rows[request_id] = row
             admitted.append(row)
         return admitted

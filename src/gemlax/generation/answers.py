@@ -3,9 +3,9 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from gemlax.engine import Engine, Event, Request, Usage
+from gemlax.engine import Engine, Event, FinishReason, Request, Usage
 
 __all__ = ["Answer", "Completion", "Parser", "Stream", "TokenLogprob", "drive", "streaming"]
 
@@ -22,16 +22,18 @@ class TokenLogprob(NamedTuple):
 class Completion:
     """What was generated. `tokens` includes the stop token, `text` shows no control token.
 
-    `finish_reason` is "stop" (a stop id or stop string) or "length". `accepted_per_step`: how many
+    `finish_reason` is "stop" (a stop id, a stop string, or a grammar that is complete), "length", or
+    "error": no token could come by the grammar, for which `error` says why. `accepted_per_step`: how many
     drafts a step accepted on average, None without `speculate`. `usage`: what it took.
     """
 
     text: str
     tokens: list[int]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     logprobs: list[TokenLogprob] | None = None
     accepted_per_step: float | None = None
     usage: Usage = dataclasses.field(default=Usage(), compare=False)
+    error: str | None = None
 
 
 class Parser(Protocol):
@@ -72,6 +74,8 @@ class Answer:
         self._num_logprobs = num_logprobs
         self.logprobs: list[TokenLogprob] = []
         self.usage = Usage(len(request.prompt))
+        self._reason: FinishReason = "length"
+        self.error: str | None = None
 
     @property
     def is_stopped(self) -> bool:
@@ -81,7 +85,8 @@ class Answer:
     def take(self, event: Event) -> Any:
         """Take in an event; return what the parser makes of it, without a parser the new ids."""
         self.tokens += event.tokens
-        self.usage = event.usage
+        self.usage, self.error = event.usage, event.error
+        self._reason = event.finish_reason or self._reason
         if event.logprobs is not None:
             self._note(event.tokens, *event.logprobs)
         if self.parser is None:
@@ -104,17 +109,17 @@ class Answer:
         tokens = self.tokens
         if self.parser is not None and self.parser.stopped:
             tokens = tokens[: self.parser.num_tokens]
-        stopped = self.is_stopped or bool(tokens and tokens[-1] in self.request.stop_ids)
         accepted = None
         if self.request.num_drafts and self.usage.num_steps:
             accepted = len(self.tokens) / self.usage.num_steps - 1
         return Completion(
             text=text,
             tokens=tokens,
-            finish_reason="stop" if stopped else "length",
+            finish_reason="stop" if self.is_stopped else self._reason,
             logprobs=None if self._num_logprobs is None else self.logprobs[: len(tokens)],
             accepted_per_step=accepted,
             usage=self.usage,
+            error=self.error,
         )
 
 

@@ -13,6 +13,7 @@ from gemlax.errors import RequestError
 from gemlax.generation.defaults import read_defaults, read_stop
 from gemlax.generation.prompts import as_ids
 from gemlax.generation.settings import SamplingSettings, seeds
+from gemlax.grammar import Constraint, Grammar, Markers, compiler_of
 from gemlax.sampling import Sampling, make_sampling
 from gemlax.tokenizer import Tokenizer
 
@@ -21,6 +22,8 @@ __all__ = ["RequestBatch"]
 _SHOWN = 5  # prompts named in one error
 # What is generated where neither the caller nor the checkpoint says how much.
 _NEW_TOKENS = 256
+# Drafts of a step where a grammar says what must come next: the keys of an object are some tokens.
+_FORCED_DRAFTS = 3
 
 
 class RequestBatch:
@@ -50,6 +53,8 @@ class RequestBatch:
         self.num_logprobs = settings.logprobs
         adapters = entries(programs.adapters, settings.adapter, len(prompts))
         sampling = self._sampling()
+        drafts = 0 if settings.grammar is None else _FORCED_DRAFTS
+        drafts = drafts if settings.speculate is None else settings.speculate
         self.requests = [
             Request(
                 prompt=tuple(prompt),
@@ -57,11 +62,46 @@ class RequestBatch:
                 settings=sampling.row(index),
                 stop_ids=self._stop_ids,
                 adapter=adapter,
-                num_drafts=settings.speculate or 0,
+                num_drafts=drafts,
                 logprobs=settings.logprobs is not None,
+                constraint=self._constraint(prompt, grammar),
             )
-            for index, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True))
+            for index, (prompt, adapter, grammar) in enumerate(
+                zip(prompts, adapters, self._grammars(), strict=True)
+            )
         ]
+
+    def _grammars(self) -> Sequence[Grammar | None]:
+        """Return the grammar of each prompt."""
+        given = self._settings.grammar
+        if not isinstance(given, (list, tuple)):
+            return [given] * len(self._prompts)  # type: ignore[list-item]
+        if len(given) != len(self._prompts):
+            raise RequestError(
+                f"grammar must be one, or a list of {len(self._prompts)}, got {len(given)}"
+            )
+        return given
+
+    def _constraint(self, prompt: Sequence[int], grammar: Grammar | None) -> Constraint | None:
+        settings, tokenizer = self._settings, self._tokenizer
+        if grammar is None and settings.allowed_ids is None and settings.thinking_budget is None:
+            return None
+        if tokenizer is None:
+            raise RequestError(
+                "grammar, allowed_ids and thinking_budget need a tokenizer, and this model has none"
+            )
+        for id in settings.allowed_ids or ():
+            if id >= self._programs.num_tokens:
+                raise RequestError(
+                    f"allowed_ids: id {id} is outside [0, {self._programs.num_tokens})"
+                )
+        budget = None
+        if settings.thinking_budget is not None:
+            markers = Markers.of(tokenizer)
+            budget = markers.budget(settings.thinking_budget, prompt)
+        return compiler_of(tokenizer).constraint(
+            grammar, self._stop_ids, allowed_ids=settings.allowed_ids, budget=budget
+        )
 
     def _lengths(self) -> tuple[int, int]:
         """Return the most new tokens, and the most tokens of a prompt and its answer."""

@@ -14,11 +14,13 @@ import numpy as np
 from gemlax.adapters import DEFAULT
 from gemlax.engine import MAX_DRAFTS
 from gemlax.errors import RequestError, check_int
+from gemlax.grammar import ChatGrammar, Choice, Grammar, JsonObject, JsonSchema, Lark, Regex
 from gemlax.sampling import TOP_LOGPROBS, check_number, check_seed
 
 __all__ = ["SamplingSettings", "describe", "read_settings", "seeds"]
 
 _Check = Callable[[str, Any], Any]
+_GRAMMARS = (JsonSchema, JsonObject, Regex, Choice, Lark, ChatGrammar)
 
 
 def _number(low: float, high: float, *, open_low: bool = False) -> _Check:
@@ -44,6 +46,24 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     if any(not isinstance(text, str) or not text for text in texts):
         raise RequestError(f"{name} must be non-empty strings, got {list(texts)!r}")
     return texts
+
+
+def _ids(name: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, str) or not np.iterable(value):
+        raise RequestError(f"{name} must be a list of token ids, got {value!r}")
+    return tuple(check_int(f"an id in {name}", id, 0) for id in value)
+
+
+def _grammar(name: str, value: Any) -> Any:
+    """Check a grammar, or a list with one or None for each prompt."""
+    several = isinstance(value, (list, tuple))
+    for one in value if several else [value]:
+        if not isinstance(one, _GRAMMARS) and not (several and one is None):
+            raise RequestError(
+                f"{name} must be a JsonSchema, JsonObject, Regex, Choice or Lark of "
+                f"gemlax.grammar, or a list of them, got {one!r}"
+            )
+    return value
 
 
 def _seed(name: str, value: Any) -> Any:
@@ -129,8 +149,19 @@ class SamplingSettings:
     )  # fmt: skip
     speculate: int | None = _setting(
         None, "draft up to N tokens from the text so far: the same answer, sooner if it repeats",
-        _up_to(MAX_DRAFTS, " drafts"), unset="no drafts",
+        _up_to(MAX_DRAFTS, " drafts"), unset="no drafts, with a grammar 3",
     )  # fmt: skip
+    grammar: Grammar | Sequence[Grammar | None] | None = _setting(
+        None, "what the answer must match, of gemlax.grammar, or a list with one for each prompt",
+        _grammar, unset="anything",
+    )  # fmt: skip
+    allowed_ids: Sequence[int] | None = _setting(
+        None, "generate these ids alone; one that ends the answer must be among them", _ids,
+        unset="all",
+    )  # fmt: skip
+    thinking_budget: int | None = _setting(
+        None, "end a thought after N tokens (Gemma 4)", _integer(0), unset="no bound"
+    )
     parse_special: bool = _setting(
         False, "read markers in the text, such as <start_of_turn>, as control tokens"
     )
@@ -139,7 +170,7 @@ class SamplingSettings:
     )
 
     def __post_init__(self) -> None:
-        given = dataclasses.asdict(self)
+        given = dict(self.__dict__)  # `asdict` would take a grammar apart
         for field in dataclasses.fields(self):
             value, check = given[field.name], field.metadata["check"]
             if value is None and field.name != "adapter":

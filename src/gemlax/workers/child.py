@@ -1,16 +1,13 @@
-"""The process that renders a checkpoint's template, which template.py starts and may kill.
+"""What runs in a worker process: questions in, answers out, memory and time limited.
 
-One JSON object comes per line on standard input, one goes out per line. A template is code of a
-stranger: the sandbox (render.py) keeps it from Python's inside, and the operating system limits
-memory and processor time.
+It imports nothing of gemlax except the module that answers.
 """
 
+import importlib
 import json
 import resource
 import signal
 import sys
-
-from gemlax.chat.render import answer
 
 __all__ = ["main"]
 
@@ -29,12 +26,13 @@ def write(reply: dict[str, object]) -> None:
 
 
 def main() -> None:
-    """Answer requests until standard input ends. Arguments: bytes of memory, seconds."""
+    """Answer until standard input ends. Arguments: bytes of memory, seconds, the module."""
     memory, seconds = int(sys.argv[1]), float(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    answer = importlib.import_module(sys.argv[3]).answer
     write({})
     for line in sys.stdin:
         limit_time(seconds)
