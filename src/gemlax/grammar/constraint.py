@@ -172,7 +172,9 @@ class Constraint:
 
     def _is_used_up(self) -> bool:
         thought = self._thought
-        return self._budget is not None and thought.is_open and thought.num_used >= self._budget.most
+        return (
+            self._budget is not None and thought.is_open and thought.num_used >= self._budget.most
+        )
 
     def _within_budget(self, drafts: Sequence[int]) -> int:
         thought = dataclasses.replace(self._thought)

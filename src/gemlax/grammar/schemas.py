@@ -262,7 +262,7 @@ class Rules:
         required = schema.get("required") or []
         if not isinstance(properties, Mapping) or not isinstance(required, (list, tuple)):
             raise self._wrong("has properties or required of the wrong type")
-        more = schema.get("additionalProperties", not properties)
+        more = schema.get("additionalProperties", "properties" not in schema)
         properties = {**properties, **{k: True for k in required if k not in properties}}
         if not properties:
             value = None if more is False else self._value(more)
@@ -280,7 +280,7 @@ class Rules:
     def _pair(self, value: str, except_for: Sequence[str] = ()) -> str:
         """Return a key, none of some, and a value."""
         if not except_for:
-            return self._add(f"(KEY | {self._quote} TEXT {self._quote}) \":\" {value}")
+            return self._add(f'(KEY | {self._quote} TEXT {self._quote}) ":" {value}')
         never = "|".join(re.escape(key).replace("/", "\\/") for key in except_for)
         name = f"KEY_{len(self._lines)}"
         self._lines.append(f"{name}: KEY & ~/{never}/")
@@ -315,7 +315,11 @@ class Rules:
     def _key(self, key: str) -> str:
         text = json.dumps(key, ensure_ascii=False)
         if ODD & set(key) or key.split() != [key]:
-            return f'{self._quote} {text} {self._quote} ":"' if key else f'{self._quote} {self._quote} ":"'
+            return (
+                f'{self._quote} {text} {self._quote} ":"'
+                if key
+                else f'{self._quote} {self._quote} ":"'
+            )
         return json.dumps(f"{key}:", ensure_ascii=False)
 
     def _literal(self, value: Any) -> str:

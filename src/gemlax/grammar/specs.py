@@ -221,9 +221,7 @@ def _parts(value: Any, depth: int) -> Iterator[tuple[Any, int]]:
         if depth <= MAX_DEPTH:
             inner = part.values() if isinstance(part, Mapping) else part
             if isinstance(part, (Mapping, list, tuple)):
-                waiting += [
-                    (x, depth + 1) for x in inner if isinstance(x, (Mapping, list, tuple))
-                ]
+                waiting += [(x, depth + 1) for x in inner if isinstance(x, (Mapping, list, tuple))]
 
 
 def _check_size(text: str, what: str) -> None:

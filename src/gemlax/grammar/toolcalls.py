@@ -50,10 +50,10 @@ class Markers:
     def budget(self, most: int, prompt: Sequence[int]) -> ThinkingBudget:
         """Return a budget of thought; RequestError without a thought channel."""
         if self.open_channel is None or self.close_channel is None:
-            raise RequestError("this model has no thinking, and so no thinking_budget (Gemma 4 has)")
-        return ThinkingBudget(
-            most, self.open_channel, self.close_channel, self.is_open(prompt)
-        )
+            raise RequestError(
+                "this model has no thinking, and so no thinking_budget (Gemma 4 has)"
+            )
+        return ThinkingBudget(most, self.open_channel, self.close_channel, self.is_open(prompt))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ class ChatGrammar:
         if not self._has_channel():
             return ""
         rest = f"TEXT? <[{self.markers.close_channel}]>" if self.is_thinking else ""
-        return f"{rest} {'thought*' if self.thinking and not repeated else ''}".strip()
+        return f"{rest} {'thought?' if self.thinking and not repeated else ''}".strip()
 
     def _text(self, has_calls: bool) -> str:
         """Return text and calls, one or the other or both."""
@@ -156,7 +156,7 @@ class ChatGrammar:
         lines, names = [], []
         rules = Rules(markers.quote, any_order=self.any_order)
         for index, function in enumerate(functions):
-            schema = function.get("parameters") or {"type": "object"}
+            schema = function.get("parameters") or {"properties": {}}
             arguments = rules.arguments(schema, function["name"], function.get("strict") is True)
             begin = json.dumps(f"call:{function['name']}", ensure_ascii=False)
             names.append(f"call_{index}")
@@ -177,9 +177,7 @@ def _as_body(source: str) -> list[str]:
     return [f"body: {first.removeprefix('start: ')}"]
 
 
-def read_tool_choice(
-    choice: ToolChoice | None, tools: Sequence[Mapping[str, Any]]
-) -> str:
+def read_tool_choice(choice: ToolChoice | None, tools: Sequence[Mapping[str, Any]]) -> str:
     """Return "none", "auto", "required" or a function's name; None is "auto".
 
     Raises:
@@ -190,7 +188,9 @@ def read_tool_choice(
         name = inner.get("name") if isinstance(inner, Mapping) else None
         names = [tool["function"]["name"] for tool in tools]
         if name in ("auto", "none", "required") or not isinstance(name, str) or name not in names:
-            raise RequestError(f"tool_choice names {show_value(name)}, not one of the tools: {names}")
+            raise RequestError(
+                f"tool_choice names {show_value(name)}, not one of the tools: {names}"
+            )
         return name
     if choice not in (None, "none", "auto", "required"):
         raise RequestError(
