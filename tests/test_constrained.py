@@ -147,7 +147,7 @@ def run_first(model, grammar):
 
 
 def test_a_grammar_that_fails_ends_its_request_and_no_other(model):
-    forbidden = dict.fromkeys(range(512), -np.inf)
+    forbidden = dict.fromkeys(range(24, 512), -np.inf)  # all text
     broken = request(Regex("[a-z]+"), logit_bias=forbidden)
     plain = request(seed=1, temperature=1.0)
     tokens, events = run(model, broken, plain)
@@ -257,7 +257,7 @@ def test_required_and_named_calls_come_whole(model, choice, seed):
     said = [{"role": "user", "content": "abc"}]
     message = model.chat(
         said, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False, temperature=1.0,
-        seed=seed, thinking_budget=4, max_new_tokens=80,
+        seed=seed, thinking_budget=4, max_new_tokens=120,
     )  # fmt: skip
     assert message.finish_reason == "tool_calls" and len(message.tool_calls) == 1
     (call,) = message.tool_calls

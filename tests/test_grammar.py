@@ -302,6 +302,7 @@ THOUGHT = (CHANNEL, "thought\nhm", END_CHANNEL)
         (chat(), (OPEN, "call:get_weather{city:", QUOTE, "a", QUOTE, ",days:10}", CLOSE), False),
         (chat(), (OPEN, "call:get_weather{city:", QUOTE, "a", OPEN, QUOTE, "}", CLOSE), False),
         (chat(), (OPEN, "call:get_weather{city:", QUOTE, "a", QUOTE, ",x:1}", CLOSE), False),
+        (chat(), (OPEN, "call:now{a:1}", CLOSE), False),
         (chat(), ("text", QUOTE), False),
         (chat(), ("text", END_CHANNEL), False),
     ],

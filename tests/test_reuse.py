@@ -224,7 +224,7 @@ def test_requests_one_after_the_other_do_not_corrupt_each_other(programs, alone)
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma-3-270m", pytest.param("gemma-4-e2b", marks=pytest.mark.slow)]
+    "name", ["gemma-3-270m", pytest.param("gemma-4-e2b", marks=pytest.mark.deep)]
 )
 def test_rings_of_other_lengths_and_shared_layers_are_restored(programs, name):
     """Nos. 8 and 11: merged rings of different lengths, and layers that share keys and values."""

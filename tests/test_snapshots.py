@@ -64,7 +64,7 @@ def assert_same(one, other):
 # A model, its form, and a bucket to restore in.
 FORMS = [
     ("gemma-3-270m", "float32", None, (2, 1024)),
-    ("gemma-3-270m", "bfloat16", None, (2, 1024)),
+    pytest.param("gemma-3-270m", "bfloat16", None, (2, 1024), marks=pytest.mark.deep),
     ("gemma-3-270m", "float32", "int8", (2, 1024)),
     ("gemma-4-e2b", "float32", None, (2, 1024)),
     pytest.param("gemma-4-e4b", "bfloat16", None, (2, 2048), marks=pytest.mark.slow),

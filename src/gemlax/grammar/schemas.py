@@ -262,7 +262,7 @@ class Rules:
         required = schema.get("required") or []
         if not isinstance(properties, Mapping) or not isinstance(required, (list, tuple)):
             raise self._wrong("has properties or required of the wrong type")
-        more = schema.get("additionalProperties", not properties)
+        more = schema.get("additionalProperties", "properties" not in schema)
         properties = {**properties, **{k: True for k in required if k not in properties}}
         if not properties:
             value = None if more is False else self._value(more)

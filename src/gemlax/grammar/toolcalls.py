@@ -127,7 +127,7 @@ class ChatGrammar:
         if not self._has_channel():
             return ""
         rest = f"TEXT? <[{self.markers.close_channel}]>" if self.is_thinking else ""
-        return f"{rest} {'thought*' if self.thinking and not repeated else ''}".strip()
+        return f"{rest} {'thought?' if self.thinking and not repeated else ''}".strip()
 
     def _text(self, has_calls: bool) -> str:
         """Return text and calls, one or the other or both."""
@@ -156,7 +156,7 @@ class ChatGrammar:
         lines, names = [], []
         rules = Rules(markers.quote, any_order=self.any_order)
         for index, function in enumerate(functions):
-            schema = function.get("parameters") or {"type": "object"}
+            schema = function.get("parameters") or {"properties": {}}
             arguments = rules.arguments(schema, function["name"], function.get("strict") is True)
             begin = json.dumps(f"call:{function['name']}", ensure_ascii=False)
             names.append(f"call_{index}")
