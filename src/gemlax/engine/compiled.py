@@ -16,7 +16,7 @@ from gemlax import ops
 from gemlax.cache import Caches, new_caches, resume
 from gemlax.decoder import Decoder
 from gemlax.engine import programs
-from gemlax.engine.state import Joining, State, join, new_rows
+from gemlax.engine.state import Changing, Joining, Settled, State, join, new_rows
 from gemlax.ops.storage import Storage
 from gemlax.sharding import Layout, put
 
@@ -25,6 +25,8 @@ __all__ = ["Counters", "Programs", "bucket", "prefill_width"]
 # How many places, tokens and padding, a prefill of several rows has at most. A CPU's is measured
 # (docs/log.md); no accelerator's is.
 PREFILL_PLACES, MANY_PLACES = {"cpu": 128}, 4096
+
+_Function = Callable[..., tuple[State, programs.Output | None]]
 
 
 def bucket(size: int, smallest: int = 1) -> int:
@@ -95,6 +97,8 @@ class Programs:
         self.num_tokens = num_tokens
         self.counters = Counters()
         self._graphdef, self._weights = nnx.split(decoder)
+        # A call takes the arrays as a list: walking the tree of modules takes as long as the call.
+        self._arrays, self._structure = jax.tree.flatten(self._weights)
         self.compiled: dict[tuple[object, ...], Any] = {}
 
     def put(self, tree: Any) -> Any:
@@ -111,8 +115,10 @@ class Programs:
         Chunks share a call, as wide as the longest, while it has few places: a CPU is no faster
         with more. On a mesh all slots run.
         """
+        if not sizes:
+            return []
         if self.layout.mesh is not None:
-            return [list(range(len(sizes)))] if sizes else []
+            return [list(range(len(sizes)))]
         places = PREFILL_PLACES.get(ops.platform(), MANY_PLACES)
         calls: list[list[int]] = []
         for index in sorted(range(len(sizes)), key=sizes.__getitem__):
@@ -165,7 +171,8 @@ class Programs:
     def join(self, state: State, new: Joining) -> State:
         """Write a request into its slot."""
         args = (state, self._arguments(new))
-        return self._program("join", (), lambda: join, args, donated=0)(*args)
+        key = ("join", _shape_of(state))
+        return self._program(key, join, args, lambda: _shardings(state), donated=0)(*args)
 
     def prefill(
         self, state: State, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray | None
@@ -174,19 +181,19 @@ class Programs:
         num_tokens = int((positions != ops.EMPTY).sum())
         if (by_rows := self.layout.rows(len(tokens))) is not None:
             tokens, positions = put((tokens, positions), by_rows)
-        args = (self._weights, state, tokens, positions, self._arguments(rows))
 
-        def make() -> Any:
-            return functools.partial(programs.prefill, self._graphdef)
+        def prefill(weights: object, state: State, *rest: jax.Array) -> tuple[State, None]:
+            return programs.prefill(self._graphdef, weights, state, *rest), None
 
-        run = self._program("prefill", tokens.shape, make, args, donated=1)
+        rest = (tokens, positions, self._arguments(rows))
+        run, args = self._call(("prefill", _shape_of(state), *tokens.shape), prefill, state, rest)
         begin = time.perf_counter()
-        state = run(*args)
-        jax.block_until_ready(state.caches)
+        changed, _ = run(*args)
+        jax.block_until_ready(changed)
         self.counters.prefill_s += time.perf_counter() - begin
         self.counters.prefill_calls += 1
         self.counters.prefill_tokens += num_tokens
-        return state
+        return state.changed(changed)
 
     def decode(
         self,
@@ -199,13 +206,9 @@ class Programs:
         logprobs: bool,
     ) -> tuple[State, programs.Output]:
         """Run up to `steps` decode steps of some slots; see `programs.decode`."""
-
-        def make() -> Any:
-            fixed = (self._graphdef, self.num_tokens, self.layout, logprobs)
-            return functools.partial(programs.decode, *fixed)
-
         rest = self._arguments((rows, running, np.int32(steps), np.bool_(eager)))
-        return self._decode("decode", (len(running), logprobs), make, state, rest)
+        shape = (len(running), logprobs)
+        return self._decode("decode", shape, programs.decode, state, rest)
 
     def verify(
         self,
@@ -218,31 +221,56 @@ class Programs:
         logprobs: bool,
     ) -> tuple[State, programs.Output]:
         """Run one step of some slots with drafts; see `programs.verify`."""
-
-        def make() -> Any:
-            fixed = (self._graphdef, self.num_tokens, self.layout, logprobs)
-            return functools.partial(programs.verify, *fixed)
-
         rest = self._arguments((rows, running, drafts, counts))
-        return self._decode("verify", (*drafts.shape, logprobs), make, state, rest)
+        shape = (*drafts.shape, logprobs)
+        return self._decode("verify", shape, programs.verify, state, rest)
 
     def _decode(
         self,
         name: str,
-        shape: tuple[object, ...],
-        make: Callable[[], Any],
+        shape: tuple[int, ...],
+        function: _Function,
         state: State,
         rest: tuple[object, ...],
     ) -> tuple[State, programs.Output]:
-        args = (self._weights, state, *rest)
-        run = self._program(name, shape, make, args, donated=1)
+        fixed = (self._graphdef, self.num_tokens, self.layout, bool(shape[-1]))
+        key = (name, _shape_of(state), *shape)
+        run, args = self._call(key, functools.partial(function, *fixed), state, rest)
         begin = time.perf_counter()
-        state, output = run(*args)
-        output = jax.tree.map(np.asarray, output)
+        changed, (tokens, counts, logprobs) = run(*args)
+        if logprobs is not None:
+            logprobs = tuple(map(np.asarray, logprobs))
+        output = programs.Output(np.asarray(tokens), np.asarray(counts), logprobs)
         self.counters.decode_s += time.perf_counter() - begin
         self.counters.decode_calls += 1
-        self.counters.decode_tokens += int(output.counts.sum())
-        return state, output
+        self.counters.decode_tokens += sum(output.counts.tolist())
+        return state.changed(changed), output
+
+    def _call(
+        self,
+        key: tuple[object, ...],
+        function: _Function,
+        state: State,
+        rest: tuple[object, ...],
+    ) -> tuple[Any, tuple[object, ...]]:
+        """Return the program of a function (weights, state, *rest), and its arguments.
+
+        What the decoder changes of the state is used up and returned; the rest is only read.
+        """
+        args = (self._arrays, *state.parts(), *rest)
+
+        def run(
+            arrays: list[jax.Array], changing: Changing, settled: Settled, *rest: object
+        ) -> object:
+            weights = jax.tree.unflatten(self._structure, arrays)
+            state, output = function(weights, State(*changing, *settled), *rest)
+            return state.parts()[0], output
+
+        def shardings() -> object:
+            # The state stays where it lies; every device gets the output.
+            return _shardings(args[1]), self.layout.replicated
+
+        return self._program(key, run, args, shardings, donated=1), args
 
     def smallest(
         self, name: str, state: State, rows: int, rest: tuple[object, ...], slack: int
@@ -256,32 +284,26 @@ class Programs:
         if self.layout.mesh is not None:
             return len(state.lengths)
         needed = min(bucket(rows), len(state.lengths))
+        shape = _shape_of(state)
         sizes: list[Any] = [
-            key[2]
-            for key in self.compiled
-            if key[:2] == (name, _shape_of(state)) and key[3:] == rest
+            key[2] for key in self.compiled if key[:2] == (name, shape) and key[3:] == rest
         ]
         return min((size for size in sizes if rows <= size <= slack * needed), default=needed)
 
     def _program(
         self,
-        name: str,
-        shape: tuple[object, ...],
-        make: Callable[[], Any],
-        args: tuple[Any, ...],
+        key: tuple[object, ...],
+        function: Callable[..., object],
+        args: tuple[object, ...],
+        shardings: Callable[[], object],
         *,
         donated: int,
     ) -> Any:
         """Return the compiled program of a bucket; compile it at first use."""
         ops.check_compiles("generating")
-        key = (name, _shape_of(args[donated]), *shape)
         if key not in self.compiled:
             begin = time.perf_counter()
-            # The state stays where it lies; every device gets the output.
-            shardings = jax.tree.map(lambda x: x.sharding, args[donated])
-            if name not in ("join", "prefill"):
-                shardings = (shardings, self.layout.replicated)
-            lowered = self.layout.jit(make(), shardings, donate_argnums=donated).lower(*args)
+            lowered = self.layout.jit(function, shardings(), donate_argnums=donated).lower(*args)
             traced = time.perf_counter()
             self.compiled[key] = lowered.compile()
             end = time.perf_counter()
@@ -294,3 +316,7 @@ class Programs:
 def _shape_of(state: State) -> tuple[int, ...]:
     """Return what of a state's shape differs between programs: slots, capacity, places."""
     return (*state.tokens.shape, *state.settings.places())
+
+
+def _shardings(tree: object) -> object:
+    return jax.tree.map(lambda x: x.sharding, tree)

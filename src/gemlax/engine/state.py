@@ -13,13 +13,18 @@ from gemlax.cache import Caches
 from gemlax.engine.request import STOP_PLACES, Request
 from gemlax.sampling import Sampling, make_sampling
 
-__all__ = ["Joining", "State", "join", "joining", "new_rows"]
+__all__ = ["Changing", "Joining", "Settled", "State", "join", "joining", "new_rows"]
+
+
+Changing = tuple[Caches, jax.Array, jax.Array]
+Settled = tuple[Any, ...]
 
 
 class State(NamedTuple):
     """Arrays of B slots, of which a call runs some.
 
-    `tokens` [B, S] hold prompt and answer; unused places hold the vocabulary size.
+    `tokens` [B, S] hold prompt and answer; unused places hold the vocabulary size. A call of the
+    decoder changes the first three fields, only `join` the others.
     """
 
     caches: Caches
@@ -30,6 +35,15 @@ class State(NamedTuple):
     stop_ids: Any  # [B, STOP_PLACES], filled up with -1
     settings: Sampling  # [B, ...]
     adapters: Any = None  # [B], entries of the tables of adapters; None: there are none
+
+    def parts(self) -> tuple[Changing, Settled]:
+        """Return what a call of the decoder changes, and what it only reads."""
+        return self[:3], self[3:]
+
+    def changed(self, fields: Changing) -> "State":
+        """Return the state with other arrays in place of those that a call changes."""
+        caches, tokens, lengths = fields
+        return self._replace(caches=caches, tokens=tokens, lengths=lengths)
 
 
 class Joining(NamedTuple):
