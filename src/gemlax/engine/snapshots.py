@@ -7,6 +7,7 @@ to copy. Copies are in the form of the caches, so they come back bit for bit.
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -172,11 +173,14 @@ class Snapshots:
     ) -> Compiled:
         caches: Caches = args[0]  # type: ignore[assignment]  # the first of any of them
         key = (name, *kinds, *(cache.positions.shape for cache in caches.values()))
-        if key not in self._programs.compiled:
-            jitted = self._programs.layout.jit(function, donate_argnums=donated)
-            self._programs.compiled[key] = jitted.lower(*args).compile()
-            self._programs.counters.programs += 1
-        return self._programs.compiled[key]
+        programs = self._programs
+        if key not in programs.compiled:
+            begin = time.perf_counter()
+            jitted = programs.layout.jit(function, donate_argnums=donated)
+            programs.compiled[key] = jitted.lower(*args).compile()
+            programs.counters.compile_s += time.perf_counter() - begin
+            programs.counters.programs += 1
+        return programs.compiled[key]
 
 
 def _overlaps(
