@@ -20,8 +20,8 @@ from gemlax.decoder import Decoder
 from gemlax.engine import Engine, Programs, Request, programs
 from gemlax.engine.state import join, joining
 from gemlax.formats import Coded
-from gemlax.layers import DecoderLayer, Keys
 from gemlax.grammar import mask_width
+from gemlax.layers import DecoderLayer, Keys
 from gemlax.names import text_weights
 from gemlax.presets import preset, tiny
 from gemlax.qtensor import QTensor

@@ -301,9 +301,9 @@ class Model:
                 assistant's, and holds only what is new; None: if that is the last message. False
                 begins a new answer.
             template_args: further variables of the checkpoint's chat template.
-            tool_choice: hold calls to their schemas (Gemma 4): "auto" (text, then calls), "required"
-                (calls alone), {"name": ...} (one call of it) or "none". A stream then gives calls
-                piece by piece ("call", "arguments"). None: nothing is held to.
+            tool_choice: hold calls to their schemas (Gemma 4): "auto" (text, then calls),
+                "required" (calls alone), {"name": ...} (one call of it) or "none". A stream then
+                gives calls piece by piece ("call", "arguments"). None: nothing is held to.
             parallel_tool_calls: whether an answer may call more than one, where held to.
             response_format: what the content must match, as OpenAI writes it, or a grammar.
             settings, **changes: as for `generate`, except `logprobs`; `stop` is looked for in the
@@ -369,7 +369,9 @@ class Model:
         ids = self.chat_format.encode(messages, **how)
         stops = (*self.chat_format.stop_ids, *as_ids(settings.stop_ids, "stop_ids"))
         given = settings.grammar
-        form = form.joined(given[0] if isinstance(given, (list, tuple)) else given, ids)
+        if isinstance(given, Sequence):
+            raise RequestError("a chat has one answer: give one grammar, not a list")
+        form = form.joined(given, ids)
         grammar = form if form.constrains else None
         settings = dataclasses.replace(settings, stop_ids=stops, grammar=grammar)
         batch = self._requests([ids], settings)
