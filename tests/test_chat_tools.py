@@ -371,7 +371,7 @@ CALLS = [
 
 
 def completed(text):
-    """Close what is open in the beginning of a JSON text, as clients do that show it as it comes."""
+    """Close what is open in the beginning of a JSON text, as clients do that show it."""
     ends, is_text, escaped = [], False, False
     for char in text:
         if is_text:

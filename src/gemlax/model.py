@@ -340,9 +340,9 @@ class Model:
                 assistant's, and holds only what is new; None: if that is the last message. False
                 begins a new answer.
             template_args: further variables of the checkpoint's chat template.
-            tool_choice: hold calls to their schemas (Gemma 4): "auto" (text, then calls), "required"
-                (calls alone), {"name": ...} (one call of it) or "none". A stream then gives calls
-                piece by piece ("call", "arguments"). None: nothing is held to.
+            tool_choice: hold calls to their schemas (Gemma 4): "auto" (text, then calls),
+                "required" (calls alone), {"name": ...} (one call of it) or "none". A stream then
+                gives calls piece by piece ("call", "arguments"). None: nothing is held to.
             parallel_tool_calls: whether an answer may call more than one, where held to.
             response_format: what the content must match, as OpenAI writes it, or a grammar.
             settings, **changes: as for `generate`, except `logprobs`; `stop` is looked for in the
@@ -407,7 +407,9 @@ class Model:
             raise RequestError("no text of a chat is read as a control token: no parse_special")
         ids = self.chat_format.encode(messages, **how)
         given = settings.grammar
-        form = form.joined(given[0] if isinstance(given, (list, tuple)) else given, ids)
+        if isinstance(given, Sequence):
+            raise RequestError("a chat has one answer: give one grammar, not a list")
+        form = form.joined(given, ids)
         grammar = form if form.constrains else None
         batch = self.chat_requests([ids], dataclasses.replace(settings, grammar=grammar))
         (request,) = batch.requests

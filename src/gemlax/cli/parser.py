@@ -166,6 +166,7 @@ _SERVE = """
 --context N  tokens of a prompt and its answer (default: 8192, or the model's limit)
 --max-queue N=64  answers that may wait for a slot
 --max-queue-tokens N=262144  prompt tokens that may wait
+--cache-mb N  MB of memory for beginnings of prompts (default: a tenth of what is free)
 --itl-target X=0.1  seconds between two tokens of an answer while prompts are read
 --queue-timeout X=300  seconds that an answer may wait
 --request-timeout X=3600  seconds that a request may take

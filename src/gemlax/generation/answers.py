@@ -22,9 +22,9 @@ class TokenLogprob(NamedTuple):
 class Completion:
     """What was generated. `tokens` includes the stop token, `text` shows no control token.
 
-    `finish_reason` is "stop" (a stop id, a stop string, or a grammar that is complete), "length", or
-    "error": no token could come by the grammar, for which `error` says why. `accepted_per_step`: how many
-    drafts a step accepted on average, None without `speculate`. `usage`: what it took.
+    `finish_reason` is "stop" (a stop id, a stop string, or a grammar that is complete), "length",
+    or "error": no token could come by the grammar, for which `error` says why. `accepted_per_step`:
+    how many drafts a step accepted on average, None without drafts. `usage`: what it took.
     """
 
     text: str

@@ -17,13 +17,13 @@ from gemlax.grammar import Constraint, Grammar, Markers, compiler_of
 from gemlax.sampling import Sampling, make_sampling
 from gemlax.tokenizer import Tokenizer
 
-__all__ = ["RequestBatch"]
+__all__ = ["FORCED_DRAFTS", "RequestBatch"]
 
 _SHOWN = 5  # prompts named in one error
 # What is generated where neither the caller nor the checkpoint says how much.
 _NEW_TOKENS = 256
 # Drafts of a step where a grammar says what must come next: the keys of an object are some tokens.
-_FORCED_DRAFTS = 3
+FORCED_DRAFTS = 3
 
 
 class RequestBatch:
@@ -53,7 +53,7 @@ class RequestBatch:
         self.num_logprobs = settings.logprobs
         adapters = entries(programs.adapters, settings.adapter, len(prompts))
         sampling = self._sampling()
-        drafts = 0 if settings.grammar is None else _FORCED_DRAFTS
+        drafts = 0 if settings.grammar is None else FORCED_DRAFTS
         drafts = drafts if settings.speculate is None else settings.speculate
         self.requests = [
             Request(

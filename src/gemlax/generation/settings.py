@@ -151,7 +151,7 @@ class SamplingSettings:
         None, "draft up to N tokens from the text so far: the same answer, sooner if it repeats",
         _up_to(MAX_DRAFTS, " drafts"), unset="no drafts, with a grammar 3",
     )  # fmt: skip
-    grammar: Grammar | Sequence[Grammar | None] | None = _setting(
+    grammar: Grammar | Sequence[Grammar | None] | None = _setting(  # noqa: RUF009
         None, "what the answer must match, of gemlax.grammar, or a list with one for each prompt",
         _grammar, unset="anything",
     )  # fmt: skip

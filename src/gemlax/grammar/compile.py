@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from gemlax.errors import RequestError
-from gemlax.grammar.constraint import Constraint, ThinkingBudget
+from gemlax.grammar.constraint import Constraint, Matcher, ThinkingBudget
 from gemlax.grammar.specs import Grammar
 from gemlax.tokenizer import Tokenizer
 from gemlax.workers import Worker
@@ -47,7 +47,7 @@ class Compiler:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._vocabulary: Any = None
-        self._matchers: OrderedDict[str, Any] = OrderedDict()
+        self._matchers: OrderedDict[str, Matcher] = OrderedDict()
         self._worker = Worker(
             "gemlax.grammar.validate", packages=("llguidance",), memory=MEMORY_BYTES,
             timeout_s=timeout_s, max_reply=MAX_REPLY_BYTES,
@@ -75,7 +75,7 @@ class Compiler:
             special_ids=special, allowed_ids=allowed_ids, budget=budget,
         )  # fmt: skip
 
-    def matcher(self, grammar: Grammar) -> Any:
+    def matcher(self, grammar: Grammar) -> Matcher:
         """Return llguidance's matcher of a grammar, to be copied."""
         llguidance = import_llguidance()
         source = grammar.source()

@@ -2,14 +2,15 @@
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Constraint", "ThinkingBudget", "mask_width"]
+__all__ = ["Constraint", "Matcher", "ThinkingBudget", "mask_width"]
 
 WORD = 32
+Matcher: TypeAlias = Any  # of llguidance, which is imported at first use
 Mask = NDArray[np.uint32]
 
 
@@ -45,7 +46,7 @@ class Constraint:
 
     def __init__(
         self,
-        matcher: Any,
+        matcher: Matcher | None,
         *,
         num_tokens: int,
         eos_id: int,
@@ -188,6 +189,7 @@ class Constraint:
         return count
 
     def _fail(self) -> None:
+        assert self._matcher is not None
         said = self._matcher.get_error() or str(self._matcher.stop_reason())
         self.error = f"the grammar cannot go on from here: {' '.join(said.split())[:300]}"
 

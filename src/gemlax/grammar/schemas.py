@@ -8,10 +8,9 @@ import json
 import logging
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
 
 from gemlax.errors import RequestError, show_value
-from gemlax.grammar.specs import check_schema, write_regex
+from gemlax.grammar.specs import Json, check_schema, write_regex
 
 __all__ = ["Rules"]
 
@@ -54,14 +53,14 @@ class Rules:
         self._quote, self._any_order = f"<[{quote}]>", any_order
         self._lines: list[str] = COMMON.format(quote=quote).strip().split("\n")
         self._names: dict[Hashable, str] = {}
-        self._root: Mapping[str, Any] = {}
+        self._root: Mapping[str, Json] = {}
         self._where, self._strict = "", False
 
     def lines(self) -> list[str]:
         """Return all rules."""
         return self._lines
 
-    def arguments(self, schema: Any, name: str, strict: bool) -> str:
+    def arguments(self, schema: Json, name: str, strict: bool) -> str:
         """Return the rule of a function's arguments; `strict`: refuse what cannot be held to."""
         self._where, self._strict = f"the parameters of {name}", strict
         check_schema(schema, self._where)
@@ -87,7 +86,7 @@ class Rules:
             self._lines[place] = f"{name}: {make()}"
         return self._names[key]
 
-    def _resolved(self, schema: Any, seen: tuple[str, ...] = ()) -> Any:
+    def _resolved(self, schema: Json, seen: tuple[str, ...] = ()) -> Json:
         """Return the schema that a reference leads to."""
         reference = schema.get("$ref") if isinstance(schema, Mapping) else None
         if reference is None:
@@ -96,7 +95,7 @@ class Rules:
             raise self._wrong(f"has $ref {show_value(reference)}, and only #/... is looked up")
         if reference in seen:
             raise self._wrong(f"has $ref {reference}, which leads to itself")
-        target: Any = self._root
+        target: Json = self._root
         for part in [part for part in reference[1:].split("/") if part]:
             part = part.replace("~1", "/").replace("~0", "~")
             if isinstance(target, Sequence) and part.isdigit() and int(part) < len(target):
@@ -109,14 +108,14 @@ class Rules:
         target = self._resolved(target, (*seen, reference))
         return {**target, **rest} if isinstance(target, Mapping) and rest else target
 
-    def _value(self, schema: Any) -> str:
+    def _value(self, schema: Json) -> str:
         """Return the rule of a value."""
         if isinstance(schema, Mapping) and "$ref" in schema:
             key = json.dumps(schema, sort_keys=True)
             return self._later(key, lambda: self._value_body(self._resolved(schema)))
         return self._add(self._value_body(schema))
 
-    def _value_body(self, schema: Any) -> str:
+    def _value_body(self, schema: Json) -> str:
         if schema is True or schema == {} or schema is None:
             return "any"
         if not isinstance(schema, Mapping):
@@ -148,13 +147,13 @@ class Rules:
         self._leave_out(schema, used)
         return self._alternatives((self._typed(kind, schema) for kind in kinds), schema)
 
-    def _alternatives(self, ways: Iterable[str], schema: Mapping[str, Any]) -> str:
+    def _alternatives(self, ways: Iterable[str], schema: Mapping[str, Json]) -> str:
         listed = list(dict.fromkeys(ways))
         if schema.get("nullable") is True and '"null"' not in listed:
             listed.append('"null"')
         return " | ".join(listed)
 
-    def _merged(self, schema: Mapping[str, Any]) -> dict[str, Any]:
+    def _merged(self, schema: Mapping[str, Json]) -> dict[str, Json]:
         """Return the parts of an allOf as one schema, where they do not speak of the same."""
         merged = {key: value for key, value in schema.items() if key != "allOf"}
         for part in schema["allOf"]:
@@ -174,12 +173,12 @@ class Rules:
                     merged[key] = value
         return merged
 
-    def _guessed(self, schema: Mapping[str, Any]) -> str | None:
+    def _guessed(self, schema: Mapping[str, Json]) -> str | None:
         """Return the type that the keywords of a schema without one are about."""
         kinds = ("object", "array", "string", "number")
         return next((kind for kind in kinds if KEYWORDS[kind] & schema.keys()), None)
 
-    def _leave_out(self, schema: Mapping[str, Any], used: set[str]) -> None:
+    def _leave_out(self, schema: Mapping[str, Json], used: set[str]) -> None:
         """Refuse, or name in the log, the keywords that nothing here holds an answer to."""
         left = sorted(schema.keys() - used - REMARKS - {"allOf"})
         if left and self._strict:
@@ -187,7 +186,7 @@ class Rules:
         if left:
             logger.warning("%s: not held to: %s", self._where, ", ".join(left))
 
-    def _typed(self, kind: str, schema: Mapping[str, Any]) -> str:
+    def _typed(self, kind: str, schema: Mapping[str, Json]) -> str:
         if kind == "string":
             return self._string(schema)
         if kind in ("integer", "number"):
@@ -199,7 +198,7 @@ class Rules:
             return self._object(schema)
         return '"null"' if kind == "null" else '("true" | "false")'
 
-    def _string(self, schema: Mapping[str, Any]) -> str:
+    def _string(self, schema: Mapping[str, Json]) -> str:
         pattern = schema.get("pattern")
         least, most = schema.get("minLength", 0), schema.get("maxLength")
         if pattern is not None:
@@ -220,14 +219,14 @@ class Rules:
         text = f"/(.|\\n){{{max(least, 1)},{'' if most is None else most}}}/"
         return f"{self._quote} {text}{'' if least else '?'} {self._quote}"
 
-    def _check_counts(self, least: Any, most: Any) -> None:
+    def _check_counts(self, least: Json, most: Json) -> None:
         for count in (least, most):
             if count is not None and (not isinstance(count, int) or count < 0):
                 raise self._wrong(f"has a length of {show_value(count)}")
         if most is not None and least > most:
             raise self._wrong(f"wants at least {least} and at most {most}")
 
-    def _array(self, schema: Mapping[str, Any]) -> str:
+    def _array(self, schema: Mapping[str, Json]) -> str:
         first = [self._value(item) for item in schema.get("prefixItems", ())]
         least, most = schema.get("minItems", 0), schema.get("maxItems")
         self._check_counts(least, most)
@@ -257,7 +256,7 @@ class Rules:
             after = self._add(item if index < least else f'{item} | "]"')
         return f'"[" {after}'
 
-    def _object(self, schema: Mapping[str, Any]) -> str:
+    def _object(self, schema: Mapping[str, Json]) -> str:
         properties = schema.get("properties") or {}
         required = schema.get("required") or []
         if not isinstance(properties, Mapping) or not isinstance(required, (list, tuple)):
@@ -291,7 +290,7 @@ class Rules:
         tail = '"}"' if others is None else f'("," {others})* "}}"'
         first = '"}"' if others is None else f'({others} ("," {others})*)? "}}"'
         begun, fresh = self._add(tail), self._add(first)
-        for key in reversed(members):
+        for key in reversed(list(members)):
             skip = "" if key in required else " | {}"
             fresh = self._add(f"{members[key]} {begun}" + skip.format(fresh))
             begun = self._add(f'"," {members[key]} {begun}' + skip.format(begun))
@@ -322,7 +321,7 @@ class Rules:
             )
         return json.dumps(f"{key}:", ensure_ascii=False)
 
-    def _literal(self, value: Any) -> str:
+    def _literal(self, value: Json) -> str:
         """Return the one way in which a value is written."""
         if isinstance(value, str):
             inner = json.dumps(value, ensure_ascii=False) if value else ""

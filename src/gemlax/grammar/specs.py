@@ -8,7 +8,7 @@ Source: llguidance's docs/syntax.md and docs/json_schema.md.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from gemlax.errors import RequestError, show_value
 
@@ -16,6 +16,7 @@ __all__ = [
     "MAX_DEPTH",
     "Choice",
     "Grammar",
+    "Json",
     "JsonObject",
     "JsonSchema",
     "Lark",
@@ -25,6 +26,8 @@ __all__ = [
     "write_regex",
     "write_schema",
 ]
+
+Json: TypeAlias = Any  # a value of JSON
 
 MAX_BYTES = 2**18  # of a schema, a pattern or a grammar
 MAX_DEPTH = 64  # of a schema
@@ -51,13 +54,13 @@ class JsonSchema:
         whitespace: allow any white space between tokens; False: one space after `:` and `,`.
     """
 
-    schema: Mapping[str, Any] | bool | str
+    schema: Mapping[str, Json] | bool | str
     strict: bool = True
     whitespace: bool = False
 
     def source(self) -> str:
         """Return the grammar."""
-        schema: Any = self.schema
+        schema: Json = self.schema
         if isinstance(schema, str):
             _check_size(schema, "the JSON schema")
             try:
@@ -70,7 +73,7 @@ class JsonSchema:
 
 @dataclass(frozen=True)
 class JsonObject:
-    """Any JSON object. `whitespace`: as of `JsonSchema`."""
+    """Json JSON object. `whitespace`: as of `JsonSchema`."""
 
     whitespace: bool = False
 
@@ -130,7 +133,7 @@ class Lark:
         return self.grammar
 
 
-def read_response_format(form: Mapping[str, Any] | Grammar | None) -> Grammar | None:
+def read_response_format(form: Mapping[str, Json] | Grammar | None) -> Grammar | None:
     """Return what OpenAI's `response_format` asks for; None: any text. A spec is taken as it is.
 
     Raises:
@@ -174,7 +177,7 @@ def write_regex(pattern: str) -> str:
     return f"/{''.join(written)}/" if pattern else '""'
 
 
-def write_schema(schema: Any, *, strict: bool = True, whitespace: bool = False) -> str:
+def write_schema(schema: Json, *, strict: bool = True, whitespace: bool = False) -> str:
     """Return the rule of JSON that a schema accepts.
 
     Raises:
@@ -188,7 +191,7 @@ def write_schema(schema: Any, *, strict: bool = True, whitespace: bool = False) 
     return f"%json {json.dumps({**whole, 'x-guidance': how}, ensure_ascii=False)}"
 
 
-def check_schema(schema: Any, what: str = "the JSON schema") -> None:
+def check_schema(schema: Json, what: str = "the JSON schema") -> None:
     """Raise RequestError for a schema that is not JSON, too large, too deep, or hard to build."""
     if not isinstance(schema, (Mapping, bool)):
         raise RequestError(f"{what} must be an object, got {show_value(schema)}")
@@ -212,7 +215,7 @@ def check_schema(schema: Any, what: str = "the JSON schema") -> None:
     _check_size(text, what)
 
 
-def _parts(value: Any, depth: int) -> Iterator[tuple[Any, int]]:
+def _parts(value: Json, depth: int) -> Iterator[tuple[Json, int]]:
     """Yield all objects and lists in a value with their depth, not far below the bound."""
     waiting = [(value, depth)]
     while waiting:

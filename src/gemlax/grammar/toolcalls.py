@@ -9,17 +9,17 @@ Source: gemma4.jinja, which writes the calls of a conversation.
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from gemlax.errors import RequestError, show_value
 from gemlax.grammar.constraint import ThinkingBudget
 from gemlax.grammar.schemas import Rules
-from gemlax.grammar.specs import Grammar
+from gemlax.grammar.specs import Grammar, Json
 from gemlax.tokenizer import Tokenizer
 
 __all__ = ["ChatGrammar", "Markers", "ToolChoice", "read_tool_choice"]
 
-ToolChoice = Literal["none", "auto", "required"] | Mapping[str, Any]
+ToolChoice = Literal["none", "auto", "required"] | Mapping[str, Json]
 
 MAX_TOOLS = 512
 PIECES = ("<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>")
@@ -73,7 +73,7 @@ class ChatGrammar:
     """
 
     markers: Markers
-    tools: Sequence[Mapping[str, Any]] = ()
+    tools: Sequence[Mapping[str, Json]] = ()
     tool_choice: str = "auto"
     parallel: bool = True
     body: Grammar | None = None
@@ -107,7 +107,7 @@ class ChatGrammar:
             lines += self._call_rules(called)
         return "\n".join(lines)
 
-    def _called(self) -> list[Mapping[str, Any]]:
+    def _called(self) -> list[Mapping[str, Json]]:
         """Return the functions that may be called."""
         if len(self.tools) > MAX_TOOLS:
             raise RequestError(f"at most {MAX_TOOLS} tools are taken, got {len(self.tools)}")
@@ -149,7 +149,7 @@ class ChatGrammar:
         opened, closed = self.markers.open_channel, self.markers.close_channel
         return [f'thought: <[{opened}]> "thought\\n" TEXT? <[{closed}]>']
 
-    def _call_rules(self, functions: Sequence[Mapping[str, Any]]) -> list[str]:
+    def _call_rules(self, functions: Sequence[Mapping[str, Json]]) -> list[str]:
         markers = self.markers
         if markers.open_call is None or markers.close_call is None or markers.quote is None:
             raise RequestError("this model's vocabulary has no tool calls (Gemma 4 has)")
@@ -160,9 +160,8 @@ class ChatGrammar:
             arguments = rules.arguments(schema, function["name"], function.get("strict") is True)
             begin = json.dumps(f"call:{function['name']}", ensure_ascii=False)
             names.append(f"call_{index}")
-            lines.append(
-                f"call_{index}: <[{markers.open_call}]> {begin} {arguments} <[{markers.close_call}]>"
-            )
+            opened, closed = f"<[{markers.open_call}]>", f"<[{markers.close_call}]>"
+            lines.append(f"call_{index}: {opened} {begin} {arguments} {closed}")
         return [f"call: {' | '.join(names)}", *lines, *rules.lines()]
 
 
@@ -177,7 +176,7 @@ def _as_body(source: str) -> list[str]:
     return [f"body: {first.removeprefix('start: ')}"]
 
 
-def read_tool_choice(choice: ToolChoice | None, tools: Sequence[Mapping[str, Any]]) -> str:
+def read_tool_choice(choice: ToolChoice | None, tools: Sequence[Mapping[str, Json]]) -> str:
     """Return "none", "auto", "required" or a function's name; None is "auto".
 
     Raises:

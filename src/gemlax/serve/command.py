@@ -158,7 +158,7 @@ def run(
         name=args.served_model_name or served_name(model_name), slots=args.slots,
         context=min(limit, _CONTEXT) if args.context is None else args.context,
         max_queue=args.max_queue, max_queue_tokens=args.max_queue_tokens,
-        itl_target=args.itl_target, queue_timeout=args.queue_timeout,
+        cache_mb=args.cache_mb, itl_target=args.itl_target, queue_timeout=args.queue_timeout,
         request_timeout=args.request_timeout, drain=args.drain,
     )  # fmt: skip
     check_options(options)
@@ -189,6 +189,7 @@ def check_options(options: ServeOptions) -> None:
         "--slots": (options.slots, 1, 1024), "--max-queue": (options.max_queue, 0, 10**6),
         "--max-queue-tokens": (options.max_queue_tokens, 1, 2**40),
         "--itl-target": (options.itl_target, 0.001, 3600),
+        "--cache-mb": (options.cache_mb or 0, 0, 2**30),
         "--queue-timeout": (options.queue_timeout, 0.001, 10**6),
         "--request-timeout": (options.request_timeout, 0.001, 10**6),
         "--drain": (options.drain, 0, 10**6),

@@ -13,7 +13,7 @@ from gemlax.generation.answers import Answer
 from gemlax.generation.answers import TokenLogprob as Logprob
 from gemlax.serve.admission import Place
 from gemlax.serve.outbox import Outbox
-from gemlax.serve.work import Delta, FinishReason, TokenLogprob, Update, Usage
+from gemlax.serve.work import Delta, FinishReason, ServeError, TokenLogprob, Update, Usage
 from gemlax.tokenizer import TextStream, Tokenizer
 
 __all__ = ["JOBS", "Job", "Ticket", "Times", "show_logprob", "show_token"]
@@ -84,6 +84,8 @@ class Ticket:
             self.usage(before + len(tokens)),
             reason,
             stop,
+            # The grammar was checked before: that it fails is not the client's fault.
+            ServeError(500, event.error) if event.error is not None else None,
         )
 
     def _stop(self, tokens: Sequence[int]) -> str | int | None:

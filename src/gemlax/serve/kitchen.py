@@ -20,6 +20,8 @@ from gemlax.errors import RequestError, UnsupportedError
 from gemlax.generation import RequestBatch, SamplingSettings, read_prompts, read_settings
 from gemlax.generation.answers import Answer
 from gemlax.generation.defaults import read_stop
+from gemlax.generation.forms import chat_grammar
+from gemlax.grammar import ChatGrammar
 from gemlax.model import Model
 from gemlax.serve.admission import Place
 from gemlax.serve.jobs import Job, Ticket, show_logprob
@@ -38,7 +40,7 @@ from gemlax.serve.work import (
 from gemlax.serve.worker import Worker
 from gemlax.tokenizer import TextStream, Tokenizer
 
-__all__ = ["MAX_BAD_WORDS", "MAX_BIAS", "ModelKitchen", "make_constraint"]
+__all__ = ["MAX_BAD_WORDS", "MAX_BIAS", "ModelKitchen"]
 
 # Places that the programs have for what a request may bring; more would compile others.
 MAX_BIAS, MAX_BAD_WORDS = 512, 64
@@ -56,23 +58,7 @@ class _Prepared(NamedTuple):
     batch: RequestBatch
     stop_names: Mapping[int, str | int]
     echoed: list[Update]
-
-
-def make_constraint(request: ChatRequest | CompletionRequest) -> None:
-    """Make what the answer must match (the seam to `gemlax.grammar`, which is not there yet).
-
-    Raises:
-        ServeError: it cannot be honoured.
-    """
-    wanted = {"response_format": request.grammar is not None}
-    if isinstance(request, ChatRequest):
-        wanted["tool_choice"] = request.tool_choice not in ("none", "auto")
-        wanted["thinking_budget"] = request.thinking_budget is not None
-    for name, is_wanted in wanted.items():
-        if is_wanted:
-            raise ServeError(400, f"{name}: this server cannot enforce it yet", param=name)
-    if request.cache_salt:
-        raise ServeError(400, "cache_salt: this server does not have it yet", param="cache_salt")
+    streams: bool = False  # calls come piece by piece
 
 
 class ModelKitchen:
@@ -205,8 +191,11 @@ class ModelKitchen:
         if answers > options.slots + options.max_queue:
             text = f"{answers} answers are asked for, more than this server ever has places for"
             raise ServeError(400, text, param="prompt")
-        make_constraint(request)
         given = dict(request.settings)
+        if isinstance(request, ChatRequest):
+            given["thinking_budget"] = request.thinking_budget
+        else:
+            given["grammar"] = request.grammar
         if given.get("seed") is None:
             given["seed"] = secrets.randbits(32)
         most = given.get("max_new_tokens")
@@ -240,7 +229,20 @@ class ModelKitchen:
 
     def _prepare_chat(self, request: ChatRequest, settings: SamplingSettings) -> _Prepared:
         ids = self.encode(request)
-        return self._prepare(request, [ids], settings, self.model.chat_requests)
+        form = self._form(request).joined(None, ids)
+        if form.constrains:
+            settings = dataclasses.replace(settings, grammar=form)
+        prepared = self._prepare(request, [ids], settings, self.model.chat_requests)
+        return prepared._replace(streams=form.constrains and form.tool_choice != "none")
+
+    def _form(self, request: ChatRequest) -> ChatGrammar:
+        """Return what the answer must look like: its calls are always held to their schemas."""
+        tools = list(request.tools)
+        return chat_grammar(
+            self.tokenizer, tools=tools, thinking=request.thinking,
+            tool_choice=request.tool_choice if tools or request.tool_choice != "auto" else None,
+            parallel_tool_calls=request.parallel_tool_calls, response_format=request.grammar,
+        )  # fmt: skip
 
     def _prepare_prompts(self, request: CompletionRequest, settings: SamplingSettings) -> _Prepared:
         self._bound_text(count_characters([p for p in request.prompts if isinstance(p, str)]))
@@ -288,6 +290,7 @@ class ModelKitchen:
                 raise ServeError(400, text, param="logit_bias")
         if request.ignore_eos:
             requests = [dataclasses.replace(one, stop_ids=tuple(own)) for one in requests]
+        requests = [dataclasses.replace(one, salt=request.cache_salt) for one in requests]
         return _Prepared(prompts, requests, batch, own, [])
 
     def _stop_names(self, settings: SamplingSettings) -> dict[int, str | int]:
@@ -326,8 +329,9 @@ class ModelKitchen:
             parser: OutputParser | TextStream
             if chat:
                 parser = self.model.chat_format.parser(
-                    one.prompt, stop, include_stop=request.include_stop
-                )
+                    one.prompt, stop, include_stop=request.include_stop,
+                    streams_arguments=prepared.streams,
+                )  # fmt: skip
             else:
                 parser = TextStream(self.tokenizer, stop, include_stop=request.include_stop)
             tickets.append(
@@ -335,8 +339,9 @@ class ModelKitchen:
                     job=job, index=index, answer=Answer(one, parser, prepared.batch.num_logprobs),
                     tokenizer=self.tokenizer, key=request.key_id, priority=request.priority,
                     stop_names=prepared.stop_names, arrival=now,
+                    # Where calls come piece by piece the grammar lets only one come.
                     single_call=isinstance(request, ChatRequest)
-                    and not request.parallel_tool_calls,
+                    and not (request.parallel_tool_calls or prepared.streams),
                 )
             )  # fmt: skip
         job.add(tickets)

@@ -15,6 +15,7 @@ class ServeOptions:
         context: the most tokens of a prompt and its answer.
         max_queue: answers that may wait for a slot.
         max_queue_tokens: the most prompt tokens of those that wait; one may always wait alone.
+        cache_mb: MB of memory for beginnings of prompts; None: a tenth of what was free.
         itl_target: how far apart two tokens of an answer may be while prompts are read.
         queue_timeout: how long an answer may wait for a slot.
         request_timeout: how long a request may take in all.
@@ -32,6 +33,7 @@ class ServeOptions:
     context: int = 8192
     max_queue: int = 64
     max_queue_tokens: int = 262_144
+    cache_mb: int | None = None
     itl_target: float = 0.1
     queue_timeout: float = 300.0
     request_timeout: float = 3600.0

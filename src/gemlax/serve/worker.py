@@ -49,9 +49,13 @@ class Worker:
         self.progress, self.failure = (0, 1), ""
         self._programs, self._options, self._template = model.programs, options, template
         self._pace = Pace(options.itl_target)
+        self._prefixes = model.prefix_cache
+        if self._prefixes is not None and options.cache_mb is not None:
+            self._prefixes.budget = options.cache_mb * 2**20
         self.engine = Engine(
-            model.programs, options.slots, options.context, interleaved=self._pace.chunk(1)
-        )
+            model.programs, options.slots, options.context, interleaved=self._pace.chunk(1),
+            prefix_cache=self._prefixes,
+        )  # fmt: skip
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: Waiting[Ticket] = Waiting()
         self._running: dict[int, Ticket] = {}
@@ -156,6 +160,8 @@ class Worker:
 
         options = self._options
         warm_up(self.engine, self._programs, options.slots, options.context, self._template, tell)
+        if self._prefixes is not None:
+            self._prefixes.clear()
         if self.admission.state == "loading":
             self.admission.state = "ready"
         _log.info("ready after %.1f s of compiling", time.monotonic() - begin)
