@@ -20,6 +20,7 @@ from serve.fake import (
     run,
 )
 
+from gemlax.grammar import JsonSchema
 from gemlax.serve.anthropic_wire import Signer
 from gemlax.serve.work import ServeError, Usage
 
@@ -185,11 +186,11 @@ def test_thinking_has_a_budget(config, effort, expected):
     assert (request.thinking, request.thinking_budget) == expected
 
 
-def test_a_form_of_output_becomes_a_grammar(grammar):
+def test_a_form_of_output_becomes_a_grammar():
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     form = {"type": "json_schema", "schema": schema}
-    assert asked(output_config={"format": form}).grammar == ("schema", schema, True)
-    assert asked(output_format=form).grammar == ("schema", schema, True)
+    assert asked(output_config={"format": form}).grammar == JsonSchema(schema, strict=True)
+    assert asked(output_format=form).grammar == JsonSchema(schema, strict=True)
 
 
 def message(*blocks: dict[str, Any], role: str = "user") -> list[dict[str, Any]]:
@@ -344,7 +345,7 @@ class Point(pydantic.BaseModel):
     y: int
 
 
-def test_the_client_parses_an_answer_of_a_schema(grammar):
+def test_the_client_parses_an_answer_of_a_schema():
     kitchen = FakeKitchen([*content('{"x": 1,', ' "y": 2}'), end()])
 
     async def ask() -> tuple[Any, Any]:
@@ -354,7 +355,7 @@ def test_the_client_parses_an_answer_of_a_schema(grammar):
 
     for answer in run(ask()):
         assert answer.parsed_output == Point(x=1, y=2)
-    assert set(kitchen.requests[0].grammar[1]["properties"]) == {"x", "y"}
+    assert set(kitchen.requests[0].grammar.schema["properties"]) == {"x", "y"}
 
 
 def test_tokens_are_counted_without_an_answer():

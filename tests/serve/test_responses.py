@@ -19,6 +19,7 @@ from serve.fake import (
     run,
 )
 
+from gemlax.grammar import JsonSchema
 from gemlax.serve.work import Delta, ServeError, TokenLogprob, Update, Usage
 
 RESPONSES = "/v1/responses"
@@ -162,15 +163,15 @@ def test_effort_is_thinking_with_a_budget(effort, expected):
     assert (request.thinking, request.thinking_budget) == expected
 
 
-def test_a_form_of_text_becomes_a_grammar(grammar):
+def test_a_form_of_text_becomes_a_grammar():
     def grammar_of(**form: Any) -> Any:
         return asked(text={"format": form, "verbosity": "low"}).grammar
 
     named = {"type": "json_schema", "name": "a", "schema": PARAMETERS}
     assert grammar_of(type="text") is None
-    assert grammar_of(type="json_object") == ("schema", {"type": "object"}, True)
-    assert grammar_of(**named) == ("schema", PARAMETERS, True)
-    assert grammar_of(**named, strict=False) == ("schema", PARAMETERS, False)
+    assert grammar_of(type="json_object") == JsonSchema({"type": "object"}, strict=True)
+    assert grammar_of(**named) == JsonSchema(PARAMETERS, strict=True)
+    assert grammar_of(**named, strict=False) == JsonSchema(PARAMETERS, strict=False)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +375,7 @@ class Point(pydantic.BaseModel):
     y: int
 
 
-def test_the_client_parses_an_answer_of_a_schema(grammar):
+def test_the_client_parses_an_answer_of_a_schema():
     kitchen = FakeKitchen([*content('{"x": 1,', ' "y": 2}'), end()])
 
     async def ask() -> tuple[Any, Any]:
@@ -384,7 +385,8 @@ def test_the_client_parses_an_answer_of_a_schema(grammar):
 
     for answer in run(ask()):
         assert answer.output_parsed == Point(x=1, y=2)
-    _, schema, strict = kitchen.requests[0].grammar
+    grammar = kitchen.requests[0].grammar
+    schema, strict = grammar.schema, grammar.strict
     assert set(schema["properties"]) == {"x", "y"}
     assert strict
 

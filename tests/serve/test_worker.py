@@ -1,17 +1,21 @@
 """The engine's thread: whoever comes, leaves or fails, each answer is the one it has alone."""
 
 import asyncio
+import dataclasses
 import functools
 import itertools
+import json
 import time
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve.running import OPTIONS, idle, make_kitchen, stop, wait_until
+from serve.running import OPTIONS, idle, make_kitchen, of_family, stop, wait_until
 
 from gemlax.engine import MAX_STEPS, Engine
 from gemlax.generation import Reply, SamplingSettings
+from gemlax.grammar import Choice, JsonSchema, Lark, Regex
 from gemlax.serve.work import ChatRequest, CompletionRequest, ServeError
 
 USER = {"role": "user", "content": "hello there"}
@@ -266,11 +270,86 @@ def test_usage_says_what_was_found_in_a_cache(kitchen):
     assert usage.completion == 2
 
 
-def test_what_cannot_be_enforced_is_refused(kitchen):
-    for more in ({"grammar": object()}, {"cache_salt": "x"}):
+def test_prefixes_are_shared_within_a_salt_alone(kitchen):
+    """Breakages 14 and 15 (prefixes that tell what others asked)."""
+
+    async def cached(salt):
+        ask = CompletionRequest(
+            prompts=["quite a few words " * 4], settings={"max_new_tokens": 1}, cache_salt=salt
+        )
+        _, last = await text_of(await kitchen.complete(ask))
+        return last.usage.cached
+
+    async def in_turn():
+        return [await cached(salt) for salt in ("one", "one", "other", "other")]
+
+    first, again, other, other_again = run(in_turn())
+    assert first == other == 0 and again == other_again > 0
+
+
+BOUNDED = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "ok": {"type": "boolean"}},
+    "required": ["name", "ok"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_keep_to_their_grammars_beside_others_that_have_none(kitchen, alone):
+    asks = {
+        "schema": chat(seed=1, temperature=1.0),
+        "choice": CompletionRequest(prompts=["a"], grammar=Choice(["yes", "no"])),
+    }
+    asks["schema"] = dataclasses.replace(asks["schema"], grammar=JsonSchema(BOUNDED))
+
+    async def together():
+        free = kitchen.chat(chat("a", seed=1, max_new_tokens=20, temperature=1.0))
+        came = await asyncio.gather(free, kitchen.chat(asks["schema"]),
+                                    kitchen.complete(asks["choice"]))  # fmt: skip
+        return await asyncio.gather(*map(text_of, came))
+
+    before = kitchen.model.programs.counters.programs
+    (free, _), (written, last), (chosen, _) = run(together())
+    assert free == alone("a", 1, 20)
+    jsonschema.validate(json.loads(written), BOUNDED)
+    assert last.finish_reason == "stop"
+    assert chosen in ("yes", "no")
+    assert kitchen.model.programs.counters.programs == before
+
+
+def test_a_grammar_that_cannot_be_held_to_is_refused(kitchen):
+    for grammar in (JsonSchema({"not": {}}), Regex("(a"), Lark("start: nothing")):
         with pytest.raises(ServeError) as caught:
-            run(kitchen.complete(CompletionRequest(prompts=["a"], **more)))
+            run(kitchen.complete(CompletionRequest(prompts=["a"], grammar=grammar)))
         assert caught.value.status == 400
     with pytest.raises(ServeError, match="tool_choice"):
         run(kitchen.chat(ChatRequest(messages=[USER], tool_choice="required")))
     assert idle(kitchen)
+
+
+def test_a_call_that_is_required_comes_piece_by_piece(model):
+    tool = {
+        "type": "function",
+        "function": {"name": "rate", "parameters": BOUNDED},
+    }
+    kitchen = make_kitchen(of_family(model, "gemma4"), slots=1, context=256)
+    try:
+        ask = chat(seed=2, temperature=1.0)
+        ask = dataclasses.replace(
+            ask, tools=[tool], tool_choice="required", parallel_tool_calls=False
+        )
+
+        async def read():
+            deltas = []
+            async for update in await kitchen.chat(ask):
+                deltas += update.deltas
+            return deltas, update
+
+        deltas, last = run(read())
+        assert [delta for delta in deltas if delta.kind == "call"] == [("call", "rate")]
+        pieces = [delta.text for delta in deltas if delta.kind == "arguments"]
+        assert len(pieces) > 1
+        jsonschema.validate(json.loads("".join(pieces)), BOUNDED)
+        assert last.finish_reason == "tool_calls"
+    finally:
+        stop(kitchen)

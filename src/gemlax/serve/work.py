@@ -168,7 +168,7 @@ class Update:
         error: why the answer ends with "error".
     """
 
-    index: int  # type: ignore[assignment]  # a tuple has a method of this name
+    index: int
     deltas: Sequence[Delta] = ()
     tokens: Sequence[int] = ()
     logprobs: Sequence[TokenLogprob] = ()
