@@ -29,13 +29,13 @@ def process(gguf_path):
     ]
     command += ["--slots", "1", "--context", "512", "--drain", "60"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "JAX_NUM_CPU_DEVICES": "1"}
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    try:
-        line = started.stdout.readline()
-        yield started, re.search(r"http://[\d.:]+", line)[0]
-    finally:
-        started.kill()
-        started.wait()
+    piped = {"stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **piped) as started:
+        try:
+            line = started.stdout.readline()
+            yield started, re.search(r"http://[\d.:]+", line)[0]
+        finally:
+            started.kill()
 
 
 @pytest.mark.slow
