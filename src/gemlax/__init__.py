@@ -12,8 +12,9 @@ from gemlax.generation import (
     Stream,
     TokenLogprob,
 )
-from gemlax.model import Model, Score, load, load_tokenizer, quantize, save
+from gemlax.model import Model, Score, load, load_tokenizer
 from gemlax.presets import PRESETS, preset, tiny
+from gemlax.saving import quantize, save
 from gemlax.tokenizer import Tokenizer
 
 __all__ = [

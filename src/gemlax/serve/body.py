@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from gemlax.errors import RequestError
+from gemlax.grammar import Grammar, JsonSchema
 from gemlax.serve.work import ServeError, TokenLogprob
 
 __all__ = [
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 JsonObject = dict[str, Any]
-Handler = Callable[[Request, bytes], Coroutine[Any, Any, Response]]
+Handler = Callable[[Request, bytes], Coroutine[object, None, Response]]
 
 # How many tokens of reasoning an effort allows; None: no bound.
 EFFORTS: dict[str, int | None] = {
@@ -144,10 +145,8 @@ def key_id(request: Request) -> str:
     return str(request.scope.get("state", {}).get("key_id", ""))
 
 
-def json_schema_grammar(schema: JsonObject, strict: bool) -> object:
+def json_schema_grammar(schema: JsonObject, strict: bool) -> Grammar:
     """Return the grammar of the JSON that a schema allows; `strict`: refuse unknown keywords."""
-    from gemlax.grammar import JsonSchema  # it loads llguidance, which most servers never need
-
     return JsonSchema(schema, strict=strict)
 
 
@@ -187,13 +186,13 @@ def endpoint(
     return run
 
 
-async def disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
+async def disconnected(receive: Callable[[], Awaitable[Mapping[str, object]]]) -> None:
     """Wait until the client is gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+async def _unless_gone(request: Request, work: Coroutine[object, None, Response]) -> Response:
     """Return what the work returns, or cancel it when the client is gone first."""
     working = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(disconnected(request.receive))

@@ -91,7 +91,7 @@ class Server(uvicorn.Server):
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{port}"
 
-    def handle_exit(self, sig: int, frame: Any) -> None:
+    def handle_exit(self, sig: int, frame: object) -> None:
         """Drain, or end; called for SIGINT and SIGTERM."""
         self._signals += 1
         if self._signals == 1:

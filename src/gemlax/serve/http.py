@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from typing import Any
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -181,7 +180,7 @@ def guarded_protocol(options: ServeOptions) -> type[asyncio.Protocol]:
 
         timer: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: Any) -> None:
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
             """Take a connection, unless there are too many."""
             super().connection_made(transport)
             if len(self.connections) > options.max_connections:
@@ -190,6 +189,7 @@ def guarded_protocol(options: ServeOptions) -> type[asyncio.Protocol]:
                     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n"
                     b"retry-after: 1\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
                 )
+                assert isinstance(transport, asyncio.WriteTransport)
                 transport.write(head % len(body) + body)
                 transport.close()
                 return

@@ -5,8 +5,8 @@ import dataclasses
 import json
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
 
+from gemlax import chat
 from gemlax.chat import OutputParser
 from gemlax.engine import Event
 from gemlax.generation.answers import Answer
@@ -173,7 +173,7 @@ class Job:
             self._cancel(self)
 
 
-def _deltas(piece: Any) -> list[Delta]:
+def _deltas(piece: str | Sequence[chat.Delta]) -> list[Delta]:
     """Return what a parser gave as deltas of the wire: a whole call is its name and arguments."""
     if isinstance(piece, str):
         return [Delta("content", piece)] if piece else []

@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from gemlax.adapters import DEFAULT
 from gemlax.chat import OutputParser
@@ -196,16 +196,16 @@ class ModelKitchen:
             given["thinking_budget"] = request.thinking_budget
         else:
             given["grammar"] = request.grammar
-        if given.get("seed") is None:
-            given["seed"] = secrets.randbits(32)
+        seed = given.get("seed")
+        assert seed is None or isinstance(seed, int)
+        given["seed"] = secrets.randbits(32) if seed is None else seed % 2**32
         most = given.get("max_new_tokens")
         given["max_new_tokens"] = options.context if most is None else most
-        given["seed"] %= 2**32
         more = {"context": options.context, "adapter": self.choices[name]}
         with _as_serve_errors():
             return name, read_settings(None, {**given, **more, "logprobs": request.logprobs})
 
-    async def _in(self, pool: ThreadPoolExecutor, function: Callable[..., T], *args: Any) -> T:
+    async def _in(self, pool: ThreadPoolExecutor, function: Callable[..., T], *args: object) -> T:
         """Run something in a thread; what it finds wrong with a request becomes a ServeError."""
 
         def run() -> T:

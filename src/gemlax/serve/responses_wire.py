@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from gemlax.grammar import Grammar
 from gemlax.serve.body import EFFORTS, JsonObject, json_schema_grammar, refuse
 from gemlax.serve.turns import Turns
 from gemlax.serve.work import ChatRequest
@@ -171,7 +172,7 @@ def _logprobs(asked: ResponsesRequest) -> int | None:
     return asked.top_logprobs or 0
 
 
-def _grammar(form: TextFormat) -> object:
+def _grammar(form: TextFormat) -> Grammar | None:
     if form.type == "text":
         return None
     if form.type == "json_object":

@@ -6,9 +6,10 @@ and bodies of the `Update`s that come back. It never sees an engine.
 
 import dataclasses
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from gemlax.errors import Error
+from gemlax.grammar import Grammar
 
 __all__ = [
     "Answers",
@@ -46,7 +47,7 @@ class ServeError(Error):
         param: str | None = None,
         code: str | None = None,
         retry_after: float | None = None,
-        extra: Mapping[str, Any] | None = None,
+        extra: Mapping[str, object] | None = None,
     ):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
@@ -71,12 +72,12 @@ class _Shared:
     """
 
     model: str | None = None
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, object] = dataclasses.field(default_factory=dict)
     n: int = 1
     logprobs: int | None = None
     ignore_eos: bool = False
     include_stop: bool = False
-    grammar: Any = None
+    grammar: Grammar | None = None
     cache_salt: str = ""
     priority: int = 0
     key_id: str = ""
@@ -97,14 +98,14 @@ class ChatRequest(_Shared):
         template_args: further variables of the chat template.
     """
 
-    messages: Sequence[Mapping[str, Any]]
-    tools: Sequence[Mapping[str, Any]] = ()
+    messages: Sequence[Mapping[str, object]]
+    tools: Sequence[Mapping[str, object]] = ()
     tool_choice: Literal["none", "auto", "required"] | Mapping[str, str] = "auto"
     parallel_tool_calls: bool = True
     thinking: bool | None = None
     thinking_budget: int | None = None
     continue_final_message: bool | None = None
-    template_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    template_args: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ from flax import nnx
 from gemlax import adapters
 from gemlax.checkpoints.save import check_replaceable
 from gemlax.errors import Error, RequestError, UnsupportedError
-from gemlax.model import Model, save
+from gemlax.model import Model
+from gemlax.saving import save
 from gemlax.tune.data import Encoder, digest, read_examples, read_pairs
 from gemlax.tune.lines import check_file
 from gemlax.tune.packing import Batches, Rows
