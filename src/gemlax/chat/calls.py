@@ -50,7 +50,9 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 ESCAPES |= {char: char for char in "\"'\\/"}
 
 
-def read_calls(parts: Sequence[str | None], *, closed: bool = True) -> list[dict[str, Any]] | None:
+def read_calls(
+    parts: Sequence[str | None], *, closed: bool = True
+) -> list[dict[str, object]] | None:
     """Read what stood between the call's two tokens; None if it is not one call or several.
 
     Args:
@@ -80,7 +82,7 @@ class _Reader:
         self.text, self.quote, self.closed, self.pos = text, quote, closed, 0
         self.ends: list[str] = []  # of the objects and lists that are open
 
-    def calls(self) -> list[dict[str, Any]]:
+    def calls(self) -> list[dict[str, object]]:
         if self.text[:1] in ("{", "["):
             read = self.value(1)
             calls = [self.said(one) for one in (read if isinstance(read, list) else [read])]
@@ -93,7 +95,7 @@ class _Reader:
             raise _Malformed
         return calls
 
-    def call(self) -> dict[str, Any]:
+    def call(self) -> dict[str, object]:
         self.expect("call:")
         opening = OPENING.search(self.text, self.pos)
         if opening is None:
@@ -112,7 +114,7 @@ class _Reader:
         self.skip()
         return {"name": name, "arguments": arguments}
 
-    def said(self, value: Any) -> dict[str, Any]:
+    def said(self, value: object) -> dict[str, object]:
         """Return the call that {"name", "arguments"} says, also inside {"function": ...}."""
         if isinstance(value, dict) and isinstance(value.get("function"), dict):
             if set(value) - {"function", "type", "id"}:
@@ -133,7 +135,7 @@ class _Reader:
             raise _Malformed
         return {"name": name, "arguments": arguments}
 
-    def in_parentheses(self) -> dict[str, Any]:
+    def in_parentheses(self) -> dict[str, object]:
         """Read (key=value, ...) or ({...})."""
         self.expect("(")
         if self.next() != "{":
@@ -142,7 +144,7 @@ class _Reader:
         self.expect(")")
         return arguments
 
-    def object(self, depth: int) -> dict[str, Any]:
+    def object(self, depth: int) -> dict[str, object]:
         self.expect("{")
         return self.pairs("}", depth)
 

@@ -60,13 +60,13 @@ class Message:
 
     content: str
     reasoning: str | None = None
-    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    tool_calls: list[dict[str, object]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason = "stop"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the message as OpenAI and transformers write it."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        message: dict[str, object] = {"role": "assistant", "content": self.content}
         if self.reasoning is not None:
             message["reasoning"] = self.reasoning
         if self.tool_calls:
@@ -75,8 +75,8 @@ class Message:
 
 
 def normalise(
-    messages: Iterable[Mapping[str, Any] | Message], *, answered: bool = False
-) -> list[dict[str, Any]]:
+    messages: Iterable[Mapping[str, object] | Message], *, answered: bool = False
+) -> list[dict[str, object]]:
     """Return messages for a built-in template: roles system, developer, user, assistant and tool.
 
     Tool calls become {"type": "function", "function": {"name", "arguments"}}, arguments a dict:
@@ -85,7 +85,7 @@ def normalise(
     content is a text or what JSON can write. `answered`: the last message is an answer, not what
     is to be answered or continued.
     """
-    checked: list[dict[str, Any]] = []
+    checked: list[dict[str, object]] = []
     caller: dict[str, Any] = {}  # the last message that is not a tool's
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
@@ -111,7 +111,7 @@ def normalise(
 
 def as_given(
     messages: Iterable[Mapping[str, Any] | Message], source: str = ""
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Return messages for a checkpoint's template: what transformers would hand it.
 
     Every role, field and part stays. As in transformers, fields that are None are left out and
@@ -122,7 +122,7 @@ def as_given(
     and a tool's message with neither a name nor an id gets the name of the call that it answers by
     its place. Images, sound and video are refused.
     """
-    listed: list[dict[str, Any]] = []
+    listed: list[dict[str, object]] = []
     calls: list[Any] = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
@@ -176,7 +176,7 @@ def _is_data(content: Any) -> bool:
     return isinstance(content, dict) or any(not isinstance(part, dict) for part in parts)
 
 
-def _mapping(message: Any, index: int) -> Mapping[str, Any]:
+def _mapping(message: Any, index: int) -> Mapping[str, object]:
     if isinstance(message, Message):
         return message.to_dict()
     if not isinstance(message, Mapping):
@@ -204,7 +204,7 @@ def _modern(message: Mapping[str, Any], where: str, legacy: bool = False) -> dic
     return modern
 
 
-def _typed(part: Any, where: str) -> Any:
+def _typed(part: Any, where: str) -> object:
     """Return a part with its type, if it is one of text that does not say so."""
     if not isinstance(part, Mapping) or part.get("type") is not None:
         return part
@@ -217,7 +217,7 @@ def _typed(part: Any, where: str) -> Any:
     return part
 
 
-def _refuse_media(content: Any, where: str) -> None:
+def _refuse_media(content: object, where: str) -> None:
     """Refuse what the model would not see, though a template writes that it is there."""
     for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
@@ -225,7 +225,7 @@ def _refuse_media(content: Any, where: str) -> None:
             raise RequestError(f"{where}: a part of type {kind} is not supported, text is")
 
 
-def _given_call(call: Any) -> Any:
+def _given_call(call: object) -> object:
     if not isinstance(call, dict):
         return call
     if "function" not in call and "name" in call:
@@ -242,20 +242,20 @@ def _given_call(call: Any) -> Any:
     return call
 
 
-def _read_arguments(arguments: Any) -> Any:
+def _read_arguments(arguments: object) -> object:
     """Return the arguments of a call, which clients also write as JSON text, or leave out."""
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         return {}
     return json.loads(arguments) if isinstance(arguments, str) else arguments
 
 
-def _normalise_one(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _normalise_one(given: Mapping[str, object], where: str) -> dict[str, object]:
     role = given.get("role")
     if role not in ROLES:
         raise RequestError(f"{where}: role must be one of {', '.join(ROLES)}, got {role!r}")
     role = "assistant" if role == "model" else str(role)
     calls = given.get("tool_calls") or []
-    one: dict[str, Any] = {"role": role, "content": _content(given.get("content"), role, where)}
+    one: dict[str, object] = {"role": role, "content": _content(given.get("content"), role, where)}
     reasoning = next((given[key] for key in REASONING if given.get(key)), None)
     if reasoning is not None and role == "assistant":
         if not isinstance(reasoning, str):
@@ -349,13 +349,13 @@ def _answered_name(
     raise RequestError(f"{where}: no tool call {name or call_id!r} to answer; called were {names}")
 
 
-def _as_list(tools: Iterable[Any] | None) -> list[Any]:
+def _as_list(tools: Iterable[Any] | None) -> list[object]:
     if isinstance(tools, (str, Mapping)):
         raise RequestError("tools must be a list of function declarations")
     return list(tools or ())
 
 
-def check_tools(tools: Iterable[Any] | None) -> list[dict[str, Any]]:
+def check_tools(tools: Iterable[object] | None) -> list[dict[str, Any]]:
     """Return tools in OpenAI's form; a plain {"name", "description", "parameters"} is wrapped."""
     checked = []
     for i, tool in enumerate(_as_list(tools)):
@@ -388,7 +388,7 @@ def tools_as_given(tools: Iterable[Any] | None, source: str = "") -> list[Any]:
     return listed
 
 
-def _with_parameters(function: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _with_parameters(function: Mapping[str, Any], where: str) -> dict[str, object]:
     """Return a function whose schema is called `parameters`."""
     given = [name for name in SCHEMAS if function.get(name)]
     if len(given) > 1:

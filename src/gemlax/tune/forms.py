@@ -66,9 +66,9 @@ class Conversation(NamedTuple):
         asked: how many messages lead up to what is learnt.
     """
 
-    messages: list[dict[str, Any]]
+    messages: list[dict[str, object]]
     learnt: list[bool]
-    tools: list[Any] | None = None
+    tools: list[object] | None = None
     asked: int = 0
 
 
@@ -78,7 +78,7 @@ Form = Texts | Conversation
 class _Fields:
     """A line's columns, those of them that were read, and what else was left aside."""
 
-    def __init__(self, line: Mapping[str, Any]):
+    def __init__(self, line: Mapping[str, object]):
         # Tables that were written as JSON have null where there is nothing.
         self.columns = {key: value for key, value in line.items() if value is not None}
         self.read: set[str] = set()
@@ -189,7 +189,7 @@ def _instruction(fields: _Fields, output: str, chats: bool) -> Form:
     return _conversation(fields, [*turns, {"role": "assistant", "content": output}])
 
 
-def _asked(fields: _Fields) -> list[dict[str, Any]]:
+def _asked(fields: _Fields) -> list[dict[str, object]]:
     """Return the turns before an answer to an instruction; its history is learnt, too."""
     turns = []
     for turn in fields.take("history") or []:
@@ -204,7 +204,7 @@ def _asked(fields: _Fields) -> list[dict[str, Any]]:
 
 
 def _conversation(
-    fields: _Fields, messages: Sequence[Any], answer: Sequence[Any] | None = None
+    fields: _Fields, messages: Sequence[object], answer: Sequence[object] | None = None
 ) -> Conversation:
     """Put a conversation together; with `answer`, that alone is learnt."""
     history = [_message(fields, m, f"messages[{i}]") for i, m in enumerate(messages)]
@@ -225,8 +225,8 @@ def _conversation(
 
 
 def _with_system(
-    fields: _Fields, turns: list[tuple[dict[str, Any], bool]]
-) -> list[tuple[dict[str, Any], bool]]:
+    fields: _Fields, turns: list[tuple[dict[str, object], bool]]
+) -> list[tuple[dict[str, object], bool]]:
     """Put the column "system" first, where it is text that the conversation does not have."""
     system = fields.take("system")
     if not system:
@@ -240,13 +240,13 @@ def _with_system(
     return [({"role": "system", "content": system}, False), *turns]
 
 
-def _listed(key: str, value: Any) -> list[Any]:
+def _listed(key: str, value: object) -> list[Any]:
     if not isinstance(value, list):
         raise RequestError(f'"{key}" must be a list of messages, got {quote(value)}')
     return value
 
 
-def _message(fields: _Fields, given: Any, where: str) -> tuple[dict[str, Any], bool]:
+def _message(fields: _Fields, given: Any, where: str) -> tuple[dict[str, object], bool]:
     """Return a message in `Model.chat`'s form, and whether it is learnt."""
     if not isinstance(given, Mapping):
         raise RequestError(f"{where} must be an object, got {quote(given)}")
@@ -269,14 +269,14 @@ def _message(fields: _Fields, given: Any, where: str) -> tuple[dict[str, Any], b
     return {"role": role, "content": content, **message}, _is_learnt(given, role, where)
 
 
-def _calls(text: Any, where: str) -> list[dict[str, Any]]:
+def _calls(text: object, where: str) -> list[dict[str, object]]:
     """Read tool calls that are written as JSON."""
     calls = _json(text, f"{where}: a tool call") if isinstance(text, str) else text
     calls = calls if isinstance(calls, list) else [calls]
     return [{"type": "function", "function": call} for call in calls]
 
 
-def _is_learnt(message: Mapping[str, Any], role: Any, where: str) -> bool:
+def _is_learnt(message: Mapping[str, object], role: object, where: str) -> bool:
     """Tell whether the marks of a message let it be learnt."""
     marks: dict[str, bool] = {}
     for key in MARKS & message.keys():
@@ -301,7 +301,7 @@ def _is_learnt(message: Mapping[str, Any], role: Any, where: str) -> bool:
     return False
 
 
-def _tools(fields: _Fields) -> list[Any] | None:
+def _tools(fields: _Fields) -> list[object] | None:
     """Return function declarations: a list, or JSON of one."""
     key = "tools" if fields.has("tools") else "functions"
     tools = fields.take(key)
@@ -316,7 +316,7 @@ def _tools(fields: _Fields) -> list[Any] | None:
     return [_without_nulls(one) for one in each]
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: object) -> object:
     """Return a schema without the nulls that a table of several schemas puts into each."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
@@ -325,7 +325,7 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _json(text: str, what: str) -> Any:
+def _json(text: str, what: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -387,7 +387,7 @@ def _from_content(content: Any, where: str) -> list[dict[str, Any]]:
     return [*answers, *said]
 
 
-def _declarations(tool: Any) -> list[Any]:
+def _declarations(tool: Any) -> list[object]:
     members = {_snake(k): v for k, v in tool.items()} if isinstance(tool, Mapping) else {}
     declared = members.get("function_declarations")
     return [tool] if declared is None else _listed("functionDeclarations", declared)
@@ -398,7 +398,7 @@ def _snake(name: str) -> str:
     return re.sub(r"(?<=[a-z])[A-Z]", lambda letter: f"_{letter[0].lower()}", name)
 
 
-def _from_openai(line: Mapping[str, Any]) -> Mapping[str, Any]:
+def _from_openai(line: Mapping[str, object]) -> Mapping[str, object]:
     """Return OpenAI's form of preferences with the columns that others give it."""
     given = line.get("input")
     if not {"preferred_output", "non_preferred_output"} <= line.keys() or not isinstance(
@@ -432,7 +432,7 @@ def _last_only(form: Form) -> Form:
     return form if isinstance(form, Texts) else form._replace(asked=len(form.messages) - 1)
 
 
-def _message_pair(fields: _Fields, both: list[list[Any]]) -> tuple[Form, Form]:
+def _message_pair(fields: _Fields, both: list[list[object]]) -> tuple[Form, Form]:
     """Return two answers that are messages, after a prompt, or each after the prompt itself."""
     prompt = fields.columns.get("prompt")
     messages = _prompt_messages(fields)
@@ -467,7 +467,7 @@ def _prompt_messages(fields: _Fields) -> list[Any] | None:
     return None
 
 
-def _speaker(message: Any) -> Any:
+def _speaker(message: Any) -> object:
     """Return the role of a message, by our names where we know it by another."""
     if not isinstance(message, Mapping):
         return None
@@ -476,7 +476,7 @@ def _speaker(message: Any) -> Any:
     return ROLES.get(said, said) if isinstance(said, str) else said
 
 
-def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+def _common(chosen: Sequence[object], rejected: Sequence[object]) -> int:
     """Return how much two answers begin with alike; where one is all of that, one less of it.
 
     Source: TRL, data_utils.py, extract_prompt.
@@ -490,7 +490,7 @@ def _quoted(keys: Iterable[str]) -> str:
     return ", ".join(f'"{key[:80]}"' for key in sorted(keys)[:10]) or "none"
 
 
-def _hint(columns: Mapping[str, Any]) -> str:
+def _hint(columns: Mapping[str, object]) -> str:
     """Return what a line of no form may have been meant as."""
     if "chosen" in columns and "rejected" in columns:
         return "; preferences are learnt with --dpo"
