@@ -67,6 +67,16 @@ settings.register_profile("ci", max_examples=100, deadline=None)
 settings.register_profile("slow", max_examples=3000, deadline=None)
 settings.load_profile("ci")
 
+# Files of more than about 20 s, the longest first, so that two processes end at about one time.
+LONGEST = tuple(
+    f"test_{name}"
+    for name in (
+        *("real_model", "programs", "generate", "sharding", "cli", "matrix", "engine"),
+        *("speculation", "tune_train", "sampling", "golden", "bench", "native", "cache_programs"),
+        *("decoder", "quantised_folders", "multihost", "tune_run", "quantization"),
+    )
+)
+
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
 
@@ -82,9 +92,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gguf_path" in item.fixturenames:
             item.add_marker("weights")
-    # Longest files first, so that two processes end at about the same time.
-    longest = ("optimised", "programs")
-    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in longest))
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else 99)
 
 
 @pytest.fixture(autouse=True, scope="module")

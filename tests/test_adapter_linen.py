@@ -17,6 +17,8 @@ from gemlax import adapters, linen
 from gemlax.errors import CheckpointError
 from gemlax.names import text_weights
 
+pytestmark = pytest.mark.deep
+
 RULES = {"layers.3.*": adapters.Rule(2, alpha=6.0), "*.q_proj": 4, "*.mlp.*": 3}
 IDS = jnp.asarray(np.random.default_rng(1).integers(3, 512, (2, 24)), jnp.int32)
 AT = jnp.tile(jnp.arange(24, dtype=jnp.int32), (2, 1))

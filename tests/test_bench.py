@@ -15,6 +15,8 @@ import pytest
 from gemlax import bench, cli, cost, preset, tiny
 from gemlax.engine import Programs
 
+pytestmark = pytest.mark.deep
+
 # The pattern of 270M at toy width, in three rounds of two steps.
 COMMON = ["--model", "gemma-3-270m", "--tiny", "--layers", "scan", "--rounds", "2", "--json"]
 DECODE = ["decode", *COMMON, "--steps", "2"]

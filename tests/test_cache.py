@@ -116,8 +116,8 @@ def test_ring_slots_are_the_formula_in_whole_blocks(window, chunk, slots):
 @pytest.mark.parametrize(
     ("chunk", "left"),
     [
-        pytest.param(1, False, marks=pytest.mark.slow),
-        (1, True),
+        # Token by token: test_matrix.py.
+        *(pytest.param(1, left, marks=pytest.mark.slow) for left in (False, True)),
         (5, False),
         pytest.param(5, True, marks=pytest.mark.slow),
         (CHUNK, False),

@@ -13,7 +13,7 @@ from test_programs import CAPACITY, TINY, copy_faults, num_bytes, temporaries, t
 from gemlax import cache, linen, ops
 from gemlax.weights import build_decoder
 
-pytestmark = pytest.mark.programs
+pytestmark = [pytest.mark.programs, pytest.mark.deep]
 
 # The code that users get, where it is timed or compared.
 OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
@@ -113,6 +113,7 @@ def test_twin_that_takes_the_row_out_and_puts_it_back_fails():
     assert temporary_faults(lowered.compile(), caches)
 
 
+@pytest.mark.slow  # of NNX in test_programs.py
 def test_twin_of_linen_without_donation_fails():
     caches = stacked(2048, "float32")
     assert copy_faults(compile_step("Linen", "float32", caches, donate=False), caches)

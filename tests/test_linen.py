@@ -18,6 +18,8 @@ from gemlax.errors import CheckpointError
 from gemlax.names import text_weights
 from gemlax.presets import PRESETS, preset, tiny
 
+pytestmark = pytest.mark.deep
+
 CONFIG = tiny(preset("gemma-4-e2b"), num_hidden_layers=20)
 TEXT = CONFIG.text
 IDS = jnp.asarray(np.random.default_rng(1).integers(3, 512, (2, 24)), jnp.int32)

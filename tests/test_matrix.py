@@ -1,9 +1,8 @@
 """The matrix of front ends, layouts, caches and ways of feeding: see matrix.py.
 
-All of NNX's scan for the pattern with shared K/V except single tokens in lists and pages, chunks in
-every form for one with a remainder and one with experts, and through a list for one more of Gemma
-4's dense and shared patterns each; the rest is slow. So are two periods of unrolled layers, of
-experts and of these two.
+Of NNX's scan for the pattern with shared K/V every way of feeding stacks and every form for chunks,
+its unrolled layers in lists and pages, and chunks in every form for one pattern with a remainder
+and one with experts; the rest is slow. So are two periods of unrolled layers and of experts.
 """
 
 import functools
@@ -13,15 +12,14 @@ import matrix
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.deep
+
 WHOLE = ("gemma-4-e2b",)
 ROUGH = ("gemma-3-4b", "gemma-4-26b-a4b")
-ONCE = ("gemma-4-e4b", "gemma-4-31b")
-# One period and a remainder, in each segment, for these and for unrolled layers.
+# One period and a remainder, in each segment, for experts and for unrolled layers.
 SHORT = matrix.LAYERS | {
     "gemma-4-e2b": [*range(5), *range(15, 22)],
-    "gemma-4-e4b": [*range(6), *range(24, 32)],
     "gemma-4-26b-a4b": list(range(8)),
-    "gemma-4-31b": list(range(8)),
 }
 CASES = [
     (name, front, layers, form, feed)
@@ -39,13 +37,11 @@ def is_quick(name, front, layers, form, feed):
     if name in WHOLE:
         if front == "Linen":
             return (form, feed) == ("stacked", "chunks")
-        if feed == "token by token":
-            return form == "stacked"
-        return feed == "chunks" or layers == "scan"
-    if name not in ROUGH:
-        return name in ONCE and (front, layers, form, feed) == ("NNX", "scan", "list", "chunks")
+        if layers == "unroll":
+            return form != "stacked"
+        return feed == "chunks" or form == "stacked"
     forms = {"NNX": ("list", "paged"), "Linen": ("stacked",)}
-    return layers == "scan" and feed == "chunks" and form in forms[front]
+    return name in ROUGH and layers == "scan" and feed == "chunks" and form in forms[front]
 
 
 @functools.cache

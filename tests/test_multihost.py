@@ -19,12 +19,14 @@ from gemlax.generation import SamplingSettings
 from gemlax.generation.answers import Answer, drive
 from gemlax.names import text_weights
 
+pytestmark = pytest.mark.deep
+
 CONFIG = gemlax.tiny(gemlax.preset("gemma-3-4b"), num_hidden_layers=2)
 MESH = "data=2,tensor=4"
 PROMPT = "hello world"
 PROMPTS = [[2, 40, 41, 42, 43], [2, 50], [2, 60, 61]]
 TIMEOUT = 240
-COMMAND = ["generate", "--layers", "scan", "--max-new-tokens", "8", PROMPT]
+COMMAND = ["generate", "--layers", "scan", "--max-new-tokens", "5", PROMPT]
 WORKER = """
 import json, os, sys
 folder, mesh, coordinator, process, *command = sys.argv[1:]
@@ -50,13 +52,13 @@ print(json.dumps(say(model)), file=out, flush=True)
 
 def say(model) -> dict:
     """What a model says to several prompts, to a second turn, and of a text."""
-    settings = SamplingSettings(max_new_tokens=12, temperature=0.0, logprobs=2)
+    settings = SamplingSettings(max_new_tokens=5, temperature=0.0, logprobs=2)
     engine = model._engine(len(PROMPTS))
 
     def say(prompts):
         requests = model._requests(prompts, settings).requests
         answers = [Answer(request, None, 2) for request in requests]
-        for _ in drive(engine, answers, itertools.repeat(12)):
+        for _ in drive(engine, answers, itertools.repeat(5)):
             pass
         return [answer.completion() for answer in answers]
 

@@ -41,6 +41,8 @@ from gemlax.names import text_weights
 from gemlax.qtensor import QTensor
 from gemlax.weights import held_weights, named_weights
 
+pytestmark = pytest.mark.deep
+
 UP, DOWN = "layers.0.mlp.up_proj.weight", "layers.0.mlp.down_proj.weight"
 RULES = {UP: "dense", "layers.1.mlp.*": "int4", "*.k_proj.weight": "nf4", "*": "int8"}
 TYPES = {UP: T.Q6_K, DOWN: T.Q5_K, "embed_tokens.weight": T.Q8_0,

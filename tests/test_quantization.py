@@ -36,6 +36,8 @@ from gemlax.qtensor import Mixed, QTensor
 from gemlax.quantization import check_rules
 from gemlax.weights import named_weights
 
+pytestmark = pytest.mark.deep
+
 UP = "layers.0.mlp.up_proj.weight"
 BY_NAME = {UP: "dense", "layers.1.mlp.*": "int4", "*.k_proj.weight": "nf4", "*": "int8"}
 TOKENS = np.random.default_rng(0).integers(0, 512, (2, 12)).astype(np.int32)

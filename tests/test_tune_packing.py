@@ -12,6 +12,8 @@ from gemlax import ops
 from gemlax.tune.data import Example, Pair
 from gemlax.tune.packing import Batches, Rows, pack
 
+pytestmark = pytest.mark.deep
+
 # float32 sums in another order, over some 100 tokens and a few layers.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 SAME_LOSS = 1e-5

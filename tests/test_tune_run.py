@@ -27,6 +27,8 @@ from gemlax.tune import TuneSettings, run, state, train
 from gemlax.tune.state import Checkpoints
 from gemlax.tune.train import Measured, Trainer
 
+pytestmark = pytest.mark.deep
+
 HOW = TuneSettings(rules=4, steps=6, batch_size=2, max_length=48, learning_rate=1e-2, save_every=3)
 
 

@@ -18,6 +18,11 @@ if MISSING:
 elif importlib.util.find_spec("tunix") is None:  # optional: see there
     collect_ignore = ["test_tunix.py"]
 
+if not MISSING and "PYTEST_XDIST_WORKER" in os.environ:
+    import torch
+
+    torch.set_num_threads(1)  # the processes share the cores: threads would wait for each other
+
 _passed: list[str] = []
 
 

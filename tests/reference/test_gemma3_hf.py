@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from golden import hf, make_gemma3
 from reference.decoding import check_decoding, check_greedy, check_same_until_a_tie
-from reference.toys import GEMMA_3, check_golden_file, layer_errors, toy
+from reference.toys import GEMMA_3, check_golden_file, layer_errors, stacks, toy
 
 
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
@@ -21,8 +21,7 @@ def test_each_layer_equals_transformers_on_its_own_input(size, layers):
     assert max(errors) <= adapters.LAYER, errors
 
 
-@pytest.mark.parametrize("layers", ["scan", "index", "unroll"])
-@pytest.mark.parametrize("size", GEMMA_3)
+@pytest.mark.parametrize(("size", "layers"), stacks(GEMMA_3, ("gemma-3-270m", "gemma-3-4b")))
 def test_logits_of_a_ragged_batch_equal_transformers(size, layers):
     case = toy(size)
     decoder = adapters.build(case.config, case.weights, layers)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from golden import hf, make_gemma4
 from reference.decoding import check_decoding
-from reference.toys import GEMMA_4, check_golden_file, layer_errors, toy
+from reference.toys import GEMMA_4, check_golden_file, layer_errors, stacks, toy
 
 EDGE = ("gemma-4-e2b", "gemma-4-e4b")
 DECODED = ("gemma-4-e2b", "gemma-4-26b-a4b", "gemma-4-31b")
@@ -51,8 +51,7 @@ def test_the_donors_are_the_last_layers_that_own_their_kind(size):
     assert [i for i, mode in enumerate(modes) if mode == "store"] == [sliding, full]
 
 
-@pytest.mark.parametrize("layers", ["scan", "index", "unroll"])
-@pytest.mark.parametrize("size", GEMMA_4)
+@pytest.mark.parametrize(("size", "layers"), stacks(GEMMA_4, ("gemma-4-e2b", "gemma-4-26b-a4b")))
 def test_logits_of_a_ragged_batch_equal_transformers(size, layers):
     case = toy(size)
     decoder = adapters.build(case.config, case.weights, layers)

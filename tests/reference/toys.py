@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import adapters
 import numpy as np
+import pytest
 from golden import hf, make_gemma3, make_gemma4
 from golden.conditioned import conditioned_weights, ragged_prompts, valid_tokens, weight_shapes
 from transformers import PreTrainedModel
@@ -56,6 +57,21 @@ class Toy(NamedTuple):
     def error(self, logits: np.ndarray) -> float:
         """Return the largest difference of these logits from transformers', times std."""
         return float(np.abs(logits - self.logits)[self.clear].max()) / self.std
+
+
+def stacks(sizes: tuple[str, ...], each_way: tuple[str, ...]) -> list[Any]:
+    """Return pairs of a size and how its layers are held: read by index, as they are by default.
+
+    The other ways are quick for `each_way` and slow for the rest, whose layers are like theirs.
+    """
+    ways: tuple[adapters.Stack, ...] = ("index", "scan", "unroll")
+    return [
+        pytest.param(
+            size, way, marks=() if way == "index" or size in each_way else pytest.mark.slow
+        )
+        for size in sizes
+        for way in ways
+    ]
 
 
 def clear_choices(run: hf.Run) -> np.ndarray:
