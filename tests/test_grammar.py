@@ -176,7 +176,8 @@ def test_threads_share_one_vocabulary_and_get_matchers_of_their_own():
         thread.join()
     assert len(made) == 12
     made[0].advance(Toy.ids("ab"))
-    assert made[0].is_finished and not any(other.is_finished for other in made[1:])
+    assert made[0].is_finished
+    assert [other.check(Toy.ids("ab")) for other in made[1:]] == [len(Toy.ids("ab"))] * 11
 
 
 def test_a_mask_allows_what_a_check_allows():
@@ -224,6 +225,9 @@ def test_a_stop_id_may_come_where_the_grammar_may_end_and_ends_it():
     constraint.advance(Toy.ids("ab"))
     assert set(Toy.stops) <= allowed(constraint)
     assert constraint.check([Toy.stops[1], *Toy.ids("a")]) == 0
+    alone = Toy.compiler.constraint(Regex("[ab]+"), Toy.stops[1:])
+    alone.advance(Toy.ids("ab"))
+    assert Toy.stops[1] in allowed(alone) and Toy.stops[0] not in allowed(alone)
     constraint.advance([Toy.stops[1]])
     assert constraint.is_finished and constraint.error is None
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
+pytestmark = pytest.mark.deep
+
 ROOT = Path(__file__).resolve().parents[2]
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 400, "stream": True}
 

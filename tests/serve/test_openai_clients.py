@@ -8,6 +8,8 @@ from serve.running import idle, serving, wait_until
 
 from gemlax.serve.security import Gate
 
+pytestmark = pytest.mark.deep
+
 USER = [{"role": "user", "content": "hello there"}]
 
 

@@ -109,13 +109,14 @@ class Answer:
         tokens = self.tokens
         if self.parser is not None and self.parser.stopped:
             tokens = tokens[: self.parser.num_tokens]
+        stopped = self.is_stopped or bool(tokens and tokens[-1] in self.request.stop_ids)
         accepted = None
         if self.request.num_drafts and self.usage.num_steps:
             accepted = len(self.tokens) / self.usage.num_steps - 1
         return Completion(
             text=text,
             tokens=tokens,
-            finish_reason="stop" if self.is_stopped else self._reason,
+            finish_reason="stop" if stopped else self._reason,
             logprobs=None if self._num_logprobs is None else self.logprobs[: len(tokens)],
             accepted_per_step=accepted,
             usage=self.usage,
