@@ -19,6 +19,8 @@ from gemlax.adapters import Rule
 from gemlax.errors import RequestError, UnsupportedError
 from gemlax.names import text_weights
 
+pytestmark = pytest.mark.deep
+
 # Times std(logits).
 CLOSE = 1e-5
 ONE = {"*.q_proj": 4, "*.mlp.*": Rule(3, alpha=1.5)}

@@ -29,6 +29,8 @@ from gemlax.names import text_weights
 from gemlax.presets import preset, tiny
 from gemlax.sampling import make_sampling
 
+pytestmark = pytest.mark.deep
+
 CONFIG = tiny(preset("gemma-4-e2b"), num_hidden_layers=5)
 TOKENIZER = chat_tokenizer("gemma4")
 STOPS = (TOKENIZER.eos_id, TOKENIZER.id_of("<turn|>"))

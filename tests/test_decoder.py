@@ -15,6 +15,8 @@ from gemlax.presets import PRESETS, preset, tiny
 from gemlax.sharding import Layout, make_mesh
 from gemlax.weights import build_decoder, default_layers, named_weights
 
+pytestmark = pytest.mark.deep
+
 # Two periods of (5 sliding, 1 full) and a remainder of two, with two K/V heads and scaled rope.
 CONFIG = tiny(preset("gemma-3-4b"), num_hidden_layers=14)
 WINDOW = 32

@@ -46,6 +46,8 @@ from gemlax.scoring import label_logprobs
 from gemlax.sharding import make_mesh
 from gemlax.weights import named_weights
 
+pytestmark = pytest.mark.deep
+
 TABLE = "embed_tokens.weight"
 F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
 LM_HEADS = ["lm_head.weight", "model.lm_head.weight", "language_model.lm_head.weight",

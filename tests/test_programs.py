@@ -180,6 +180,7 @@ MORE = [
 ]
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     ("name", "capacity", "implementation"),
     [*SMALL, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
@@ -206,6 +207,7 @@ def test_decoding_with_drafts_writes_the_caches_in_place():
     assert in_place_faults(engine, compile_verify) == []
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("implementation", [pytest.param("xla", marks=pytest.mark.slow), "cpu"])
 def test_small_caches_are_written_in_place_with_drafts_too(implementation):
     engine = programs_of(tiny(preset("gemma-4-e2b")).text, implementation=implementation)
@@ -253,6 +255,7 @@ def test_twin_that_empties_the_row_of_a_request_that_joins_copies_the_caches():
     assert temporaries(twin) > 100 * temporaries(compile_join(of, 8, 1024))
 
 
+@pytest.mark.deep
 def test_bfloat16_caches_are_written_in_place_on_cpu():
     assert in_place_faults(programs_of(TINY, dtype=jnp.bfloat16)) == []
 
@@ -303,6 +306,7 @@ def scanned_decoder() -> Decoder:
     return build_decoder(TINY, lambda name, out: None, layers="scan")
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     ("layers", "dtype", "implementation"),
     [
@@ -348,6 +352,7 @@ def test_a_step_on_codes_holds_no_decoded_matrix():
     assert decoded_faults("cpu") == []
 
 
+@pytest.mark.deep
 def test_twin_on_xla_holds_a_decoded_matrix():
     assert decoded_faults("xla")
 
@@ -420,6 +425,7 @@ def test_twin_that_stacks_and_unstacks_a_list_fails_the_gate_on_temporaries():
     assert temporary_faults(jax.jit(run, donate_argnums=0).lower(entries, new).compile(), entries)
 
 
+@pytest.mark.deep
 def test_twin_with_plain_bfloat16_weights_holds_a_float32_copy_of_them():
     engine = programs_of(wide(), dtype=jnp.bfloat16)
     engine._weights = jax.tree.map(

@@ -11,7 +11,7 @@ from gemlax import cache
 from gemlax.engine.snapshots import PIECE, read, write
 from gemlax.presets import preset, tiny
 
-pytestmark = pytest.mark.programs
+pytestmark = [pytest.mark.programs, pytest.mark.deep]
 
 
 def compile_write(of, rings: bool, storage=None, donate=True):

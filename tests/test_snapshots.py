@@ -18,6 +18,8 @@ from gemlax.presets import preset, tiny
 from gemlax.sampling import make_sampling
 from gemlax.sharding import make_mesh
 
+pytestmark = pytest.mark.deep
+
 PLACES = make_sampling(512, [0]).places()
 ROOT = Root("weights", 0)
 # The ring of a toy has 768 places: a window of 32 and a chunk.

@@ -21,6 +21,8 @@ from gemlax.names import text_weights
 from gemlax.sampling import make_sampling
 from gemlax.sharding import Layout
 
+pytestmark = pytest.mark.deep
+
 VOCAB = 512
 D = 3
 LONG = 1040  # tokens: longer than a ring, and in the bucket of what is generated

@@ -18,6 +18,8 @@ from gemlax.generation import Reply, SamplingSettings
 from gemlax.grammar import Choice, JsonSchema, Lark, Regex
 from gemlax.serve.work import ChatRequest, CompletionRequest, ServeError
 
+pytestmark = pytest.mark.deep
+
 USER = {"role": "user", "content": "hello there"}
 
 

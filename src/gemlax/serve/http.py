@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from typing import cast
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -189,8 +190,7 @@ def guarded_protocol(options: ServeOptions) -> type[asyncio.Protocol]:
                     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n"
                     b"retry-after: 1\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
                 )
-                assert isinstance(transport, asyncio.WriteTransport)
-                transport.write(head % len(body) + body)
+                cast(asyncio.WriteTransport, transport).write(head % len(body) + body)
                 transport.close()
                 return
             self._expect()
