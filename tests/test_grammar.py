@@ -411,6 +411,15 @@ def test_valid_arguments_of_any_schema_are_accepted_and_a_missing_one_is_not(dat
         assert not arguments_of(grammar, {k: v for k, v in arguments.items() if k != name})
 
 
+@pytest.mark.parametrize(("least", "most"), [(0, 0), (0, 1), (1, 1), (0, 2), (2, 2)])
+def test_arrays_have_as_many_items_as_they_may(least, most):
+    array = {"type": "array", "items": {"type": "integer"}, "minItems": least, "maxItems": most}
+    schema = {"type": "object", "properties": {"a": array}, "required": ["a"]}
+    grammar = chat({"name": "f", "parameters": schema}, tool_choice="f")
+    for count in range(4):
+        assert arguments_of(grammar, {"a": [7] * count}) == (least <= count <= most), count
+
+
 def test_a_call_that_was_accepted_is_read_as_it_was_meant():
     arguments = {"days": 3, "city": 'the "old", {town}: call:now{}'}
     parts = [OPEN, "call:get_weather", *written(arguments), CLOSE]

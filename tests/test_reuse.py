@@ -104,6 +104,7 @@ ARRIVALS = st.lists(
 )
 
 
+@pytest.mark.deep
 @settings(
     max_examples=6,
     deadline=None,
@@ -223,6 +224,7 @@ def test_requests_one_after_the_other_do_not_corrupt_each_other(programs, alone)
     assert cached[2] >= 80 and cached[5] >= 80
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     "name", ["gemma-3-270m", pytest.param("gemma-4-e2b", marks=pytest.mark.deep)]
 )

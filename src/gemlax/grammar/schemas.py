@@ -246,7 +246,8 @@ class Rules:
         if not fixed:
             if rest is None or most == 0:
                 return '"[" "]"'
-            more = f'("," {rest})*' if most is None else f'("," {rest}){{0,{most - 1}}}'
+            bound = f"{{0,{most - 1}}}" if most is not None else "*"
+            more = f'("," {rest}){bound}' if most != 1 else ""  # llguidance refuses {0,0}
             return f'"[" ({rest} {more})? "]"'
         kinds = [first[i] if i < len(first) else rest or "any" for i in range(fixed)]
         after = tail
