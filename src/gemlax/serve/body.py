@@ -19,6 +19,7 @@ __all__ = [
     "EFFORTS",
     "Handler",
     "JsonObject",
+    "convert",
     "disconnected",
     "endpoint",
     "json_response",
@@ -84,6 +85,14 @@ def read(body: bytes, form: type[T]) -> T:
         reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
         message = f"the body is not JSON: {reason}"[:MAX_MESSAGE]
         raise ServeError(400, message, code="invalid_json") from None
+
+
+def convert(value: object, form: type[T]) -> T:
+    """Return what JSON was read into as a Struct; raise ServeError likewise."""
+    try:
+        return msgspec.convert(value, form)
+    except msgspec.ValidationError as error:
+        raise _as_wrong_field(str(error)) from None
 
 
 def _as_wrong_field(text: str) -> ServeError:

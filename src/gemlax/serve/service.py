@@ -9,7 +9,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gemlax.serve.body import JsonObject, endpoint, json_response, openai_error, read, refuse
+from gemlax.serve.body import (
+    JsonObject,
+    convert,
+    endpoint,
+    json_response,
+    openai_error,
+    read,
+    refuse,
+)
 from gemlax.serve.kitchen import ModelKitchen
 from gemlax.serve.openai_chat import ChatBody, chat_request
 from gemlax.serve.openapi import openapi
@@ -191,7 +199,7 @@ class _Service:
         if (text is None) == (asked.messages is None):
             refuse("prompt", "give prompt (or content), or else messages")
         if asked.messages is not None:
-            chat = msgspec.convert({"messages": asked.messages, "tools": asked.tools}, ChatBody)
+            chat = convert({"messages": asked.messages, "tools": asked.tools}, ChatBody)
             ids = await kitchen.render(chat_request(chat, ""))
         else:
             # llama.cpp adds nothing unless it is asked to, vLLM does.
