@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import socket
 import threading
 
@@ -86,7 +87,17 @@ def test_a_key_is_taken_from_either_header_and_stands_for_its_owner():
     ):  # fmt: skip
         assert ask(CHAT, HELLO, gate=gate, headers=headers).status_code == 401
     assert ask("/nothing", gate=gate).status_code == 401
-    assert ask("/", gate=gate).status_code == 404
+
+
+def test_the_page_is_served_without_a_key_and_its_files_with_it():
+    gate = Gate(["secret"])
+    page = ask("/", gate=gate)
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    files = re.findall(r'(?:src|href)="(page/[^"]+)"', page.text)
+    assert files
+    assert {ask(f"/{file}", gate=gate).status_code for file in files} == {200}
+    assert ask("/v1/models", gate=gate).status_code == 401
 
 
 def test_a_server_of_this_machine_answers_only_to_its_own_names():

@@ -4,7 +4,7 @@ A protocol is a module with a function `routes(kitchen) -> list[Route]`. Its end
 `ChatRequest` or a `CompletionRequest` of a body, ask the kitchen, and write the `Update`s that come
 back; `body.endpoint` reads bodies and turns each `ServeError` into the protocol's own shape,
 `sse.EventStream` sends events. Protocols that need a model and nothing else are listed in
-`PROTOCOLS`; `http.Front` stands before all of them.
+`PROTOCOLS`; `http.Front` stands before all of them and before the page.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from gemlax.serve import anthropic, openai_chat, openai_completions, responses, service
+from gemlax.serve import anthropic, openai_chat, openai_completions, page, responses, service
 from gemlax.serve.http import Front
 from gemlax.serve.kitchen import ModelKitchen
 from gemlax.serve.options import ServeOptions
@@ -38,9 +38,9 @@ def make_app(kitchen: ModelKitchen, gate: Gate) -> ASGIApp:
 def put_together(
     kitchen: Kitchen, gate: Gate, options: ServeOptions, more: Iterable[Route] = ()
 ) -> ASGIApp:
-    """Return the protocols, and more routes, behind the checks that hold for all."""
+    """Return the page, the protocols and more routes behind the checks that hold for all."""
     routes = [route for protocol in PROTOCOLS for route in protocol(kitchen)]
-    router = Router([*more, *routes], redirect_slashes=False)
+    router = Router([*page.routes(), *more, *routes], redirect_slashes=False)
     return Front(router, gate, options)
 
 
