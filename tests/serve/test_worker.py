@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 import time
 
 import jsonschema
@@ -35,6 +36,11 @@ async def text_of(answers):
         text += "".join(delta.text for delta in update.deltas)
         last = update
     return text, last
+
+
+async def answered(kitchen, request):
+    """The text of a chat's only answer, and its last update."""
+    return await text_of(await kitchen.chat(request))
 
 
 def run(work):
@@ -270,6 +276,23 @@ def test_usage_says_what_was_found_in_a_cache(kitchen):
     usage = run(twice())
     assert usage.cached == usage.prompt - 1
     assert usage.completion == 2
+
+
+def test_tokens_are_counted_while_they_come_and_once(kitchen, monkeypatch):
+    counts, tell = [], kitchen.worker._tell
+
+    def generated():
+        text = kitchen.metrics.text().decode()
+        return float(re.search(r"^vllm:generation_tokens_total\{.*\} (\S+)$", text, re.M)[1])
+
+    def note(ticket, update):
+        counts.append(generated())
+        tell(ticket, update)
+
+    begin = generated()
+    monkeypatch.setattr(kitchen.worker, "_tell", note)
+    run(answered(kitchen, chat(max_new_tokens=5)))
+    assert [count - begin for count in counts] == [1, 2, 3, 4, 5]
 
 
 def test_prefixes_are_shared_within_a_salt_alone(kitchen):

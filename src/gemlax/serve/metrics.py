@@ -85,6 +85,10 @@ class Metrics:
         if tokens:
             self._step.observe(tokens)
 
+    def generated(self, tokens: int) -> None:
+        """Count tokens of an answer, as they come: dashboards show their rate."""
+        self._generated.inc(tokens)
+
     def started(self, waited: float) -> None:
         """Count an answer that got a slot."""
         self._queue_s.observe(waited)
@@ -108,7 +112,6 @@ class Metrics:
         self._queries.inc(usage.prompt)
         self._cached.inc(usage.cached)
         self._hits.inc(usage.cached)
-        self._generated.inc(usage.completion)
         self._prompt_size.observe(usage.prompt)
         self._size.observe(usage.completion)
         self._inference_s.observe(now - started)

@@ -252,7 +252,7 @@ class Worker:
         decoding = sum(ticket.times.first > 0 for ticket in self._running.values())
         self.engine.interleaved = self._pace.chunk(decoding)
         counters = self._programs.counters
-        before = counters.prefill_tokens, counters.prefill_s, counters.decode_s
+        tokens, prefill_s, decode_s = counters.prefill_tokens, counters.prefill_s, counters.decode_s
         try:
             events = self.engine.step()
         except Exception as failed:
@@ -260,11 +260,11 @@ class Worker:
             return
         self._last_failure = ""
         now = time.monotonic()
-        filled = counters.prefill_tokens - before[0]
+        filled = counters.prefill_tokens - tokens
         if filled:
-            self._pace.note_prefill(filled, counters.prefill_s - before[1])
+            self._pace.note_prefill(filled, counters.prefill_s - prefill_s)
         if events:
-            self._pace.note_step(len(events), counters.decode_s - before[2])
+            self._pace.note_step(len(events), counters.decode_s - decode_s)
         self.metrics.stepped(filled + sum(len(event.tokens) for event in events))
         for event in events:
             self._take(event, now)
@@ -279,6 +279,7 @@ class Worker:
             self._end(ticket, ServeError(500, "the answer could not be read"), "error")
             return
         times = ticket.times
+        self.metrics.generated(len(update.tokens))
         if update.tokens:
             if times.first:
                 self.metrics.later_token(now - times.last)
