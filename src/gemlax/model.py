@@ -248,11 +248,14 @@ class Model:
         row[0, : len(ids)] = ids
         padded = self._padded(row, [len(ids)])
         scores = self._top_logprobs(self._state, *padded, self._entries(adapter, 1))
-        own, likeliest, values = (np.asarray(array)[0].tolist() for array in scores)
+        label_logprobs, top_ids, top_values = (np.asarray(x)[0].tolist() for x in scores)
         logprobs = [TokenLogprob(ids[0], float("nan"), {})]
-        for token, logprob, *best in zip(ids[1:], own, likeliest, values, strict=False):
+        rows = zip(ids[1:], label_logprobs, top_ids, top_values, strict=False)
+        for token, logprob, *likeliest in rows:
             # Rows of the table without a token are not the text's.
-            pairs = [(i, p) for i, p in zip(*best, strict=True) if i < self.programs.num_tokens]
+            pairs = [
+                (i, p) for i, p in zip(*likeliest, strict=True) if i < self.programs.num_tokens
+            ]
             logprobs.append(TokenLogprob(token, logprob, dict(pairs[:top])))
         return logprobs
 

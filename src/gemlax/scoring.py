@@ -91,5 +91,7 @@ def top_label_logprobs(
         return top_logprobs(decoder.logits(both[0]), both[1])
 
     parts = jax.lax.map(block, (hidden, labels))
-    own, ids, values = (part.reshape(1, places, *part.shape[2:])[:, :size] for part in parts)
-    return own, ids, values
+    logprobs, top_ids, top_values = (
+        part.reshape(1, places, *part.shape[2:])[:, :size] for part in parts
+    )
+    return logprobs, top_ids, top_values

@@ -45,24 +45,24 @@ _WORDS = _TEXT.split()
 class Lengths(NamedTuple):
     """Numbers of tokens, drawn log-uniformly: most are short, few are long. Both ends are drawn."""
 
-    least: int
-    most: int
+    shortest: int
+    longest: int
 
     @classmethod
     def parse(cls, text: str) -> "Lengths":
         """Read "128", or a range as "32-512"."""
-        least, dash, most = text.partition("-")
-        if not (least.isdecimal() and (most.isdecimal() or not dash)):
+        shortest, dash, longest = text.partition("-")
+        if not (shortest.isdecimal() and (longest.isdecimal() or not dash)):
             raise RequestError(f"a length is a number or a range as 32-512, got {text!r}")
-        lengths = cls(int(least), int(most or least))
-        if not 1 <= lengths.least <= lengths.most:
+        lengths = cls(int(shortest), int(longest or shortest))
+        if not 1 <= lengths.shortest <= lengths.longest:
             raise RequestError(f"a range of lengths begins at 1 or more and rises, got {text!r}")
         return lengths
 
     def draw(self, generator: random.Random) -> int:
         """Draw one."""
-        low, high = math.log(self.least), math.log(self.most + 1)
-        return min(self.most, int(math.exp(generator.uniform(low, high)) + 1e-9))
+        low, high = math.log(self.shortest), math.log(self.longest + 1)
+        return min(self.longest, int(math.exp(generator.uniform(low, high)) + 1e-9))
 
 
 class Workload(NamedTuple):

@@ -200,61 +200,61 @@ class Rules:
 
     def _string(self, schema: Mapping[str, Json]) -> str:
         pattern = schema.get("pattern")
-        least, most = schema.get("minLength", 0), schema.get("maxLength")
+        min_count, max_count = schema.get("minLength", 0), schema.get("maxLength")
         if pattern is not None:
             if not isinstance(pattern, str):
                 raise self._wrong(f"has pattern {show_value(pattern)}")
-            if least or most is not None:
-                self._leave_out({"minLength": least, "maxLength": most}, set())
+            if min_count or max_count is not None:
+                self._leave_out({"minLength": min_count, "maxLength": max_count}, set())
             # A pattern of JSON schema may match anywhere.
             begin = "" if pattern.startswith("^") else "(.|\\n)*"
             end = "" if re.search(r"(?<!\\)(\\\\)*\$$", pattern) else "(.|\\n)*"
             inner = write_regex(pattern)[1:-1]
             return f"{self._quote} /{begin}({inner}){end}/ {self._quote}"
-        if not least and most is None:
+        if not min_count and max_count is None:
             return "any_string"
-        self._check_counts(least, most)
-        if most == 0:
+        self._check_counts(min_count, max_count)
+        if max_count == 0:
             return f"{self._quote} {self._quote}"
-        text = f"/(.|\\n){{{max(least, 1)},{'' if most is None else most}}}/"
-        return f"{self._quote} {text}{'' if least else '?'} {self._quote}"
+        text = f"/(.|\\n){{{max(min_count, 1)},{'' if max_count is None else max_count}}}/"
+        return f"{self._quote} {text}{'' if min_count else '?'} {self._quote}"
 
-    def _check_counts(self, least: Json, most: Json) -> None:
-        for count in (least, most):
+    def _check_counts(self, min_count: Json, max_count: Json) -> None:
+        for count in (min_count, max_count):
             if count is not None and (not isinstance(count, int) or count < 0):
                 raise self._wrong(f"has a length of {show_value(count)}")
-        if most is not None and least > most:
-            raise self._wrong(f"wants at least {least} and at most {most}")
+        if max_count is not None and min_count > max_count:
+            raise self._wrong(f"wants at least {min_count} and at most {max_count}")
 
     def _array(self, schema: Mapping[str, Json]) -> str:
         first = [self._value(item) for item in schema.get("prefixItems", ())]
-        least, most = schema.get("minItems", 0), schema.get("maxItems")
-        self._check_counts(least, most)
-        if most is not None:
-            first = first[:most]
+        min_count, max_count = schema.get("minItems", 0), schema.get("maxItems")
+        self._check_counts(min_count, max_count)
+        if max_count is not None:
+            first = first[:max_count]
         items = schema.get("items", True)
         rest = None if items is False else self._value(items)
         # What follows item i, from the end: either the list ends or one more comes.
-        fixed = max(len(first), least)
+        fixed = max(len(first), min_count)
         if rest is None:
             tail = '"]"'
-        elif most is None:
+        elif max_count is None:
             tail = f'("," {rest})* "]"' if fixed else ""
         else:
-            room = most - fixed
+            room = max_count - fixed
             tail = f'("," {rest}){{0,{room}}} "]"' if room else '"]"'
         if not fixed:
-            if rest is None or most == 0:
+            if rest is None or max_count == 0:
                 return '"[" "]"'
-            bound = f"{{0,{most - 1}}}" if most is not None else "*"
-            more = f'("," {rest}){bound}' if most != 1 else ""  # llguidance refuses {0,0}
+            bound = f"{{0,{max_count - 1}}}" if max_count is not None else "*"
+            more = f'("," {rest}){bound}' if max_count != 1 else ""  # llguidance refuses {0,0}
             return f'"[" ({rest} {more})? "]"'
         kinds = [first[i] if i < len(first) else rest or "any" for i in range(fixed)]
         after = tail
         for index in range(fixed - 1, -1, -1):
             comma = '"," ' if index else ""
             item = f"{comma}{kinds[index]} {after}"
-            after = self._add(item if index < least else f'{item} | "]"')
+            after = self._add(item if index < min_count else f'{item} | "]"')
         return f'"[" {after}'
 
     def _object(self, schema: Mapping[str, Json]) -> str:

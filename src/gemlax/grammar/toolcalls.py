@@ -97,8 +97,8 @@ class ChatGrammar:
         """Return the grammar."""
         called = self._called()
         text = self._text(bool(called))
-        before = self._before(repeated="thought" in text)
-        lines = ["start: " + " ".join(part for part in (before, text) if part)]
+        thoughts = self._first_thoughts(repeated="thought" in text)
+        lines = ["start: " + " ".join(part for part in (thoughts, text) if part)]
         if self.body is not None:
             lines += _as_body(self.body.source())
         lines += self._thought_rules()
@@ -122,7 +122,7 @@ class ChatGrammar:
         markers = self.markers
         return markers.open_channel is not None and markers.close_channel is not None
 
-    def _before(self, *, repeated: bool) -> str:
+    def _first_thoughts(self, *, repeated: bool) -> str:
         """Return the thoughts that come first; `repeated`: what follows begins with them."""
         if not self._has_channel():
             return ""

@@ -112,10 +112,10 @@ class Admission:
 
     def queue_tokens(self, tokens: int) -> int:
         """Count prompt tokens that wait; see `Place.wait_with`."""
-        most = self._options.max_queue_tokens
+        limit = self._options.max_queue_tokens
         with self._lock:
-            if self._tokens and self._tokens + tokens > most:
-                self._refuse("queue_tokens", f"prompts of {self._tokens} of {most} tokens wait")
+            if self._tokens and self._tokens + tokens > limit:
+                self._refuse("queue_tokens", f"prompts of {self._tokens} of {limit} tokens wait")
             self._tokens += tokens
         return tokens
 

@@ -91,11 +91,13 @@ class Front:
 
     async def _body(self, receive: Receive, headers: dict[bytes, bytes]) -> bytes:
         """Return the whole body, in time and not too large."""
-        most, length = self._options.max_body, headers.get(b"content-length")
+        max_bytes, length = self._options.max_body, headers.get(b"content-length")
         if length is None and b"transfer-encoding" not in headers:
             return b""
-        too_large = ServeError(413, f"the body has more than {most} bytes", code="body_too_large")
-        if length is not None and length.isdigit() and int(length) > most:
+        too_large = ServeError(
+            413, f"the body has more than {max_bytes} bytes", code="body_too_large"
+        )
+        if length is not None and length.isdigit() and int(length) > max_bytes:
             raise too_large
         parts, size = [], 0
         try:
@@ -106,7 +108,7 @@ class Front:
                         raise ClientGone
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
-                    if size > most:
+                    if size > max_bytes:
                         raise too_large
                     if not message.get("more_body"):
                         return b"".join(parts)
@@ -164,8 +166,8 @@ class _Sender:
         if message["type"] == "http.response.start":
             self.has_begun = True
             names = {name for name, _ in message.get("headers", ())}
-            own = [header for header in self.extra if header[0] not in names]
-            message = {**message, "headers": [*message.get("headers", ()), *own]}
+            added = [header for header in self.extra if header[0] not in names]
+            message = {**message, "headers": [*message.get("headers", ()), *added]}
         try:
             async with asyncio.timeout(self._timeout):
                 await self._send(message)

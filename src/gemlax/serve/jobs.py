@@ -62,7 +62,7 @@ class Ticket:
     def take(self, event: Event) -> Update:
         """Take in what a step did; return what the client is told."""
         answer, parser = self.answer, self.parser
-        before = len(answer.tokens)
+        num_before = len(answer.tokens)
         deltas = _deltas(answer.take(event))
         if self.single_call and isinstance(parser, OutputParser) and parser.tool_calls:
             kinds = [delta.kind for delta in deltas]
@@ -71,17 +71,17 @@ class Ticket:
         tokens = event.tokens
         reason: FinishReason | None = event.finish_reason
         if parser.stopped:
-            reason, tokens = "stop", tokens[: parser.num_tokens - before]
+            reason, tokens = "stop", tokens[: parser.num_tokens - num_before]
         stop = None if reason is None else self._stop(tokens)
         if reason == "stop" and isinstance(parser, OutputParser) and parser.tool_calls:
             reason = "tool_calls"
-        logprobs = answer.logprobs[before : before + len(tokens)]
+        logprobs = answer.logprobs[num_before : num_before + len(tokens)]
         return Update(
             self.index,
             deltas,
             tokens,
             [show_logprob(self.tokenizer, one) for one in logprobs],
-            self.usage(before + len(tokens)),
+            self.usage(num_before + len(tokens)),
             reason,
             stop,
             # The grammar was checked before: that it fails is not the client's fault.

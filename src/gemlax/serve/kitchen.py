@@ -199,8 +199,8 @@ class ModelKitchen:
         seed = given.get("seed")
         assert seed is None or isinstance(seed, int)
         given["seed"] = secrets.randbits(32) if seed is None else seed % 2**32
-        most = given.get("max_new_tokens")
-        given["max_new_tokens"] = options.context if most is None else most
+        if given.get("max_new_tokens") is None:
+            given["max_new_tokens"] = options.context
         more = {"context": options.context, "adapter": self.choices[name]}
         with _as_serve_errors():
             return name, read_settings(None, {**given, **more, "logprobs": request.logprobs})
@@ -255,9 +255,9 @@ class ModelKitchen:
 
     def _bound_text(self, characters: int) -> None:
         """Refuse what cannot fit before it is read: the tokenizer takes its time."""
-        most = self.options.context * self._longest_piece
-        if characters > most:
-            text = f"the prompt has {characters} characters; {most} is the most that may fit"
+        limit = self.options.context * self._longest_piece
+        if characters > limit:
+            text = f"the prompt has {characters} characters; {limit} is the most that may fit"
             more = {"n_ctx": self.options.context}
             raise ServeError(400, text, code="context_length_exceeded", extra=more)
 
@@ -280,18 +280,18 @@ class ModelKitchen:
         seeds = [(settings.seed + choice) % 2**32 for choice in range(request.n)] * len(prompts)
         each = [ids for ids in prompts for _ in range(request.n)]
         batch = make(each, dataclasses.replace(settings, seed=seeds))
-        requests, own = batch.requests, self._stop_names(settings)
-        for size, most in zip(requests[0].settings.places(), self._places, strict=True):
-            if size > most:
+        requests, stop_names = batch.requests, self._stop_names(settings)
+        for size, room in zip(requests[0].settings.places(), self._places, strict=True):
+            if size > room:
                 text = (
                     f"at most {MAX_BIAS} entries of logit_bias, and {MAX_BAD_WORDS} bad_words of "
                     f"{_MAX_WORD} tokens"
                 )
                 raise ServeError(400, text, param="logit_bias")
         if request.ignore_eos:
-            requests = [dataclasses.replace(one, stop_ids=tuple(own)) for one in requests]
+            requests = [dataclasses.replace(one, stop_ids=tuple(stop_names)) for one in requests]
         requests = [dataclasses.replace(one, salt=request.cache_salt) for one in requests]
-        return _Prepared(prompts, requests, batch, own, [])
+        return _Prepared(prompts, requests, batch, stop_names, [])
 
     def _stop_names(self, settings: SamplingSettings) -> dict[int, str | int]:
         """Return what the caller called the ids that end an answer."""

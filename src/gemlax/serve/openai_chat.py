@@ -111,11 +111,9 @@ def chat_request(asked: ChatBody, key_id: str) -> ChatRequest:
             refuse(name, "use tools and tool_choice")
     if asked.audio is not None or set(asked.modalities or ()) - {"text"}:
         refuse("modalities", "this model answers in text")
-    most = asked.max_completion_tokens
-    most, field = (
-        (asked.max_tokens, "max_tokens") if most is None else (most, "max_completion_tokens")
-    )
-    if most == 0:
+    field = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
+    max_tokens = asked.max_tokens if field == "max_tokens" else asked.max_completion_tokens
+    if max_tokens == 0:
         refuse(field, "at least 1")
     tools, choice = _tools(asked)
     thinking, budget, args = _thinking(asked)
@@ -129,7 +127,7 @@ def chat_request(asked: ChatBody, key_id: str) -> ChatRequest:
         continue_final_message=_continues(asked),
         template_args=args,
         logprobs=_logprobs(asked),
-        **shared_arguments(asked, None if most == -1 else most, key_id),
+        **shared_arguments(asked, None if max_tokens == -1 else max_tokens, key_id),
     )
 
 
@@ -162,10 +160,10 @@ def _thinking(asked: ChatBody) -> tuple[bool | None, int | None, JsonObject]:
             refuse("reasoning_effort", f"one of {', '.join(EFFORTS)}")
         thinking = effort != "none"
         budget = EFFORTS[effort] if thinking else None
-    own = asked.thinking_token_budget
-    own = asked.reasoning_budget_tokens if own is None else own
-    if own is not None and own >= 0:
-        budget, thinking = (None, False) if own == 0 else (own, thinking)
+    tokens = asked.thinking_token_budget
+    tokens = asked.reasoning_budget_tokens if tokens is None else tokens
+    if tokens is not None and tokens >= 0:
+        budget, thinking = (None, False) if tokens == 0 else (tokens, thinking)
     return thinking, budget, args
 
 

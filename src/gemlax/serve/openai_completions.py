@@ -78,15 +78,15 @@ def completion_request(asked: CompletionBody, key_id: str) -> CompletionRequest:
     """Return what is asked as the kitchen takes it; raise ServeError for what cannot be done."""
     if asked.suffix:
         refuse("suffix", "this model cannot fill in a middle")
-    most = MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
-    if most == 0 and not asked.echo:
+    max_tokens = MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
+    if max_tokens == 0 and not asked.echo:
         refuse("max_tokens", "0 gives nothing unless echo is true")
     return CompletionRequest(
         prompts=_prompts(asked.prompt),
         echo=bool(asked.echo),
-        max_tokens_zero=most == 0,
+        max_tokens_zero=max_tokens == 0,
         logprobs=asked.logprobs,
-        **shared_arguments(asked, None if most == -1 else most, key_id),
+        **shared_arguments(asked, None if max_tokens == -1 else max_tokens, key_id),
     )
 
 

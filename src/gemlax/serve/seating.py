@@ -26,19 +26,19 @@ def seated(messages: Iterable[Mapping[str, object]], family: str | None) -> list
             one["role"] = "user"
         if one.get("role") != "tool":
             one["content"] = _without_refusals(one.get("content"))
-        before = placed[-1] if placed else {}
-        first, second = before.get("content"), one.get("content")
-        joins = family == "gemma3" and one.get("role") == "user" == before.get("role")
+        previous = placed[-1] if placed else {}
+        first, second = previous.get("content"), one.get("content")
+        joins = family == "gemma3" and one.get("role") == "user" == previous.get("role")
         if joins and isinstance(first, str | list) and isinstance(second, str | list):
-            before["content"] = [*_parts(first), *_parts(second, "\n\n")]
+            previous["content"] = [*_parts(first), *_parts(second, "\n\n")]
         else:
             placed.append(one)
     return placed
 
 
-def _parts(content: str | list[JsonObject], before: str = "") -> list[JsonObject]:
+def _parts(content: str | list[JsonObject], separator: str = "") -> list[JsonObject]:
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-    return [{"type": "text", "text": before}, *parts] if before else parts
+    return [{"type": "text", "text": separator}, *parts] if separator else parts
 
 
 def _without_refusals(content: object) -> object:

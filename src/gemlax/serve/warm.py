@@ -68,9 +68,9 @@ def _rounds(
         )
         if not is_forced:
             return one
-        most = len(prompt) + FORCED_DRAFTS + 1
+        max_length = len(prompt) + FORCED_DRAFTS + 1
         return dataclasses.replace(
-            one, constraint=drafts, max_length=most, num_drafts=FORCED_DRAFTS
+            one, constraint=drafts, max_length=max_length, num_drafts=FORCED_DRAFTS
         )
 
     buckets = [1]

@@ -11,9 +11,9 @@ const SAFE = new Set(["http:", "https:", "mailto:"]);
 /** Show `text` in `container`, replacing only what changed since it was last called with it. */
 export function renderMarkdown(container, text) {
   const blocks = splitBlocks(text.split("\n"));
-  const before = container.blocks ?? [];
+  const shown = container.blocks ?? [];
   let same = 0;
-  while (same < blocks.length && same < before.length && blocks[same].source === before[same]) same++;
+  while (same < blocks.length && same < shown.length && blocks[same].source === shown[same]) same++;
   while (container.childNodes.length > same) container.lastChild.remove();
   for (const block of blocks.slice(same)) container.append(makeBlock(block, 0));
   container.blocks = blocks.map((block) => block.source);
@@ -42,8 +42,8 @@ function splitBlocks(lines) {
     const first = i;
     const kind = kindOf(lines, i);
     i = endOf(kind, lines, i);
-    const own = lines.slice(first, i);
-    blocks.push({ kind, lines: own, source: `${kind}\n${own.join("\n")}` });
+    const inner = lines.slice(first, i);
+    blocks.push({ kind, lines: inner, source: `${kind}\n${inner.join("\n")}` });
   }
   return blocks;
 }

@@ -6,7 +6,7 @@ import { byId, formatRate } from "./dom.js";
 const EVERY_MS = 2000;
 const POINTS = 40;
 
-let before = null;
+let last = null; // tokens made, and when
 let rates = [];
 
 const first = (sums, ...names) => names.map((name) => sums.get(name)).find((value) => value !== undefined);
@@ -21,8 +21,8 @@ function draw(sums) {
   const now = performance.now();
   const made = first(sums, "vllm:generation_tokens_total", "llamacpp:tokens_predicted_total");
   if (made !== undefined) {
-    if (before) rates.push(Math.max(0, (made - before.made) / ((now - before.now) / 1000)));
-    before = { now, made };
+    if (last) rates.push(Math.max(0, (made - last.made) / ((now - last.now) / 1000)));
+    last = { now, made };
     rates = rates.slice(-POINTS);
   }
   show("running", first(sums, "vllm:num_requests_running", "llamacpp:requests_processing"));
@@ -31,8 +31,8 @@ function draw(sums) {
   show("cache", percent(first(sums, "vllm:kv_cache_usage_perc")));
   const asked = sums.get("vllm:prefix_cache_queries_total");
   show("hits", asked ? percent(sums.get("vllm:prefix_cache_hits_total") / asked) : undefined);
-  const most = Math.max(1, ...rates);
-  const points = rates.map((rate, i) => `${((i + POINTS - rates.length) * 100) / (POINTS - 1)},${23 - (22 * rate) / most}`);
+  const highest = Math.max(1, ...rates);
+  const points = rates.map((rate, i) => `${((i + POINTS - rates.length) * 100) / (POINTS - 1)},${23 - (22 * rate) / highest}`);
   byId("spark").setAttribute("points", points.join(" "));
 }
 
@@ -48,7 +48,7 @@ export function watchMetrics() {
       section.classList.remove("off");
     } catch {
       section.classList.add("off"); // shown as such; the next look tries again
-      before = null;
+      last = null;
     }
     timer ??= setTimeout(poll, EVERY_MS);
   };

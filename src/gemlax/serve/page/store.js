@@ -86,15 +86,15 @@ export async function search(words) {
   const holds = (text) => (text ?? "").toLowerCase().includes(wanted);
   const database = await open();
   const hits = new Set();
-  const cursor = database.transaction("bodies").objectStore("bodies").openCursor();
+  const request = database.transaction("bodies").objectStore("bodies").openCursor();
   await new Promise((resolve, reject) => {
-    cursor.onerror = () => reject(cursor.error);
-    cursor.onsuccess = () => {
-      const at = cursor.result;
-      if (at === null) return resolve();
-      const { id, title, nodes } = at.value;
+    request.onerror = () => reject(request.error);
+    request.onsuccess = () => {
+      const cursor = request.result;
+      if (cursor === null) return resolve();
+      const { id, title, nodes } = cursor.value;
       if (holds(title) || nodes.some((node) => holds(node.content))) hits.add(id);
-      at.continue();
+      cursor.continue();
     };
   });
   return hits;
