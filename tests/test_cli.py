@@ -35,6 +35,7 @@ TIMEOUT = 300
 PROMPT = "hello world"
 COMMANDS = ("generate", "chat", "convert", "quantize", "tune", "info", "perplexity", "bench")
 GENERATE = ["generate", "--model", "{model}", "--layers", "scan", "--max-new-tokens", "12"]
+SCHEMA = {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 1}
 SCORE = ["perplexity", "--model", "{model}", "--layers", "scan"]
 
 # Run without an error: their output is looked at by the tests below.
@@ -52,6 +53,8 @@ GOOD = {
     "seed 1": [*GENERATE, "--json", "--temperature", "1.5", "--seed", "1", PROMPT],
     "seed 1 again": [*GENERATE, "--json", "--temperature", "1.5", "--seed", "1", PROMPT],
     "seed 2": [*GENERATE, "--json", "--temperature", "1.5", "--seed", "2", PROMPT],
+    "schema": [*GENERATE, "--json", "--json-schema", "{bad}/schema.json", PROMPT],
+    "regex": [*GENERATE, "--regex", "[ab][ab]", PROMPT],
     "perplexity": [*SCORE, "{bad}/prompt.txt", "--json"],
     "perplexity plain": [*SCORE, "{bad}/prompt.txt"],
     "info": ["info", "{model}", "--json"],
@@ -77,6 +80,8 @@ GIVEN = {
 # Arguments, exit status, and what the line says.
 BAD: dict[str, tuple[list[str], int, str]] = {
     "wrong path": (["generate", "--model", "no/such/model.gguf", PROMPT], 1, "no model at"),
+    "no JSON schema": ([*GENERATE, "--json-schema", "{bad}/no-schema.json", PROMPT], 1, "not JSON"),
+    "no regex": ([*GENERATE, "--regex", "(a", PROMPT], 1, "regex"),
     "wrong name": (["info", "gemma-3-2b"], 1, "no model at 'gemma-3-2b'"),
     "empty folder": (["generate", "--model", "{bad}/empty", PROMPT], 1, "it is empty"),
     "cut gguf": (["generate", "--model", "{bad}/cut.gguf", PROMPT], 1, "cut.gguf"),
@@ -190,6 +195,8 @@ def bad(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
     (folder / "empty").mkdir()
     (folder / "prompt.txt").write_text(PROMPT)
+    (folder / "schema.json").write_text(json.dumps(SCHEMA))
+    (folder / "no-schema.json").write_text("{")
     (folder / "latin.txt").write_bytes("café".encode("latin-1"))
     (folder / "empty.txt").write_text("")
     weights = random_weights()
@@ -276,6 +283,12 @@ def test_a_prompt_comes_from_the_argument_a_file_or_stdin(outcomes):
     for done in (outcomes["stdin"], outcomes["file"]):
         assert done.report["tokens"] == expected["tokens"]
         assert done.report["prompt_tokens"] == expected["prompt_tokens"]
+
+
+def test_an_answer_matches_the_schema_or_the_regex(outcomes):
+    assert json.loads(outcomes["schema"].report["text"]) in ([True], [False])
+    assert set(outcomes["plain"].out) != set("ab\n")
+    assert set(outcomes["regex"].out) <= set("ab\n") and len(outcomes["regex"].out) == 3
 
 
 def test_drafts_change_no_token_and_are_counted(outcomes):

@@ -113,6 +113,33 @@ def render(tab: Browser, source: str) -> str:
     return tab.driver.execute_async_script(code, source)
 
 
+def test_a_tree_that_a_file_holds_is_checked_before_it_is_kept(tab):
+    code = """
+    const done = arguments[0];
+    import("/page/tree.js").then((tree_of) => {
+      const { checkConversation, shownPath, addNode, stepBranch, newConversation } = tree_of;
+      const user = (parent) => ({ role: "user", content: "x", parent });
+      const stranger = { role: "root", parent: -1 };
+      const wrong = [null, {}, ...[user(0), user(-2), stranger].map((node) => ({ nodes: [node] }))];
+      for (const value of wrong) {
+        let kept = true;
+        try { checkConversation(value); } catch { kept = false; }
+        if (kept) throw new Error(JSON.stringify(value));
+      }
+      const nodes = [user(-1), user(0), user(0)];
+      const kept = checkConversation({ id: "../x", picked: 7, nodes });
+      if (kept.id === "../x" || String(shownPath(kept)) !== "0,2") throw new Error("kept");
+      const tree = newConversation();
+      const first = addNode(tree, -1, { role: "user", content: "a" });
+      addNode(tree, -1, { role: "user", content: "b" });
+      const stepped = [stepBranch(tree, 1, 1), stepBranch(tree, 1, -1)];
+      if (String(stepped) !== `1,${first}`) throw new Error(`branches ${stepped}`);
+      return "checked";
+    }).then(done, (error) => done(`${error}`));
+    """
+    assert tab.driver.execute_async_script(code) == "checked"
+
+
 @pytest.mark.parametrize(
     "piece", ["*", "_a", "[", "[a](", "`", "> ", "- ", "~~", "**a ", "|a|b|\n", "1. ", "<"]
 )
