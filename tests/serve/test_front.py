@@ -279,6 +279,12 @@ def test_tool_calls_have_the_shape_that_clients_need():
     assert calls[0]["type"] == "function" and calls[0]["function"]["arguments"] == ""
 
 
+def test_ids_that_alone_may_come_reach_the_engine():
+    kitchen = FakeKitchen()
+    assert ask(CHAT, {**HELLO, "allowed_token_ids": [5, 6]}, kitchen=kitchen).status_code == 200
+    assert kitchen.requests[0].settings["allowed_ids"] == [5, 6]
+
+
 def test_an_error_in_a_stream_is_its_last_event():
     script = [*content("a"), end("error", error=ServeError(500, "it broke"))]
     answered = ask(CHAT, HELLO | {"stream": True}, kitchen=FakeKitchen(script))

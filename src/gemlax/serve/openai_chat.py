@@ -1,8 +1,7 @@
 """OpenAI's chat completions: POST /v1/chat/completions."""
 
-import logging
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import msgspec
@@ -24,22 +23,20 @@ from gemlax.serve.body import (
     refuse,
 )
 from gemlax.serve.openai_fields import (
-    DONE,
     Shared,
     check_name,
     data_event,
-    error_event,
     finish,
     shared_arguments,
+    stream_events,
     usage_body,
 )
 from gemlax.serve.parts import Parts, failure
 from gemlax.serve.sse import EventStream
-from gemlax.serve.work import Answers, ChatRequest, Kitchen, ServeError, TokenLogprob, Update, Usage
+from gemlax.serve.work import Answers, ChatRequest, Kitchen, TokenLogprob, Update, Usage
 
 __all__ = ["ChatBody", "chat_request", "routes"]
 
-_log = logging.getLogger(__name__)
 MAX_TOOLS = 512
 
 
@@ -95,7 +92,7 @@ def routes(kitchen: Kitchen) -> list[Route]:
         answers = await kitchen.chat(chat)
         writer = _Writer(answers, asked)
         if asked.stream:
-            return EventStream(_events(answers, writer), answers)
+            return EventStream(stream_events(answers, writer), answers)
         return json_response(await _whole(answers, writer))
 
     path = "/v1/chat/completions"
@@ -322,20 +319,3 @@ async def _whole(answers: Answers, writer: _Writer) -> JsonObject:
     finally:
         await answers.cancel()
     return writer.body(parts, logprobs)
-
-
-async def _events(answers: Answers, writer: _Writer) -> AsyncGenerator[bytes, None]:
-    yield b"".join(writer.opening())
-    try:
-        async for update in answers:
-            chunks = b"".join(writer.take(update))
-            if chunks:
-                yield chunks
-            if error := failure(update):
-                raise error
-        yield (writer.last() if writer.shows_usage else b"") + DONE
-    except ServeError as error:
-        yield error_event(error)
-    except Exception:
-        _log.exception("a stream failed")
-        yield error_event(ServeError(500, "the server failed at this answer"))

@@ -1,9 +1,8 @@
 """OpenAI's text completions: POST /v1/completions, with what lm-eval needs of it."""
 
 import dataclasses
-import logging
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 from msgspec import Meta
@@ -12,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gemlax.serve.body import (
+    LEAST_LOGPROB,
     JsonObject,
     endpoint,
     json_response,
@@ -22,12 +22,11 @@ from gemlax.serve.body import (
     refuse,
 )
 from gemlax.serve.openai_fields import (
-    DONE,
     Shared,
     data_event,
-    error_event,
     finish,
     shared_arguments,
+    stream_events,
     usage_body,
 )
 from gemlax.serve.parts import failure
@@ -36,7 +35,6 @@ from gemlax.serve.work import (
     Answers,
     CompletionRequest,
     Kitchen,
-    ServeError,
     TokenLogprob,
     Update,
     Usage,
@@ -44,10 +42,8 @@ from gemlax.serve.work import (
 
 __all__ = ["CompletionBody", "completion_request", "routes"]
 
-_log = logging.getLogger(__name__)
 # OpenAI's and vLLM's.
 MAX_TOKENS = 16
-LEAST_LOGPROB = -9999.0
 
 
 class CompletionBody(Shared):
@@ -68,7 +64,7 @@ def routes(kitchen: Kitchen) -> list[Route]:
         answers = await kitchen.complete(completion_request(asked, key_id(request)))
         writer = _Writer(answers, asked)
         if asked.stream:
-            return EventStream(_events(answers, writer), answers)
+            return EventStream(stream_events(answers, writer), answers)
         return json_response(await _whole(answers, writer))
 
     return [Route("/v1/completions", endpoint(complete, openai_error), methods=["POST"])]
@@ -148,7 +144,11 @@ class _Writer:
         """Return what the answers took."""
         return usage_body(self.usages, self._n)
 
-    def chunks(self, update: Update) -> Iterator[bytes]:
+    def opening(self) -> Iterator[bytes]:
+        """Yield nothing: a choice begins with its first text."""
+        yield from ()
+
+    def take(self, update: Update) -> Iterator[bytes]:
         """Yield the chunk of an update, unless it says nothing."""
         choice = self.choice(update)
         if update.finish_reason == "error":
@@ -203,19 +203,3 @@ def _joined(updates: list[Update]) -> Update:
         deltas=[delta for update in updates for delta in update.deltas],
         logprobs=[logprob for update in updates for logprob in update.logprobs],
     )
-
-
-async def _events(answers: Answers, writer: _Writer) -> AsyncGenerator[bytes, None]:
-    try:
-        async for update in answers:
-            chunks = b"".join(writer.chunks(update))
-            if chunks:
-                yield chunks
-            if error := failure(update):
-                raise error
-        yield (writer.last() if writer.shows_usage else b"") + DONE
-    except ServeError as error:
-        yield error_event(error)
-    except Exception:
-        _log.exception("a stream failed")
-        yield error_event(ServeError(500, "the server failed at this answer"))

@@ -1,23 +1,32 @@
 """Fields that OpenAI's chat and text completions share, and what becomes of them."""
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, TypeVar
+import logging
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from typing import Annotated, Protocol, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from gemlax.serve.body import JsonObject, openai_error_body, refuse
-from gemlax.serve.work import ServeError, Update, Usage
+from gemlax.serve.parts import failure
+from gemlax.serve.work import Answers, ServeError, Update, Usage
 
-__all__ = ["DONE", "Shared", "StreamOptions", "check_name", "data_event", "error_event",
-           "finish", "shared_arguments", "usage_body"]  # fmt: skip
+__all__ = [
+    "Shared",
+    "StreamOptions",
+    "check_name",
+    "data_event",
+    "finish",
+    "shared_arguments",
+    "stream_events",
+    "usage_body",
+]
 
+_log = logging.getLogger(__name__)
 MAX_STOPS = 16
 DONE = b"data: [DONE]\n\n"
 # What other servers take and this one does not, with the values that change nothing.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "allowed_token_ids": (),
     "best_of": (1,),
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
@@ -79,6 +88,7 @@ class Shared(msgspec.Struct):
     repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
     bad_words: list[str] | None = None
+    allowed_token_ids: list[Natural] | None = None
     min_tokens: Natural | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -87,7 +97,6 @@ class Shared(msgspec.Struct):
     cache_salt: Annotated[str, Meta(max_length=128)] | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31)] | None = None
     # Refused unless they say what would be done anyway.
-    allowed_token_ids: object = None
     best_of: object = None
     dry_multiplier: object = None
     dynatemp_range: object = None
@@ -129,6 +138,7 @@ def shared_arguments(asked: Shared, max_tokens: int | None, key_id: str) -> Json
         "repetition_penalty": asked.repetition_penalty,
         "logit_bias": _bias(asked.logit_bias),
         "bad_words": asked.bad_words,
+        "allowed_ids": asked.allowed_token_ids,
         "seed": None if asked.seed is None else asked.seed % 2**32,
         "stop": stop or None,
         "stop_ids": asked.stop_token_ids,
@@ -208,6 +218,43 @@ def error_event(error: ServeError) -> bytes:
     return data_event(openai_error_body(error))
 
 
+class StreamWriter(Protocol):
+    """Writes the chunks of one request.
+
+    Attributes:
+        shows_usage: the last chunk is wanted.
+    """
+
+    shows_usage: bool
+
+    def opening(self) -> Iterator[bytes]:
+        """Yield what comes before anything is said."""
+
+    def take(self, update: Update) -> Iterator[bytes]:
+        """Yield the chunks of an update."""
+
+    def last(self) -> bytes:
+        """Return the chunk with what the answers took."""
+
+
+async def stream_events(answers: Answers, writer: StreamWriter) -> AsyncGenerator[bytes, None]:
+    """Yield the chunks of a stream to its end; an error is its last event."""
+    try:
+        if opening := b"".join(writer.opening()):
+            yield opening
+        async for update in answers:
+            if chunks := b"".join(writer.take(update)):
+                yield chunks
+            if error := failure(update):
+                raise error
+        yield (writer.last() if writer.shows_usage else b"") + DONE
+    except ServeError as error:
+        yield error_event(error)
+    except Exception:
+        _log.exception("a stream failed")
+        yield error_event(ServeError(500, "the server failed at this answer"))
+
+
 def finish(update: Update) -> JsonObject:
     """Return the fields of a choice that say why it has ended."""
     return {"finish_reason": update.finish_reason, "stop_reason": update.stop}
@@ -224,8 +271,3 @@ def usage_body(usages: Sequence[Usage], per_prompt: int = 1) -> JsonObject:
         "prompt_tokens_details": {"cached_tokens": sum(u.cached for u in asked)},
         "completion_tokens_details": {"reasoning_tokens": sum(u.reasoning for u in usages)},
     }
-
-
-def is_finite(value: float | None) -> bool:
-    """Whether JSON can write a log-probability."""
-    return value is not None and math.isfinite(value)

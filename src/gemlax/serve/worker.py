@@ -54,7 +54,7 @@ class Worker:
             self._prefixes.budget = options.cache_mb * 2**20
         self.engine = Engine(
             model.programs, options.slots, options.context, interleaved=self._pace.chunk(1),
-            prefix_cache=self._prefixes,
+            prefix_cache=self._prefixes or None,
         )  # fmt: skip
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: Waiting[Ticket] = Waiting()
